@@ -1,0 +1,27 @@
+"""Classifier-free guidance: sharpen a prediction by its contrast with one that does not see the prompt."""
+
+from typing import final
+
+from torch import Tensor
+
+from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet
+
+
+@final
+class ClassifierFree(Denoise):
+    """logits = u + (scale + 1) (c - u), where u is predicted with the `is_given` tokens masked."""
+
+    def __init__(self, denoise: Denoise, is_given: PositionSet, *, mask_token_id: int, scale: float) -> None:
+        self.denoise, self.is_given = denoise, is_given
+        self.mask_token_id, self.scale = mask_token_id, scale
+
+    def logits(self, ids: Ids, positions: Positions) -> Logits:
+        """Return guided logits [N, V]; costs two passes."""
+        is_given = self.is_given.repeat_interleave(ids.shape[0] // self.is_given.shape[0], dim=0)
+        conditional = self.denoise.logits(ids, positions)
+        free = self.denoise.logits(ids.masked_fill(is_given, self.mask_token_id), positions)
+        return free + (self.scale + 1) * (conditional - free)
+
+    def hidden(self, ids: Ids, positions: Positions) -> Tensor:
+        """Return the unguided hidden states: guidance acts on logits only."""
+        return self.denoise.hidden(ids, positions)

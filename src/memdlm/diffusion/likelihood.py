@@ -1,0 +1,97 @@
+"""Monte-Carlo bound on the likelihood of a continuation, with stratified mask counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdlm.diffusion.losses import cross_entropy, row_sums
+from memdlm.diffusion.masking import positions_of
+from memdlm.errors import ConfigError, DataError
+from memdlm.types import Denoise, Ids, PositionSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likelihood:
+    """An upper bound on -log p(target | prompt)."""
+
+    nll: float
+    """Nats, summed over the target's tokens."""
+    stderr: float
+    """Standard error of `nll` over the independent rounds; NaN with a single round."""
+    num_samples: int
+    """Noised copies that were scored."""
+
+
+def monte_carlo_nll(
+    denoise: Denoise,
+    prompt_ids: Tensor,
+    target_ids: Tensor,
+    *,
+    mask_token_id: int,
+    num_samples: int = 128,
+    batch_size: int = 16,
+    generator: torch.Generator,
+) -> Likelihood:
+    """Estimate the bound for `target_ids` [T] after `prompt_ids` [P].
+
+    Each round masks x of the T target tokens in each of `batch_size` copies, with the x evenly spread over 1..T
+    from a random start, and sums cross-entropy * T / x over the masked positions: an unbiased estimate of the
+    any-order bound. Raises ConfigError unless `num_samples` is a multiple of `batch_size`, DataError for an
+    empty target.
+    """
+    if num_samples < 1 or num_samples % batch_size:
+        raise ConfigError(f"num_samples must be a multiple of batch_size, got {num_samples} and {batch_size}.")
+    if target_ids.numel() == 0:
+        raise DataError("target_ids is empty: the likelihood of no tokens is not defined.")
+    clean = torch.cat((prompt_ids, target_ids))[None].expand(batch_size, -1)
+    rounds = []
+    for _ in range(num_samples // batch_size):
+        is_masked, share = _stratified(prompt_ids.numel(), target_ids.numel(), batch_size, generator)
+        is_masked, share = is_masked.to(clean.device), share.to(clean.device)
+        rounds.append(weighted_nll(denoise, clean, is_masked, share, mask_token_id=mask_token_id).mean())
+    values = torch.stack(rounds).double()
+    error = values.std() / len(rounds) ** 0.5
+    return Likelihood(nll=values.mean().item(), stderr=error.item(), num_samples=num_samples)
+
+
+def weighted_nll(
+    denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Tensor, *, mask_token_id: int
+) -> Tensor:
+    """Return [B]: cross-entropy at the masked positions, summed per row, divided by the `share` [B] masked."""
+    positions = positions_of(is_masked)
+    logits = denoise.logits(clean.masked_fill(is_masked, mask_token_id), positions)
+    return row_sums(cross_entropy(logits, clean.flatten()[positions]), positions, clean.shape) / share
+
+
+def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_token_id: int) -> bool:
+    """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; T passes."""
+    ids = torch.cat((prompt_ids, torch.full_like(target_ids, mask_token_id)))[None]
+    for ids in _greedy_steps(denoise, ids, prompt_ids.numel(), mask_token_id):
+        pass
+    return bool((ids[0, prompt_ids.numel() :] == target_ids).all())
+
+
+def _greedy_steps(denoise: Denoise, ids: Ids, start: int, mask_token_id: int) -> Iterator[Ids]:
+    is_open = torch.zeros_like(ids, dtype=torch.bool)
+    is_open[:, start:] = True
+    for _ in range(ids.shape[1] - start):
+        positions = positions_of(is_open)
+        probability = denoise.logits(ids, positions).float().softmax(-1)
+        probability[:, mask_token_id] = 0
+        confidence, token = probability.max(-1)
+        best = positions[confidence.argmax()]
+        ids = ids.flatten().index_fill(0, best, 0).index_add(0, best[None], token[confidence.argmax()][None])[None]
+        is_open = is_open.flatten().index_fill(0, best, False)[None]
+        yield ids
+
+
+def _stratified(prompt: int, target: int, batch: int, generator: torch.Generator) -> tuple[PositionSet, Tensor]:
+    start = torch.randint(1, target + 1, (1,), generator=generator, device=generator.device)
+    spread = torch.arange(batch, device=generator.device, dtype=torch.float64) * (target / batch)
+    count = ((start + spread).round().long() - 1) % target + 1
+    order = torch.rand(batch, target, generator=generator, device=generator.device).argsort(-1).argsort(-1)
+    is_masked = torch.zeros(batch, prompt + target, dtype=torch.bool, device=generator.device)
+    is_masked[:, prompt:] = order < count[:, None]
+    return is_masked, count.float() / target

@@ -1,0 +1,110 @@
+"""The masked loss: cross-entropy at the masked positions only, weighted, summed per row, and normalised.
+
+Each formula stands here once; training, memory, likelihood and evaluation all call it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memdlm.diffusion.masking import Corrupted, positions_of
+from memdlm.diffusion.schedules import Schedule
+from memdlm.errors import ConfigError, unknown
+from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, Times
+
+Weighting = Callable[[Schedule, Times], Tensor]
+
+
+def _scheduler_weight(schedule: Schedule, t: Times) -> Tensor:
+    return schedule.loss_weight(t)
+
+
+def _uniform_weight(schedule: Schedule, t: Times) -> Tensor:
+    return torch.ones_like(t)
+
+
+WEIGHTINGS: dict[str, Weighting] = {"scheduler": _scheduler_weight, "uniform": _uniform_weight}
+"""w(t) per row: `scheduler` makes the loss a bound on the likelihood, `uniform` is 1."""
+
+NORMS = ("token", "sequence", "batch")
+"""What a loss is divided by: all counted tokens; each row's counted tokens, then the rows; the rows."""
+
+
+def weight_of(name: str, schedule: Schedule, t: Times) -> Tensor:
+    """Return w(t) [B] for the weighting called `name`; raises ConfigError with the possible names."""
+    if name not in WEIGHTINGS:
+        raise ConfigError(unknown("loss_weight_type:", name, WEIGHTINGS))
+    return WEIGHTINGS[name](schedule, t)
+
+
+def cross_entropy(logits: Logits, targets: Tensor) -> Tensor:
+    """Return [N] nats, in float32 at least whatever the dtype of `logits` [N, V]."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def row_sums(values: Tensor, positions: Positions, shape: torch.Size) -> Tensor:
+    """Sum `values` [N] at `positions` of a [B, L] tensor over each row: [B]; same bits in every run."""
+    dense = values.new_zeros(shape.numel()).scatter(0, positions, values)
+    return dense.view(shape).sum(-1)
+
+
+def normalise(
+    sums: Tensor,
+    counts: Tensor,
+    norm: str,
+    *,
+    samples: int = 1,
+    total_tokens: Tensor | float | None = None,
+    total_rows: Tensor | float | None = None,
+) -> Tensor:
+    """Turn per-row sums [B] into one loss per sample [S]; sample s owns rows s*B/S .. (s+1)*B/S - 1.
+
+    With c the `counts` [B]: token: sum(sums) / sum(c); sequence: mean(sums / c); batch: mean(sums). Under
+    gradient accumulation or several ranks pass `total_tokens` and `total_rows`, the numbers of the whole
+    optimizer step: parts of a batch then add up to exactly what the whole batch gives. Rows or samples that
+    count nothing contribute 0. Raises ConfigError for an unknown norm.
+    """
+    sums, counts = sums.view(samples, -1), counts.view(samples, -1).to(sums.dtype)
+    rows = sums.shape[1] if total_rows is None else total_rows
+    if norm == "token":
+        tokens = counts.sum(1).clamp_min(1) if total_tokens is None else total_tokens
+        return sums.sum(1) / tokens
+    if norm == "sequence":
+        return (sums / counts.clamp_min(1)).sum(1) / rows
+    if norm == "batch":
+        return sums.sum(1) / rows
+    raise ConfigError(unknown("loss_norm_type:", norm, NORMS))
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedLoss:
+    """What one denoising pass lost."""
+
+    sums: Tensor
+    """[B] weighted nats, summed over the masked positions of each row; carries the gradient."""
+    bound: Tensor
+    """[B] the same with the schedule's weight, without gradient: an estimate of each row's NELBO, in nats."""
+    counts: Tensor
+    """[B] int64, maskable positions of each row."""
+
+
+def masked_loss(
+    denoise: Denoise,
+    clean: Ids,
+    noised: Corrupted,
+    is_maskable: PositionSet,
+    *,
+    schedule: Schedule,
+    weighting: str = "scheduler",
+) -> MaskedLoss:
+    """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss)."""
+    positions = positions_of(noised.is_masked)
+    nats = cross_entropy(denoise.logits(noised.ids, positions), clean.flatten()[positions])
+    per_row = row_sums(nats, positions, clean.shape)
+    bound = per_row.detach() * schedule.loss_weight(noised.t)
+    return MaskedLoss(per_row * weight_of(weighting, schedule, noised.t), bound, is_maskable.sum(-1))

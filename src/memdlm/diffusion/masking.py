@@ -1,0 +1,59 @@
+"""The forward process: which tokens are replaced by [MASK], and the positions that this leaves to predict."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdlm.diffusion.schedules import Schedule
+from memdlm.errors import ConfigError
+from memdlm.types import IGNORE_INDEX, Ids, Positions, PositionSet, Times
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted:
+    """A noised batch, x_t."""
+
+    ids: Ids
+    """[B, L] with [MASK] at the masked positions."""
+    is_masked: PositionSet
+    """[B, L] true where [MASK] stands."""
+    t: Times
+    """[B] the time each row was noised at."""
+
+
+def maskable_positions(labels: Tensor, attention_mask: Tensor | None = None) -> PositionSet:
+    """Return [B, L]: where `labels` is not -100 and, given a 2-D mask, where the position may be seen."""
+    is_maskable = labels != IGNORE_INDEX
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_maskable = is_maskable & attention_mask.bool()
+    return is_maskable
+
+
+def draw_times(uniform: Tensor, epsilon: float) -> Times:
+    """Map U[0, 1) draws [B] to times in [epsilon, 1); raises ConfigError unless 0 < epsilon < 1."""
+    if not 0 < epsilon < 1:
+        raise ConfigError(f"time_epsilon must lie strictly between 0 and 1, got {epsilon!r}.")
+    return epsilon + (1 - epsilon) * uniform
+
+
+def corrupt(
+    clean: Ids,
+    is_maskable: PositionSet,
+    t: Times,
+    uniform: Tensor,
+    *,
+    schedule: Schedule,
+    mask_token_id: int,
+) -> Corrupted:
+    """Replace each maskable token by [MASK] with probability 1 - alpha(t) of its row (q(x_t | x_0)).
+
+    `uniform` [B, L] holds the U[0, 1) draws, so the same draws give the same noise whatever else changes.
+    """
+    is_masked = is_maskable & (uniform < (1 - schedule.alpha(t))[:, None])
+    return Corrupted(clean.masked_fill(is_masked, mask_token_id), is_masked, t)
+
+
+def positions_of(is_chosen: PositionSet) -> Positions:
+    """Return the row-major positions [N] of a set. Waits for the device once, to learn N."""
+    return is_chosen.flatten().nonzero().squeeze(1)

@@ -1,0 +1,40 @@
+"""What memdlm raises: one root, each class also the standard one, so `except ValueError` keeps working.
+
+A message names the field, the value, what was possible, and the next step. All classes take one string, so
+they survive pickling between processes.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemDLMError(Exception):
+    """Root of everything raised on purpose; the command line prints it as one line and exits with 2."""
+
+
+class ConfigError(MemDLMError, ValueError):
+    """An option, or a combination of options, that cannot be honoured."""
+
+
+class DataError(MemDLMError, ValueError):
+    """A dataset, row or file that cannot be used as asked."""
+
+
+class CheckpointError(MemDLMError, ValueError):
+    """A model or tokenizer folder that is missing, damaged, incomplete or of an unknown family."""
+
+
+class MemoryFileError(MemDLMError, ValueError):
+    """A saved memory that is damaged or was written for another model."""
+
+
+def did_you_mean(value: str, possible: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest of `possible`, or an empty string."""
+    close = difflib.get_close_matches(value, list(possible), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, value: object, possible: Iterable[str]) -> str:
+    """Say that `value` is no `what`, list what is, and guess what was meant."""
+    names = list(possible)
+    return f"{what} {value!r} is not known. Possible: {', '.join(names)}.{did_you_mean(str(value), names)}"

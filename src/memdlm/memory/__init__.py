@@ -1,0 +1,33 @@
+"""What an inner loop writes into fast weights, and how a model reads it back."""
+
+from memdlm.memory.adapters import ADAPTERS, Adapter, Full, LoRA
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.fast_weights import FastWeights
+from memdlm.memory.inner_loop import InnerLoss, LocalSGD, Written, run_inner_loop
+from memdlm.memory.objectives import OBJECTIVES, Objective
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.memory.sites import Site, find_sites
+from memdlm.memory.trajectory import STRATEGIES, Anchor, Strategy, TrajectoryStep, trajectory
+
+__all__ = [
+    "ADAPTERS",
+    "OBJECTIVES",
+    "STRATEGIES",
+    "Adapter",
+    "Anchor",
+    "FastWeights",
+    "Full",
+    "InnerLoss",
+    "LoRA",
+    "LocalSGD",
+    "MemoryConfig",
+    "Objective",
+    "ParametricMemory",
+    "Site",
+    "Strategy",
+    "TrajectoryStep",
+    "Written",
+    "find_sites",
+    "run_inner_loop",
+    "trajectory",
+]

@@ -1,0 +1,119 @@
+"""The options of a memory. Users know them with the prefix `mem_`; here they have none."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from memdlm.diffusion.losses import NORMS, WEIGHTINGS
+from memdlm.errors import ConfigError
+from memdlm.memory.adapters import ADAPTERS, Adapter
+from memdlm.memory.inner_loop import LocalSGD
+from memdlm.memory.objectives import HIDDEN_TYPES, OBJECTIVES, Objective
+from memdlm.memory.trajectory import SCORED, STRATEGIES, Strategy
+from memdlm.options import option, validate
+
+Part = TypeVar("Part")
+
+WRITE_SOURCES = ("response", "prompt")
+PAD_UNMASK_MODES = ("none", "inner", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Where fast weights sit and how a write moves them. The defaults are the paper's (`MemoryConfig.paper()`)."""
+
+    num_inner_steps: int = option(2, "States of the trajectory, one update each.", minimum=1)
+    num_inner_epochs: int = option(1, "How often the trajectory is repeated; fast weights are kept.", minimum=1)
+    masking_strategy: str = option("pmc", "How the states follow from the anchor.", choices=tuple(STRATEGIES))
+    prompt_mask_ratio: float = option(0.2, "Share of the tokens masked in the anchor at inference.", above=0, maximum=1)
+    progressive_consistent_start_scale: float = option(
+        1.5, "The first state masks this many times the anchor's tokens.", minimum=1
+    )
+    inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0)
+    inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
+    inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
+    inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0)
+    inner_layer_fraction: float = option(0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1)
+    inner_target_modules: str = option(
+        "gate_proj,up_proj,down_proj", "Projections that get fast weights, separated by commas."
+    )
+    inner_adapter_type: str = option("lora", "Kind of fast weights.", choices=tuple(ADAPTERS))
+    inner_loss_type: str = option("ce", "Inner objective.", choices=tuple(OBJECTIVES))
+    distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", above=0)
+    distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
+    inner_loss_mask_mode: str = option("student_masked", "Which masked positions count.", choices=SCORED)
+    loss_weight_type: str | None = option(
+        None, "Weight of the inner loss; unset: uniform, and in training the outer loss's.", choices=tuple(WEIGHTINGS)
+    )
+    loss_norm_type: str | None = option(
+        None, "Normalisation of the inner loss; unset: token, and in training the outer loss's.", choices=NORMS
+    )
+    pad_unmask_mode: str = option(
+        "none", "inner: padding is never masked in a write; both: nor in the outer loss.", choices=PAD_UNMASK_MODES
+    )
+    write_source: str = option(
+        "response",
+        "What training writes: response (the paper: the labels that the outer loss scores) or prompt (no leak).",
+        choices=WRITE_SOURCES,
+    )
+    per_sample: bool | None = option(
+        None, "One memory per row instead of one per batch; unset: per batch in training, per row otherwise."
+    )
+
+    def __post_init__(self) -> None:
+        validate(self, prefix="mem_")
+        if not self.targets:
+            raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
+        self._refuse_idle_options()
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "MemoryConfig":
+        """Return the paper's configuration, with `changes`."""
+        return cls(**changes)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names in `inner_target_modules`."""
+        return tuple(name.strip() for name in self.inner_target_modules.split(",") if name.strip())
+
+    def strategy(self) -> Strategy:
+        """Build the trajectory strategy."""
+        return self._build(STRATEGIES[self.masking_strategy])
+
+    def objective(self) -> Objective:
+        """Build the inner objective."""
+        return self._build(OBJECTIVES[self.inner_loss_type])
+
+    def adapter(self) -> Adapter:
+        """Build the kind of fast weights."""
+        return self._build(ADAPTERS[self.inner_adapter_type])
+
+    def update(self) -> LocalSGD:
+        """Build the update rule."""
+        return self._build(LocalSGD)
+
+    def _build(self, part: type[Part]) -> Part:
+        # A part's fields are named like the options it reads: that is the whole wiring.
+        return part(**{name: getattr(self, name) for name in _option_names(part)})
+
+    def _refuse_idle_options(self) -> None:
+        tables: tuple[tuple[str, dict[str, type]], ...] = (
+            ("masking_strategy", STRATEGIES),
+            ("inner_adapter_type", ADAPTERS),
+            ("inner_loss_type", OBJECTIVES),
+        )
+        for selector, table in tables:
+            choice = getattr(self, selector)
+            read = set(_option_names(table[choice]))
+            elsewhere = {name for part in table.values() for name in _option_names(part)} - read - {"prompt_mask_ratio"}
+            for field in dataclasses.fields(self):
+                if field.name in elsewhere and getattr(self, field.name) != field.default:
+                    users = sorted(key for key, part in table.items() if field.name in _option_names(part))
+                    raise ConfigError(
+                        f"mem_{field.name}={getattr(self, field.name)!r} has no effect with mem_{selector}={choice!r}; "
+                        f"it is read by {', '.join(users)}. Leave it out, or change mem_{selector}."
+                    )
+
+
+def _option_names(part: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(part)]

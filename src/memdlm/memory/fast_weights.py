@@ -1,0 +1,123 @@
+"""The values of an open memory, and how a network reads them: attached from outside, for the length of a block.
+
+Fast weights are never parameters or buffers of the model, so they cannot reach its state dict, its optimizer, its
+gradient norm or its checkpoints. A forward hook adds them to a linear layer's output; stacked experts ask an
+`ExpertAdditions` object.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.errors import ConfigError
+from memdlm.memory.adapters import Adapter, check_rows
+from memdlm.memory.sites import Site
+from memdlm.models.experts import ExpertAdditions, Experts, Routing
+from memdlm.randomness import Randomness
+
+
+@final
+class FastWeights:
+    """phi: for every site, the adapter's tensors."""
+
+    def __init__(self, sites: Sequence[Site], adapter: Adapter) -> None:
+        self.sites, self.adapter = tuple(sites), adapter
+        self.num_samples = 0
+        self._values: dict[str, tuple[Tensor, ...]] = {}
+
+    def reset(self, num_samples: int, randomness: Randomness) -> None:
+        """Start anew for `num_samples` samples: what is read adds nothing until it is updated."""
+        self.num_samples = num_samples
+        self._values = {
+            site.path: self.adapter.start(site, num_samples, randomness, _value_dtype(site)) for site in self.sites
+        }
+        self.replace([tensor.requires_grad_() for tensor in self.tensors()])
+
+    def erase(self) -> None:
+        """Forget everything."""
+        self.num_samples, self._values = 0, {}
+
+    def tensors(self) -> list[Tensor]:
+        """Return all values, site by site in the adapter's order."""
+        return [tensor for site in self.sites for tensor in self._values[site.path]]
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the values under `<site path>.<tensor name>`."""
+        names = [f"{site.path}.{name}" for site in self.sites for name in self.adapter.names]
+        return dict(zip(names, self.tensors(), strict=True))
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Put new values in the place of all old ones, in the order of `tensors()`."""
+        width = len(self.adapter.names)
+        for index, site in enumerate(self.sites):
+            self._values[site.path] = tuple(tensors[index * width : (index + 1) * width])
+
+    def assign(self, values: Mapping[str, Tensor]) -> None:
+        """Set values by the names of `named()`; raises ConfigError unless names and shapes agree exactly."""
+        current = self.named()
+        if set(values) != set(current):
+            raise ConfigError(
+                f"fast weights: missing {sorted(set(current) - set(values))}, unknown {sorted(set(values) - set(current))}."
+            )
+        for name, tensor in values.items():
+            if tensor.shape != current[name].shape:
+                raise ConfigError(
+                    f"fast weights: {name} has shape {tuple(tensor.shape)}, expected {tuple(current[name].shape)}."
+                )
+        self.replace([values[name].to(old).detach().requires_grad_() for name, old in current.items()])
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the network read these values inside the block, and not a moment longer."""
+        with ExitStack() as stack:
+            for module, sites in self._sites_by_module().items():
+                if isinstance(module, Experts):
+                    stack.callback(setattr, module, "additions", None)
+                    module.additions = _ExpertReader(self, sites)
+                else:
+                    handle = module.register_forward_hook(self._hook(sites[0]))
+                    stack.callback(handle.remove)
+            yield
+
+    def _sites_by_module(self) -> dict[nn.Module, list[Site]]:
+        grouped: dict[nn.Module, list[Site]] = {}
+        for site in self.sites:
+            grouped.setdefault(site.module, []).append(site)
+        return grouped
+
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def add(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+            x = arguments[0]
+            check_rows(x.shape[0], self.num_samples)
+            added = self.adapter.linear(x.reshape(self.num_samples, -1, x.shape[-1]), self._values[site.path])
+            return out + added.reshape(out.shape).to(out.dtype)
+
+        return add
+
+    def read(self, path: str) -> tuple[Tensor, ...]:
+        """Return the current values of one site."""
+        return self._values[path]
+
+
+@final
+class _ExpertReader(ExpertAdditions):
+    """Adds the fast weights of one layer's experts, each (expert, sample) group its own."""
+
+    def __init__(self, fast: FastWeights, sites: Sequence[Site]) -> None:
+        self.fast, self.paths = fast, {site.projection: site.path for site in sites}
+        self.num_samples = fast.num_samples
+
+    def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        if projection not in self.paths:
+            return out
+        values = self.fast.read(self.paths[projection])
+        return out + self.fast.adapter.grouped(x, values, routing.ends).to(out.dtype)
+
+
+def _value_dtype(site: Site) -> torch.dtype:
+    """Fast weights are float32 whatever the base is stored in, because bf16 loses small updates; float64 stays."""
+    weight = next(site.module.parameters())
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

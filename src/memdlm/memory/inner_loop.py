@@ -1,0 +1,120 @@
+"""The inner loop: follow a trajectory, take one gradient step on the fast weights at each state (MemDLM Eq. 6).
+
+Nothing here waits for the device except to learn how many positions a state scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memdlm.diffusion.losses import normalise, row_sums, weight_of
+from memdlm.diffusion.masking import positions_of
+from memdlm.diffusion.schedules import Schedule
+from memdlm.memory.fast_weights import FastWeights
+from memdlm.memory.objectives import Objective
+from memdlm.memory.trajectory import TrajectoryStep
+from memdlm.types import Denoise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a write did. K counts updates (steps x epochs)."""
+
+    losses: Tensor
+    """[K], or [K, B] with a memory per sample: the objective before each update; NaN where it was not finite."""
+    grad_norms: Tensor
+    """[K] or [K, B]: L2 norm of the gradient over all fast weights, before clipping."""
+    num_skipped: Tensor
+    """[] or [B] int64: updates that were left out because loss or gradient was not finite."""
+    num_tokens: int
+    """Supervised positions, summed over the K states."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalSGD:
+    """phi <- phi - lr * g, the gradient of every tensor of every sample clipped on its own (MemDLM sec. 4.4)."""
+
+    inner_lr: float = 0.1
+    inner_grad_clip: float = 1.0
+    """Largest L2 norm of one tensor's gradient; 0: no clipping."""
+
+    def clip(self, gradient: Tensor) -> Tensor:
+        """Scale `gradient` [..., rows, columns] so that no matrix in it exceeds the norm."""
+        if self.inner_grad_clip == 0:
+            return gradient
+        norm = gradient.flatten(-2).norm(dim=-1)[..., None, None]
+        return gradient * (self.inner_grad_clip / (norm + 1e-12)).clamp(max=1.0)
+
+    def step(self, values: Sequence[Tensor], gradients: Sequence[Tensor], is_sound: Tensor) -> list[Tensor]:
+        """Return the updated values; samples that are not `is_sound` [S] keep theirs."""
+        sound = is_sound[:, None, None]
+        return [
+            torch.where(sound, value - self.inner_lr * self.clip(gradient), value)
+            for value, gradient in zip(values, gradients, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InnerLoss:
+    """The objective with its weighting and normalisation over the scored positions."""
+
+    objective: Objective
+    schedule: Schedule
+    weighting: str
+    norm: str
+
+    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int) -> tuple[Tensor, int]:
+        """Return (one loss per sample [S], number of scored positions)."""
+        positions = positions_of(step.is_scored)
+        values = self.objective(denoise, step, positions)
+        sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
+        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples), positions.numel()
+
+
+def run_inner_loop(
+    steps: Sequence[TrajectoryStep],
+    *,
+    fast: FastWeights,
+    loss: InnerLoss,
+    update: LocalSGD,
+    denoise: Denoise,
+    epochs: int = 1,
+) -> Written:
+    """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`)."""
+    losses, norms, num_tokens = [], [], 0
+    for _ in range(epochs):
+        for step in steps:
+            with torch.enable_grad():
+                values = fast.tensors()
+                per_sample, scored = loss(denoise, step, fast.num_samples)
+                gradients = _gradients(per_sample, values)
+            norm = _global_norm(gradients)
+            is_sound = per_sample.detach().isfinite() & norm.isfinite()
+            updated = update.step([value.detach() for value in values], gradients, is_sound)
+            fast.replace([value.requires_grad_() for value in updated])
+            losses.append(per_sample.detach())
+            norms.append(norm)
+            num_tokens += scored
+    stacked = torch.stack(losses)
+    return Written(
+        losses=stacked,
+        grad_norms=torch.stack(norms),
+        num_skipped=(~(stacked.isfinite() & torch.stack(norms).isfinite())).sum(0),
+        num_tokens=num_tokens,
+    )
+
+
+def _gradients(losses: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    """Differentiate; samples share nothing, so the sum's gradient is each sample's own."""
+    if not losses.requires_grad:
+        return [torch.zeros_like(value) for value in values]
+    found = torch.autograd.grad(losses.sum(), values, allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g.detach() for v, g in zip(values, found, strict=True)]
+
+
+def _global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return [S]: the norm over all tensors of a sample (the sample is the third dimension from the end)."""
+    squares = [gradient.flatten(-2).square().sum(-1) for gradient in gradients]
+    return torch.stack([each.sum(0) if each.dim() == 2 else each for each in squares]).sum(0).sqrt()

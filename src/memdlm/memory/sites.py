@@ -1,0 +1,131 @@
+"""Where fast weights sit: which projections of which blocks, found by name on any wrapped model."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from memdlm.errors import ConfigError, did_you_mean
+from memdlm.models.experts import Experts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One projection that gets fast weights: a linear layer, or one projection of all experts of a layer."""
+
+    path: str
+    """Dotted name in the unwrapped model, e.g. model.layers.15.mlp.experts.up_proj."""
+    module: nn.Module
+    projection: str | None
+    """For stacked experts, which of their projections; None for a linear layer."""
+    in_features: int
+    out_features: int
+    num_experts: int | None
+    device: torch.device
+
+    def shape(self, num_samples: int) -> tuple[int, ...]:
+        """Return the leading sizes of this site's tensors: [S], or [E, S] for experts."""
+        return (num_samples,) if self.num_experts is None else (self.num_experts, num_samples)
+
+
+def unwrap_parallel(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and torch.compile wrappers: calls of it move no gradients between ranks."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the network itself, inside parallel wrappers and an outer PEFT adapter."""
+    model = unwrap_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def first_adapted_layer(num_layers: int, fraction: float) -> int:
+    """Return floor(n * (1 - f)) in exact arithmetic; raises ConfigError when no layer is left to adapt."""
+    start = math.floor(num_layers * (1 - Fraction(str(fraction))))
+    if start >= num_layers:
+        raise ConfigError(
+            f"mem_inner_layer_fraction {fraction} of {num_layers} layers adapts none; "
+            f"use at least {1 / num_layers:.3g} to adapt one."
+        )
+    return start
+
+
+def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> tuple[Site, ...]:
+    """Return the sites named by `targets` in the last `fraction` of the blocks of `model`, in model order.
+
+    Raises ConfigError when a target names nothing in those blocks; the message lists what they have.
+    """
+    network = unwrap(model)
+    layers = _layers(network)
+    names = {module: name for name, module in network.named_modules()}
+    start = first_adapted_layer(len(layers), fraction)
+    sites: list[Site] = []
+    available: dict[str, None] = {}
+    for layer in layers[start:]:
+        for site in _candidates(layer, names[layer]):
+            leaf = site.path.rsplit(".", 1)[-1]
+            available[leaf] = None
+            if leaf in targets:
+                sites.append(site)
+    for target in targets:
+        if target not in available:
+            raise ConfigError(
+                f"mem_inner_target_modules names {target!r}, which is no projection of the {len(layers) - start} "
+                f"adapted blocks. They have: {', '.join(available)}.{did_you_mean(target, available)}"
+            )
+    return tuple(sites)
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks: those of our families, else the longest list of equal modules."""
+    backbone = getattr(network, "model", None)
+    layers = getattr(backbone, "layers", None)
+    if isinstance(layers, nn.ModuleList):
+        return list(layers)
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    same = [each for each in lists if len({type(item) for item in each}) == 1]
+    if not same:
+        raise ConfigError(f"{type(network).__name__} has no list of equal blocks to put fast weights into.")
+    return list(max(same, key=len))
+
+
+def _candidates(layer: nn.Module, prefix: str) -> list[Site]:
+    found = []
+    for name, module in layer.named_modules(prefix=prefix):
+        if isinstance(module, Experts):
+            for projection in module.projections:
+                wide, narrow = module.sizes(projection)
+                found.append(
+                    Site(
+                        path=f"{name}.{projection}",
+                        module=module,
+                        projection=projection,
+                        in_features=wide,
+                        out_features=narrow,
+                        num_experts=module.num_experts,
+                        device=module.down_proj.device,
+                    )
+                )
+        elif isinstance(module, nn.Linear) and ".lora_" not in name:
+            # Inside an outer LoRA the wrapped layer is called base_layer; the projection is its parent.
+            found.append(
+                Site(
+                    path=name.removesuffix(".base_layer"),
+                    module=module,
+                    projection=None,
+                    in_features=module.in_features,
+                    out_features=module.out_features,
+                    num_experts=None,
+                    device=module.weight.device,
+                )
+            )
+    return found

@@ -1,0 +1,194 @@
+"""The path of noised states that a write follows (MemDLM sec. 3).
+
+A strategy turns an anchor, the noised batch that will be read, into the states to learn from. All of it is
+vectorised over the batch: every state is "the n positions of lowest rank", with one random ranking per row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import final
+
+import torch
+from torch import Tensor
+
+from memdlm.types import Ids, PositionSet, Times
+
+Draw = Callable[[], Tensor]
+"""Returns fresh U[0, 1) numbers [B, L]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anchor:
+    """What is written: the clean text and the noised state that it will be read at."""
+
+    clean: Ids
+    is_maskable: PositionSet
+    is_masked: PositionSet
+    """[B, L] the anchor's own masks."""
+    t: Times
+    """[B] the time the anchor was noised at; at inference the nominal mask ratio."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrajectoryStep:
+    """One state to learn from."""
+
+    clean: Ids
+    ids: Ids
+    """[B, L] the state, with [MASK] at the masked positions."""
+    is_masked: PositionSet
+    is_scored: PositionSet
+    """[B, L] the masked positions that count in the objective."""
+    next_ids: Ids
+    """[B, L] the state one reveal later, which a teacher sees."""
+    t: Times
+    """[B] the time that the loss weight uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """Masked sets of the states, the set each teacher sees (None: the clean text), and the times."""
+
+    masked: Sequence[PositionSet]
+    teacher: Sequence[PositionSet | None]
+    t: Sequence[Times]
+
+
+class Strategy(ABC):
+    """How a write's states come from its anchor."""
+
+    @abstractmethod
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return the states, in the order in which they are learned."""
+
+
+def rank(first: PositionSet, is_maskable: PositionSet, uniform: Tensor) -> Tensor:
+    """Rank positions within each row: `first` in random order, then the other maskable ones, then the rest.
+
+    The set `rank(...) < n` then has n members, grows with n, and is uniform among the sets that contain `first`.
+    """
+    key = uniform.masked_fill(~is_maskable, 3.0)
+    key = torch.where(first & is_maskable, uniform - 2.0, key)
+    return key.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+
+
+def pre_anchor_counts(num_anchor: Tensor, num_maskable: Tensor, scale: float) -> Tensor:
+    """Return floor(min(1, max(s r, r)) * maskable) per row, r = anchor / maskable, in exact arithmetic.
+
+        maskable 14, anchor 6, s = 1.5  ->  floor(1.5 * 6) = 9
+    """
+    exact = Fraction(str(scale))
+    grown = (num_anchor * exact.numerator).div(exact.denominator, rounding_mode="floor")
+    return grown.maximum(num_anchor).minimum(num_maskable)
+
+
+def _share(is_masked: PositionSet, is_maskable: PositionSet) -> Times:
+    return is_masked.sum(-1) / is_maskable.sum(-1).clamp_min(1)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AnchorConsistent(Strategy):
+    """From a noisier state, consistent with the anchor, down to exactly the anchor (pmc).
+
+    Between two states, ceil(extra masks / steps left) of the masks that are not the anchor's are revealed. With one
+    step there is no reveal: it runs on the pre-anchor, as published.
+    """
+
+    num_inner_steps: int = 2
+    progressive_consistent_start_scale: float = 1.5
+
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return K nested states that contain the anchor's masks; the last of several is the anchor."""
+        num_anchor, num_maskable = anchor.is_masked.sum(-1), anchor.is_maskable.sum(-1)
+        num_masked = pre_anchor_counts(num_anchor, num_maskable, self.progressive_consistent_start_scale)
+        place = rank(anchor.is_masked, anchor.is_maskable, draw())
+        masked = [place < num_masked[:, None]]
+        for steps_left in range(self.num_inner_steps - 1, 0, -1):
+            extra = num_masked - num_anchor
+            num_masked = num_masked - (extra + steps_left - 1).div(steps_left, rounding_mode="floor")
+            masked.append(place < num_masked[:, None])
+        t = [_share(each, anchor.is_maskable) for each in masked]
+        return Path(masked, [*masked[1:], None], t)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Unanchored(Strategy):
+    """Mask ratios fall linearly from 0.8 to the prompt ratio, starting from a random mask (progressive_memory)."""
+
+    num_inner_steps: int = 2
+    prompt_mask_ratio: float = 0.2
+
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return K nested states that owe nothing to the anchor."""
+        last, steps = Fraction(str(self.prompt_mask_ratio)), self.num_inner_steps
+        first = Fraction(4, 5) if steps > 1 else last
+        ratios = [first + (last - first) * Fraction(step, max(1, steps - 1)) for step in range(steps)]
+        num_maskable = anchor.is_maskable.sum(-1)
+        start = anchor.is_maskable & (draw() < float(first))
+        place = rank(start, anchor.is_maskable, draw())
+        masked = [start]
+        for ratio in ratios[1:]:
+            count = (num_maskable * ratio.numerator).div(ratio.denominator, rounding_mode="floor")
+            masked.append(start & (place < count[:, None]))
+        t = [torch.full_like(anchor.t, float(ratio)) for ratio in ratios]
+        return Path(masked, [*masked[1:], None], t)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PreAnchorOnly(Strategy):
+    """One step, on the pre-anchor; the teacher sees the anchor (pre_only)."""
+
+    progressive_consistent_start_scale: float = 1.5
+
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return the pre-anchor alone."""
+        counts = pre_anchor_counts(
+            anchor.is_masked.sum(-1), anchor.is_maskable.sum(-1), self.progressive_consistent_start_scale
+        )
+        masked = rank(anchor.is_masked, anchor.is_maskable, draw()) < counts[:, None]
+        return Path([masked], [anchor.is_masked], [_share(masked, anchor.is_maskable)])
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AnchorOnly(Strategy):
+    """One step, on the anchor (no_progressive)."""
+
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return the anchor alone."""
+        return Path([anchor.is_masked], [None], [anchor.t])
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "pmc": AnchorConsistent,
+    "progressive_memory_consistent": AnchorConsistent,
+    "progressive_memory": Unanchored,
+    "pre_only": PreAnchorOnly,
+    "no_progressive": AnchorOnly,
+}
+
+SCORED = ("student_masked", "newly_revealed")
+"""Which masked positions count: all of them, or those that the next state reveals (at the last state: all)."""
+
+
+def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -> list[TrajectoryStep]:
+    """Fill a path with tokens."""
+    steps = []
+    for is_masked, teacher, t in zip(path.masked, path.teacher, path.t, strict=True):
+        later = torch.zeros_like(is_masked) if teacher is None else teacher
+        steps.append(
+            TrajectoryStep(
+                clean=anchor.clean,
+                ids=anchor.clean.masked_fill(is_masked, mask_token_id),
+                is_masked=is_masked,
+                is_scored=is_masked & ~later if scored == "newly_revealed" else is_masked,
+                next_ids=anchor.clean.masked_fill(later, mask_token_id),
+                t=t,
+            )
+        )
+    return steps

@@ -1,0 +1,28 @@
+"""ids -> hidden states -> logits: the network families, their loading, and the border to the diffusion mathematics."""
+
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.families import FAMILIES, Family, family_of, register
+from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.loading import build_model, load_model, load_tokenizer
+from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
+
+__all__ = [
+    "FAMILIES",
+    "AttentionPattern",
+    "BlockCausal",
+    "Family",
+    "Full",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModel",
+    "LLaDAMoEModelLM",
+    "ModelDenoiser",
+    "SmallDLM",
+    "SmallDLMConfig",
+    "SmallDLMModel",
+    "build_model",
+    "family_of",
+    "load_model",
+    "load_tokenizer",
+    "register",
+]

@@ -1,0 +1,149 @@
+"""What the families share: embed, run the layers, normalise; then project chosen positions onto the vocabulary."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from memdlm.errors import ConfigError
+from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
+from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
+
+
+class DiffusionPreTrainedModel(PreTrainedModel):
+    """Base of every family: what transformers needs to know."""
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SelfInitialising):
+            module.initialise(self.config)
+
+
+class Backbone(DiffusionPreTrainedModel):
+    """ids [B, L] -> hidden states [B, L, D]. A family says what one layer is, and may treat the embeddings."""
+
+    def build(
+        self,
+        *,
+        layers: list[nn.Module],
+        rotary: Rotary,
+        norm_eps: float,
+        vocab_size: int,
+        window: int | None = None,
+        after_embedding: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Create the modules; called once by the family's `__init__`."""
+        width = self.config.hidden_size
+        self.embed_tokens = nn.Embedding(vocab_size, width, self.config.pad_token_id)
+        self.after_embedding = None if after_embedding is None else after_embedding(width)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(width, norm_eps)
+        self.rotary, self.window = rotary, window
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutput:
+        """Run the layers.
+
+        `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.masks`;
+        `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
+        entry i the output of layer i-1, and the last entry the final, normalised state.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        keep = keep_mask(attention_mask)
+        mask = attention_scores_mask(
+            attention_mask,
+            hidden,
+            pattern=Full() if attention_pattern is None else attention_pattern,
+            window=self.window,
+            additive=self.config._attn_implementation == "eager",
+        )
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        angles = self.rotary.angles(position_ids, hidden)
+        if self.after_embedding is not None:
+            hidden = self.after_embedding(hidden, keep)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, self.rotary, angles, mask, keep)
+            if output_hidden_states:
+                states.append(hidden)
+        hidden = self.norm(hidden)
+        states[-1] = hidden
+        return BaseModelOutput(
+            last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None
+        )
+
+
+class MaskedDiffusionLM(DiffusionPreTrainedModel):
+    """Backbone plus vocabulary projection; logits at the same position as the token (no shift)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    backbone_class: type[Backbone]
+
+    def __init__(self, config: object) -> None:
+        super().__init__(config)
+        self.model = self.backbone_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # type: ignore[attr-defined]
+        self.post_init()
+
+    @classmethod
+    def published_module_name(cls, path: str) -> str:
+        """Return the name that module `path` of this class has in published checkpoints and adapters."""
+        return path
+
+    def prepare_new(self) -> None:
+        """Do what only a newly created model needs, after its random initialisation; by default nothing."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        positions: Tensor | None = None,
+        project: bool = True,
+        output_hidden_states: bool = False,
+    ) -> MaskedLMOutput:
+        """Predict tokens.
+
+        `positions` [N] int64 (row * L + column) chooses what is predicted: logits are then [N, V], and nothing
+        else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
+        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]). The other arguments
+        are those of `Backbone.forward`.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_pattern=attention_pattern,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = out.last_hidden_state
+        if positions is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, positions)
+        if not project:
+            return MaskedLMOutput(hidden_states=(hidden,))
+        return MaskedLMOutput(logits=self.lm_head(hidden), hidden_states=out.hidden_states)

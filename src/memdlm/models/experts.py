@@ -1,0 +1,136 @@
+"""Mixture-of-experts feed-forward: all experts of a layer as stacked tensors, one grouped product per projection.
+
+T tokens, k experts chosen per token, E experts, I expert width, D hidden width, S samples that own a memory.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from memdlm.models.layers import SelfInitialising
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The T*k (token, expert) pairs sorted by (expert, sample), so that every group is one contiguous slice."""
+
+    order: Tensor
+    """[T*k] int64: sorted place -> index into the flattened [T, k] choices."""
+    token: Tensor
+    """[T*k] int64: sorted place -> token."""
+    ends: Tensor
+    """[E*S] int32: where each (expert, sample) group ends, expert-major."""
+    num_samples: int
+
+    @property
+    def expert_ends(self) -> Tensor:
+        """[E] int32: where each expert's slice ends."""
+        return self.ends[self.num_samples - 1 :: self.num_samples].contiguous()
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Bring sorted `values` [T*k, D] back to the order of the choices: [T*k, D]."""
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(self.order.shape[0], device=self.order.device)
+        return values[place]
+
+
+def route(expert: Tensor, num_experts: int, num_samples: int = 1) -> Routing:
+    """Sort the choices `expert` [T, k]; token t belongs to sample t // (T / num_samples)."""
+    tokens, chosen = expert.shape
+    group = expert.flatten()
+    if num_samples > 1:
+        sample = torch.arange(tokens, device=expert.device) // (tokens // num_samples)
+        group = group * num_samples + sample.repeat_interleave(chosen)
+    order = group.argsort(stable=True)
+    sizes = torch.zeros(num_experts * num_samples, dtype=torch.int64, device=expert.device)
+    sizes = sizes.scatter_add(0, group, torch.ones_like(group))
+    return Routing(order, order // chosen, sizes.cumsum(0).to(torch.int32), num_samples)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Multiply every slice of `x` by its own weight: y[a:b] = x[a:b] @ weight[g].T.
+
+    `x` [N, in], `weight` [G, out, in], `ends` [G] int32 ascending, the last one N; empty groups are fine.
+    One grouped product where the dtype and the strides allow it, otherwise `looped_linear`.
+    """
+    if _has_grouped_product(x, weight):
+        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return looped_linear(x, weight, ends)
+
+
+def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Do what `grouped_linear` does, one group at a time: the oracle, and the path for float64."""
+    bounds = [0, *ends.tolist()]
+    # A product over no rows still records where gradients go, so every weight has one (zero) as expected.
+    parts = [
+        x[start:end] @ matrix.transpose(0, 1)
+        for matrix, start, end in zip(weight, bounds[:-1], bounds[1:], strict=True)
+        if end > start
+    ]
+    return torch.cat(parts) if parts else x @ weight[0].transpose(0, 1)
+
+
+def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these: no float64, rows of a multiple of 16 bytes, some rows."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+        return False
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] < 8:
+        return False
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
+    return aligned and x.shape[0] > 0
+
+
+class ExpertAdditions(ABC):
+    """What an open memory adds to the expert projections of one layer; attached from outside."""
+
+    num_samples: int
+
+    @abstractmethod
+    def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """Return `out` plus this memory's part, for `projection` of every pair; `x` [T*k, in], `out` [T*k, out]."""
+
+
+class Experts(SelfInitialising):
+    """E gated feed-forward networks stored as two stacked tensors."""
+
+    projections = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.additions: ExpertAdditions | None = None
+
+    def initialise(self, config: Any) -> None:
+        """Draw all experts from N(0, initializer_range^2)."""
+        init.normal_(self.gate_up_proj, std=config.initializer_range)
+        init.normal_(self.down_proj, std=config.initializer_range)
+
+    def sizes(self, projection: str) -> tuple[int, int]:
+        """Return (in, out) of one expert's projection."""
+        wide, narrow = self.hidden_size, self.intermediate_size
+        return (narrow, wide) if projection == "down_proj" else (wide, narrow)
+
+    def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """Return sum_k weight[t, k] * f_{expert[t, k]}(x[t]): `x` [T, D], `expert` and `weight` [T, k] -> [T, D]."""
+        added = self.additions
+        routing = route(expert, self.num_experts, 1 if added is None else added.num_samples)
+        ends = routing.expert_ends
+        inputs = x[routing.token]
+        gate, up = grouped_linear(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
+        if added is not None:
+            gate = added.add("gate_proj", gate, inputs, routing)
+            up = added.add("up_proj", up, inputs, routing)
+        inner = F.silu(gate) * up
+        out = grouped_linear(inner, self.down_proj, ends)
+        if added is not None:
+            out = added.add("down_proj", out, inner, routing)
+        # Unsorting and summing over k, unlike an atomic scatter, gives the same bits in every run.
+        out = routing.restore(out).unflatten(0, expert.shape)
+        return (out * weight[..., None].to(out.dtype)).sum(1)

@@ -1,0 +1,123 @@
+"""Which position may look at which: the one mask contract that training, scoring, writing and decoding share.
+
+A network here never infers causality. It is told three things, and they are intersected:
+
+* the pattern, an explicit object: `Full()` or `BlockCausal(block)`;
+* `attention_mask`: None; 2-D bool or 0/1 integers, true where a position may be seen; 4-D bool
+  [B or 1, heads or 1, L, L], true where query (row) may see key (column); or 4-D float, added to the scores;
+* the network's own sliding window, if it has one.
+
+Anything else raises, because guessing is how a padded batch turns causal in silence.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from memdlm.errors import ConfigError
+
+
+class AttentionPattern(ABC):
+    """Who may see whom, before padding is taken away."""
+
+    @abstractmethod
+    def allowed(self, length: int, device: torch.device) -> Tensor | None:
+        """Return [L, L] bool, true where query i may see key j, or None when everything may be seen."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Full(AttentionPattern):
+    """Every position sees every other: LLaDA, LLaDA-MoE, and writes as published."""
+
+    def allowed(self, length: int, device: torch.device) -> Tensor | None:
+        """Return None: no restriction."""
+        return None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BlockCausal(AttentionPattern):
+    """A position sees its own block and all earlier ones; blocks start at column 0 (LLaDA2.x decoding)."""
+
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigError(f"BlockCausal.block must be at least 1, got {self.block}.")
+
+    def allowed(self, length: int, device: torch.device) -> Tensor | None:
+        """Return the lower block triangle."""
+        block = torch.arange(length, device=device) // self.block
+        return block[None, :] <= block[:, None]
+
+
+def keep_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """Return the [B, L] bool keep mask inside `attention_mask`, or None when there is none or it is 4-D."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask.bool()
+
+
+def attention_scores_mask(
+    attention_mask: Tensor | None,
+    hidden: Tensor,
+    *,
+    pattern: AttentionPattern,
+    window: int | None = None,
+    additive: bool = False,
+) -> Tensor | None:
+    """Combine pattern, mask and window into what the attention function takes.
+
+    `hidden` [B, L, D] gives sizes, device and dtype. `window` w lets i see j only where |i - j| <= w. Returns
+    None (no restriction), a bool [B or 1, heads or 1, 1 or L, L], or, if `additive` or if a float mask came
+    in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
+    """
+    batch, length = hidden.shape[:2]
+    allowed = pattern.allowed(length, hidden.device)
+    if window is not None:
+        place = torch.arange(length, device=hidden.device)
+        near = (place[:, None] - place[None, :]).abs() <= window
+        allowed = near if allowed is None else allowed & near
+    if allowed is not None:
+        allowed = allowed[None, None]
+    bias = None
+    if attention_mask is not None:
+        given, is_bias = _as_four_dimensional(attention_mask, batch, length)
+        if is_bias:
+            bias = given.to(hidden.dtype)
+        else:
+            allowed = given if allowed is None else allowed & given
+    if allowed is None:
+        return bias
+    if bias is None and not additive:
+        return allowed
+    lowest = torch.finfo(hidden.dtype).min
+    if bias is None:
+        bias = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+    return torch.where(allowed, bias, lowest)
+
+
+def _as_four_dimensional(mask: Tensor, batch: int, length: int) -> tuple[Tensor, bool]:
+    if mask.dim() == 2 and not mask.is_floating_point() and not mask.is_complex():
+        if tuple(mask.shape) != (batch, length):
+            raise ConfigError(
+                f"attention_mask has shape {tuple(mask.shape)}; the ids are {(batch, length)}. "
+                "A 2-D mask has one entry per token."
+            )
+        return mask.bool()[:, None, None, :], False
+    if mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        fits = mask.shape[0] in (1, batch) and mask.shape[2] in (1, length) and mask.shape[3] == length
+        if not fits:
+            raise ConfigError(
+                f"attention_mask has shape {tuple(mask.shape)}; expected [{batch} or 1, heads or 1, "
+                f"{length}, {length}]."
+            )
+        return mask, mask.is_floating_point()
+    raise ConfigError(
+        f"attention_mask with {mask.dim()} dimensions and dtype {mask.dtype} is ambiguous. Possible: None, 2-D "
+        "bool or 0/1 integers (1 = may be seen), 4-D bool (true = may be seen), 4-D float (added to scores)."
+    )

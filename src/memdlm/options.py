@@ -1,0 +1,92 @@
+"""Options: declared once, as dataclass fields, and turned into flags, checks and documentation from there."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from memdlm.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Collection[str] | None = None,
+    above: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declare a field: its default, its one-line help, and what values it may take.
+
+    `above` is an exclusive lower bound, `minimum` and `maximum` are inclusive.
+    """
+    limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum}
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+
+
+def validate(config: Any, prefix: str = "") -> None:
+    """Check every field of a dataclass that was declared with `option`; raise ConfigError for the first bad one.
+
+    Integers are accepted for floats. `prefix` is what users put before the field's name (`mem_`).
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if "limits" in field.metadata:
+            _check(prefix + field.name, getattr(config, field.name), hints[field.name], field.metadata["limits"])
+
+
+def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
+    allowed = get_args(hint) or (hint,)
+    if value is None and type(None) in allowed:
+        return
+    kinds = tuple(kind for kind in allowed if isinstance(kind, type))
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+    if limits["choices"] is not None and value not in limits["choices"]:
+        raise ConfigError(unknown(f"{name}:", value, limits["choices"]))
+    for bound, holds, words in (
+        ("above", lambda x, b: x > b, "greater than"),
+        ("minimum", lambda x, b: x >= b, "at least"),
+        ("maximum", lambda x, b: x <= b, "at most"),
+    ):
+        if limits[bound] is not None and not holds(value, limits[bound]):
+            raise ConfigError(f"{name} must be {words} {limits[bound]}, got {value!r}.")
+
+
+def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (name, type, field) triples that put `config_class`'s options, prefixed, into another dataclass.
+
+    The result is what `dataclasses.make_dataclass` takes, in the form that `HfArgumentParser` reads.
+    """
+    hints = get_type_hints(config_class)
+    flags = []
+    for field in dataclasses.fields(config_class):
+        help_text = field.metadata["help"]
+        choices = field.metadata["limits"]["choices"]
+        if choices is not None:
+            help_text += f" One of: {', '.join(choices)}."
+        metadata = {"help": help_text.replace("%", "%%")}
+        flags.append(
+            (prefix + field.name, hints[field.name], dataclasses.field(default=field.default, metadata=metadata))
+        )
+    return flags
+
+
+def from_flags(config_class: type[T], values: Any, prefix: str = "") -> T:
+    """Build `config_class` from the prefixed attributes of `values` (the inverse of `as_flags`)."""
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    return config_class(**{name: getattr(values, prefix + name) for name in names})
+
+
+def from_mapping(config_class: type[T], values: Mapping[str, Any], what: str) -> T:
+    """Build `config_class` from a mapping; unknown keys raise ConfigError with the nearest known one."""
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise ConfigError(unknown(f"{what} option", key, names))
+    return config_class(**values)

@@ -1,0 +1,14 @@
+"""Shared fixtures. Tests run on one thread per process: the models are tiny, and workers run side by side."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
