@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memdlm.errors import ConfigError, unknown
 
@@ -38,10 +39,11 @@ def validate(config: Any, prefix: str = "") -> None:
 
 
 def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
-    allowed = get_args(hint) or (hint,)
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    allowed = tuple(get_origin(member) or member for member in members)
     if value is None and type(None) in allowed:
         return
-    kinds = tuple(kind for kind in allowed if isinstance(kind, type))
+    kinds = allowed
     if float in kinds:
         kinds = (*kinds, int)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -72,7 +74,11 @@ def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]
             help_text += f" One of: {', '.join(choices)}."
         metadata = {"help": help_text.replace("%", "%%")}
         flags.append(
-            (prefix + field.name, hints[field.name], dataclasses.field(default=field.default, metadata=metadata))
+            (
+                prefix + field.name,
+                hints[field.name],
+                dataclasses.field(default=field.default, metadata=metadata),
+            )
         )
     return flags
 

@@ -32,8 +32,6 @@ def uniform(shape: Sequence[int], randomness: Randomness, device: torch.device |
     if isinstance(randomness, torch.Generator):
         return torch.rand(tuple(shape), generator=randomness, device=randomness.device).to(device)
     if len(randomness) != shape[0]:
-        raise ConfigError(
-            f"generator: got {len(randomness)} generators for {shape[0]} rows; pass one, or one per row."
-        )
+        raise ConfigError(f"generator: got {len(randomness)} generators for {shape[0]} rows; pass one, or one per row.")
     rows = [torch.rand(tuple(shape[1:]), generator=each, device=each.device).to(device) for each in randomness]
     return torch.stack(rows)

@@ -4,17 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from goldens import Case, cases, model, tensors
 from torch.testing import assert_close
 
+from goldens import Case, cases, model, tensors
 from memdlm.diffusion import positions_of
 from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
 from memdlm.models import ModelDenoiser
+from memory_replay import join, split
 
 pytestmark = pytest.mark.golden
 
 MASK, PAD = 505, 500
-NAMES = {"lora_A": "mem_inner_A", "lora_B": "mem_inner_B", "delta": "mem_inner_delta"}
 NOT_OPTIONS = ("enabled", "sync_inner", "inner_gradient_checkpointing", "pad_token_id")
 
 
@@ -36,58 +36,18 @@ def config_of(case: Case, family_has) -> MemoryConfig:
     )
 
 
-def published_name(path: str, expert: int | None, tensor: str, family: str) -> str:
-    """Our site path under the published module name."""
-    head, leaf = path.rsplit(".", 1)
-    if expert is not None:
-        head = f"{head}.{expert}"
-    return f"{to_published(f'{head}.{leaf}', family)}.{NAMES[tensor]}"
-
-
-def to_published(path: str, family: str) -> str:
-    network = model(family)
-    return network.published_module_name(path)
-
-
-def split(named: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
-    """Fast weights (or their gradients) of one memory, one tensor per published module."""
-    out = {}
-    for name, value in named.items():
-        path, tensor = name.rsplit(".", 1)
-        if value.dim() == 4:
-            for expert in range(value.shape[0]):
-                out[published_name(path, expert, tensor, family)] = value[expert, 0]
-        else:
-            out[published_name(path, None, tensor, family)] = value[0]
-    return out
-
-
-def join(recorded: dict[str, torch.Tensor], like: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
-    """The inverse of `split` for the names in `like`; what was not recorded keeps its value."""
-    out = {}
-    for name, value in like.items():
-        path, tensor = name.rsplit(".", 1)
-        if tensor != "lora_A":
-            out[name] = value.detach()
-        elif value.dim() == 4:
-            parts = [
-                recorded.get(published_name(path, e, tensor, family), value[e, 0]) for e in range(value.shape[0])
-            ]
-            out[name] = torch.stack(parts)[:, None]
-        else:
-            out[name] = recorded.get(published_name(path, None, tensor, family), value[0])[None]
-    return out
-
-
 def replayed_steps(case: Case, config: MemoryConfig) -> tuple[list[TrajectoryStep], torch.Tensor | None]:
-    data, inputs = tensors(case.family, f"adapt_{case.name.split(':')[1]}.safetensors"), tensors(
-        case.family, "inputs.safetensors"
+    data, inputs = (
+        tensors(case.family, f"adapt_{case.name.split(':')[1]}.safetensors"),
+        tensors(case.family, "inputs.safetensors"),
     )
     rows = slice(0, 1) if case.record["inputs"] == "infer" else slice(None)
     clean = inputs["input_ids"][rows]
-    mask = {"None": None, "ones": torch.ones_like(clean), "attention_mask_2d": inputs["attention_mask_2d"]}.get(
-        case.record["attention_mask"]
-    )
+    mask = {
+        "None": None,
+        "ones": torch.ones_like(clean),
+        "attention_mask_2d": inputs["attention_mask_2d"],
+    }.get(case.record["attention_mask"])
     count = sum(name.endswith("/student_mask") for name in data)
     steps = []
     for k in range(count):
@@ -192,7 +152,10 @@ def test_where_the_published_write_is_wrong_ours_is_right(case):
         positions = positions_of(steps[0].is_scored)
         denoise = ModelDenoiser(network, attention_mask=mask)
         with torch.no_grad():
-            student, teacher = denoise.hidden(steps[0].ids, positions), denoise.hidden(steps[0].next_ids, positions)
+            student, teacher = (
+                denoise.hidden(steps[0].ids, positions),
+                denoise.hidden(steps[0].next_ids, positions),
+            )
         if config.distill_hidden_type == "cosine":
             expected = (1 - torch.cosine_similarity(student, teacher, dim=-1)).mean()
         else:
@@ -211,7 +174,10 @@ def test_where_the_published_write_is_wrong_ours_is_right(case):
         memory = ParametricMemory(network, config, mask_token_id=MASK)
         is_learnable = (inputs["labels"] != -100) & ~is_padding
         with memory.write(
-            inputs["input_ids"], inputs["labels"], is_padding=is_padding, generator=torch.Generator().manual_seed(0)
+            inputs["input_ids"],
+            inputs["labels"],
+            is_padding=is_padding,
+            generator=torch.Generator().manual_seed(0),
         ) as record:
             assert record.num_tokens > 0
         assert (is_learnable & genuine).equal(genuine)

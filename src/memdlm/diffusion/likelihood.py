@@ -1,7 +1,6 @@
 """Monte-Carlo bound on the likelihood of a continuation, with stratified mask counts."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
@@ -12,16 +11,19 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.types import Denoise, Ids, PositionSet
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Likelihood:
-    """An upper bound on -log p(target | prompt)."""
+class Likelihood(float):
+    """An upper bound on -log p(target | prompt), in nats summed over the target's tokens: a float with an error."""
 
-    nll: float
-    """Nats, summed over the target's tokens."""
     stderr: float
-    """Standard error of `nll` over the independent rounds; NaN with a single round."""
+    """Standard error over the independent rounds, in nats; NaN with a single round."""
     num_samples: int
     """Noised copies that were scored."""
+
+    def __new__(cls, nll: float, *, stderr: float, num_samples: int) -> "Likelihood":
+        """Attach the error to the value."""
+        value = super().__new__(cls, nll)
+        value.stderr, value.num_samples = stderr, num_samples
+        return value
 
 
 def monte_carlo_nll(
@@ -52,13 +54,11 @@ def monte_carlo_nll(
         is_masked, share = is_masked.to(clean.device), share.to(clean.device)
         rounds.append(weighted_nll(denoise, clean, is_masked, share, mask_token_id=mask_token_id).mean())
     values = torch.stack(rounds).double()
-    error = values.std() / len(rounds) ** 0.5
-    return Likelihood(nll=values.mean().item(), stderr=error.item(), num_samples=num_samples)
+    error = values.std().item() / len(rounds) ** 0.5 if len(rounds) > 1 else math.nan
+    return Likelihood(values.mean().item(), stderr=error, num_samples=num_samples)
 
 
-def weighted_nll(
-    denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Tensor, *, mask_token_id: int
-) -> Tensor:
+def weighted_nll(denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Tensor, *, mask_token_id: int) -> Tensor:
     """Return [B]: cross-entropy at the masked positions, summed per row, divided by the `share` [B] masked."""
     positions = positions_of(is_masked)
     logits = denoise.logits(clean.masked_fill(is_masked, mask_token_id), positions)
@@ -68,23 +68,18 @@ def weighted_nll(
 def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_token_id: int) -> bool:
     """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; T passes."""
     ids = torch.cat((prompt_ids, torch.full_like(target_ids, mask_token_id)))[None]
-    for ids in _greedy_steps(denoise, ids, prompt_ids.numel(), mask_token_id):
-        pass
-    return bool((ids[0, prompt_ids.numel() :] == target_ids).all())
-
-
-def _greedy_steps(denoise: Denoise, ids: Ids, start: int, mask_token_id: int) -> Iterator[Ids]:
     is_open = torch.zeros_like(ids, dtype=torch.bool)
-    is_open[:, start:] = True
-    for _ in range(ids.shape[1] - start):
+    is_open[:, prompt_ids.numel() :] = True
+    for _ in range(target_ids.numel()):
         positions = positions_of(is_open)
         probability = denoise.logits(ids, positions).float().softmax(-1)
         probability[:, mask_token_id] = 0
         confidence, token = probability.max(-1)
-        best = positions[confidence.argmax()]
-        ids = ids.flatten().index_fill(0, best, 0).index_add(0, best[None], token[confidence.argmax()][None])[None]
-        is_open = is_open.flatten().index_fill(0, best, False)[None]
-        yield ids
+        surest = confidence.argmax()[None]
+        best = positions[surest]
+        ids = ids.flatten().scatter(0, best, token[surest]).view_as(ids)
+        is_open = is_open.flatten().index_fill(0, best, False).view_as(is_open)
+    return bool((ids[0, prompt_ids.numel() :] == target_ids).all())
 
 
 def _stratified(prompt: int, target: int, batch: int, generator: torch.Generator) -> tuple[PositionSet, Tensor]:

@@ -126,9 +126,9 @@ def denoise_canvas(
         in_block = is_open & block
         counts = reveal_counts(
             in_block.sum(-1), steps_per_block, schedule=schedule, generator=generator if stochastic else None
-        ).to(ids.device)
-        for count in counts.unbind(1):
-            ids, is_new, scored = _step(denoise, ids, in_block, count, rule, generator)
+        )
+        for count, most in zip(counts.unbind(1), counts.amax(0).tolist() if counts.numel() else (), strict=True):
+            ids, is_new, scored = _step(denoise, ids, in_block, count.to(ids.device), most, rule, generator)
             in_block, is_open = in_block & ~is_new, is_open & ~is_new
             yield Step(ids, is_new, scored)
 
@@ -139,16 +139,18 @@ def _step(
     ids: Ids,
     in_block: PositionSet,
     count: Tensor,
+    most: int,
     rule: Rule,
     generator: torch.Generator | None,
 ) -> tuple[Ids, PositionSet, int]:
-    """Commit the `count` [B] surest predictions of each row among the open positions `in_block` [B, T]."""
+    """Commit the `count` [B] (at most `most`) surest predictions of each row among the open positions [B, T]."""
     positions = positions_of(in_block & (count > 0)[:, None])
     token, confidence = rule.choose(denoise.logits(ids, positions), generator)
     sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
-    # Rank within the row: a stable sort, so that equal confidences are committed from left to right.
-    rank = sure.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    is_new = (rank < count[:, None]) & in_block
+    # Exact ties fall as torch.topk lets them, as in the published code (postponed tokens all tie, at 0).
+    surest = sure.topk(most, dim=-1).indices
+    wanted = torch.arange(most, device=ids.device) < count[:, None]
+    is_new = torch.zeros_like(in_block).scatter(1, surest, wanted) & in_block
     predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
     return torch.where(is_new, predicted, ids), is_new, positions.numel()
 
@@ -175,6 +177,4 @@ def blocks_after_prompt(prompt_lengths: Tensor, length: int, max_new_tokens: int
 def absolute_blocks(batch: int, length: int, block_size: int, device: torch.device) -> list[PositionSet]:
     """Cut the columns into blocks that start at column 0: a list of [B, length] sets."""
     column = torch.arange(length, device=device)[None].expand(batch, -1)
-    return [
-        (column >= start) & (column < start + block_size) for start in range(0, length, block_size)
-    ]
+    return [(column >= start) & (column < start + block_size) for start in range(0, length, block_size)]

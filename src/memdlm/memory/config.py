@@ -33,7 +33,9 @@ class MemoryConfig:
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
     inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
     inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0)
-    inner_layer_fraction: float = option(0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1)
+    inner_layer_fraction: float = option(
+        0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1
+    )
     inner_target_modules: str = option(
         "gate_proj,up_proj,down_proj", "Projections that get fast weights, separated by commas."
     )
@@ -43,13 +45,19 @@ class MemoryConfig:
     distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
     inner_loss_mask_mode: str = option("student_masked", "Which masked positions count.", choices=SCORED)
     loss_weight_type: str | None = option(
-        None, "Weight of the inner loss; unset: uniform, and in training the outer loss's.", choices=tuple(WEIGHTINGS)
+        None,
+        "Weight of the inner loss; unset: uniform, and in training the outer loss's.",
+        choices=tuple(WEIGHTINGS),
     )
     loss_norm_type: str | None = option(
-        None, "Normalisation of the inner loss; unset: token, and in training the outer loss's.", choices=NORMS
+        None,
+        "Normalisation of the inner loss; unset: token, and in training the outer loss's.",
+        choices=NORMS,
     )
     pad_unmask_mode: str = option(
-        "none", "inner: padding is never masked in a write; both: nor in the outer loss.", choices=PAD_UNMASK_MODES
+        "none",
+        "inner: padding is never masked in a write; both: nor in the outer loss.",
+        choices=PAD_UNMASK_MODES,
     )
     write_source: str = option(
         "response",

@@ -59,9 +59,8 @@ class FastWeights:
         """Set values by the names of `named()`; raises ConfigError unless names and shapes agree exactly."""
         current = self.named()
         if set(values) != set(current):
-            raise ConfigError(
-                f"fast weights: missing {sorted(set(current) - set(values))}, unknown {sorted(set(values) - set(current))}."
-            )
+            missing, extra = sorted(set(current) - set(values)), sorted(set(values) - set(current))
+            raise ConfigError(f"fast weights: missing {missing}, unknown {extra}.")
         for name, tensor in values.items():
             if tensor.shape != current[name].shape:
                 raise ConfigError(

@@ -31,7 +31,9 @@ class CrossEntropy(Objective):
         return cross_entropy(denoise.logits(step.ids, positions), step.clean.flatten()[positions])
 
 
-def _log_probabilities(denoise: Denoise, step: TrajectoryStep, positions: Positions, tau: float) -> tuple[Logits, Logits]:
+def _log_probabilities(
+    denoise: Denoise, step: TrajectoryStep, positions: Positions, tau: float
+) -> tuple[Logits, Logits]:
     with torch.no_grad():
         teacher = F.log_softmax(_wide(denoise.logits(step.next_ids, positions)) / tau, dim=-1)
     return teacher, F.log_softmax(_wide(denoise.logits(step.ids, positions)) / tau, dim=-1)

@@ -91,11 +91,11 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     layers = getattr(backbone, "layers", None)
     if isinstance(layers, nn.ModuleList):
         return list(layers)
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
     same = [each for each in lists if len({type(item) for item in each}) == 1]
     if not same:
         raise ConfigError(f"{type(network).__name__} has no list of equal blocks to put fast weights into.")
-    return list(max(same, key=len))
+    return max(same, key=len)
 
 
 def _candidates(layer: nn.Module, prefix: str) -> list[Site]:

@@ -77,7 +77,7 @@ def rank(first: PositionSet, is_maskable: PositionSet, uniform: Tensor) -> Tenso
 def pre_anchor_counts(num_anchor: Tensor, num_maskable: Tensor, scale: float) -> Tensor:
     """Return floor(min(1, max(s r, r)) * maskable) per row, r = anchor / maskable, in exact arithmetic.
 
-        maskable 14, anchor 6, s = 1.5  ->  floor(1.5 * 6) = 9
+    maskable 14, anchor 6, s = 1.5  ->  floor(1.5 * 6) = 9
     """
     exact = Fraction(str(scale))
     grown = (num_anchor * exact.numerator).div(exact.denominator, rounding_mode="floor")

@@ -89,9 +89,7 @@ class Backbone(DiffusionPreTrainedModel):
                 states.append(hidden)
         hidden = self.norm(hidden)
         states[-1] = hidden
-        return BaseModelOutput(
-            last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None
-        )
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):

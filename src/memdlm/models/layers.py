@@ -109,9 +109,7 @@ class Attention(nn.Module):
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if shape.clip_qkv is not None:
             query, key, value = (each.clamp(-shape.clip_qkv, shape.clip_qkv) for each in (query, key, value))
-        query, key, value = (
-            each.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for each in (query, key, value)
-        )
+        query, key, value = (each.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for each in (query, key, value))
         if shape.qk_norm_eps is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotary.rotate(query, *angles), rotary.rotate(key, *angles)
@@ -119,9 +117,7 @@ class Attention(nn.Module):
             self.config._attn_implementation,  # type: ignore[attr-defined]
             eager_attention,
         )
-        out, _ = attend(
-            self, query, key, value, mask, dropout=0.0, scaling=shape.head_dim**-0.5, is_causal=False
-        )
+        out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=shape.head_dim**-0.5, is_causal=False)
         return self.o_proj(out.flatten(2))
 
 

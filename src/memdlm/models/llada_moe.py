@@ -70,17 +70,22 @@ class LLaDAMoEConfig(PreTrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
-        if len(self.moe_layer_freq) != num_hidden_layers:
-            raise ConfigError(
-                f"moe_layer_freq has {len(self.moe_layer_freq)} entries for {num_hidden_layers} layers; "
-                "give one per layer, 1 for a mixture of experts and 0 for a dense layer."
-            )
+        self._check(kwargs)
         super().__init__(
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    def _check(self, others: dict[str, object]) -> None:
+        if len(self.moe_layer_freq) != self.num_hidden_layers:
+            raise ConfigError(
+                f"moe_layer_freq has {len(self.moe_layer_freq)} entries for {self.num_hidden_layers} layers; "
+                "give one per layer, 1 for a mixture of experts and 0 for a dense layer."
+            )
+        if others.pop("rope_scaling", None) is not None:
+            raise ConfigError("rope_scaling is set, but no published LLaDA-MoE scales its rotary positions; remove it.")
 
 
 class SparseMLP(nn.Module):
@@ -162,9 +167,7 @@ class LLaDAMoEModel(Backbone):
         super().__init__(config)
         self.build(
             layers=[LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(
-                width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)
-            ),
+            rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
             norm_eps=config.rms_norm_eps,
             vocab_size=config.vocab_size,
         )

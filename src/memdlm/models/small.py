@@ -154,5 +154,6 @@ class SmallDLM(MaskedDiffusionLM):
     def prepare_new(self) -> None:
         """Start keys equal to queries, if the configuration asks for it."""
         if self.config.tie_query_key_init:
-            for layer in self.model.layers:
-                layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.k_proj.weight.copy_(module.q_proj.weight)

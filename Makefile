@@ -1,0 +1,38 @@
+# Everything runs in a virtual environment that is made on first use. Override VENV to use another.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+PIP_ARGS ?=
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test test-slow check format bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train, evaluate and compare small models offline; the report is runs/demo/report.html
+	$(BIN)/memdlm demo $(ARGS)
+
+test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)  ## what takes minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(STAMP)  ## format, lint, types, import graph
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## measurements; each prints ratios within one run
+	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist

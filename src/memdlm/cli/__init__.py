@@ -1,0 +1,1 @@
+"""argv -> config -> one call. No logic lives here."""

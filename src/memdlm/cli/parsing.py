@@ -1,0 +1,50 @@
+"""Parsers whose mistakes are our errors: one line that names the flag, the value and the way out."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from memdlm.errors import ConfigError, did_you_mean
+
+
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError instead of printing the whole usage."""
+        match = re.match(r"unrecognized arguments: (\S+)", message)
+        if match:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            message = f"option {match[1]!r} is not known.{did_you_mean(match[1].split('=')[0], flags)}"
+        raise ConfigError(f"{message.rstrip('.')}. {self.prog} --help lists the options.")
+
+
+class Parser(_OneLine):
+    """A plain argument parser."""
+
+
+class DataclassParser(_OneLine, HfArgumentParser):
+    """Flags from dataclasses; values of a recipe file become the defaults that flags override."""
+
+    def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
+        """Return one instance per dataclass. Raises ConfigError for an unknown key of `recipe`, naming the nearest."""
+        known = [action.dest for action in self._actions]
+        for key in recipe:
+            if key not in known:
+                raise ConfigError(f"recipe: option {key!r} is not known.{did_you_mean(key, known)}")
+        self.set_defaults(**{key: self._typed(key, value) for key, value in recipe.items()})
+        for action in self._actions:
+            if action.dest in recipe:
+                action.required = False
+        return self.parse_args_into_dataclasses(args=list(argv))
+
+    def _typed(self, key: str, value: Any) -> Any:
+        """Bring a YAML value to the type the flag would have (1e-4 is a string to YAML)."""
+        action = next(action for action in self._actions if action.dest == key)
+        if isinstance(value, str) and callable(action.type):
+            try:
+                return action.type(value)
+            except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+                raise ConfigError(f"recipe: {key}: {value!r} is not valid: {error}") from error
+        return value

@@ -1,0 +1,95 @@
+"""Exact-match accuracy on the synthetic long-context tasks, with or without an inference-time memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from memdlm.data.chat import encode_chat
+from memdlm.data.synthetic import Sample, exact_match
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.diffusion.sampling import Rule, denoise_canvas
+from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.randomness import derive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recall:
+    """How many questions were answered exactly."""
+
+    correct: int
+    questions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the questions, 0 to 1."""
+        return self.correct / self.questions
+
+
+def encode_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[EncodedText]:
+    """Tokenize the conversations; every assistant turn is a target."""
+    return [encode_chat(tokenizer, sample.messages, train_turns="all") for sample in samples]
+
+
+def recall(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    steps: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
+    memory: ParametricMemory | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Recall:
+    """Decode all answers of each conversation in one canvas, most confident first, and compare them as text.
+
+    The questions of a conversation share its context; their answers are open at the same time and take `steps`
+    denoising steps together. With a `memory`, what stands before the first answer is written, per conversation.
+    `on_batch` is told how many samples are done.
+    """
+    texts = encode_samples(tokenizer, samples)
+    device = next(model.parameters()).device
+    correct = questions = 0
+    for start in range(0, len(texts), batch_size):
+        part, golden = texts[start : start + batch_size], samples[start : start + batch_size]
+        batch = pad_texts(part, tokenizer.pad_token_id, device)
+        filled = _fill(model, batch, tokenizer.mask_token_id, steps, memory, derive("recall", seed, start))
+        for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
+            for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):
+                predicted = tokenizer.decode(row[first:last], skip_special_tokens=True)
+                correct += exact_match(answer, predicted)
+                questions += 1
+        if on_batch is not None:
+            on_batch(start + len(part))
+    return Recall(correct=correct, questions=questions)
+
+
+def _fill(
+    model: nn.Module,
+    batch: PaddedBatch,
+    mask_token_id: int,
+    steps: int,
+    memory: ParametricMemory | None,
+    generator: torch.Generator,
+) -> Tensor:
+    if memory is not None:
+        prompt = batch.prompt()
+        with memory.write(prompt.ids, prompt.labels, prompt.attention_mask, generator):
+            return _fill(model, batch, mask_token_id, steps, None, generator)
+    ids = batch.ids.masked_fill(batch.is_target, mask_token_id)
+    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
+    denoise = ModelDenoiser(model, attention_mask=mask)
+    for step in denoise_canvas(
+        denoise,
+        ids,
+        batch.is_target,
+        [batch.is_target],
+        steps_per_block=steps,
+        rule=Rule(mask_token_id=mask_token_id),
+    ):
+        ids = step.ids
+    return ids

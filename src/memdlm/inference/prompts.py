@@ -1,0 +1,77 @@
+"""Prompts as users give them -> right-padded ids, and ids -> text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.errors import ConfigError, DataError
+from memdlm.models.families import FAMILIES
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
+"""Text (tokenized as it is), messages (put through the chat template), or ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialIds:
+    """The tokens decoding needs to know."""
+
+    mask: int
+    eos: int
+    ends: tuple[int, ...]
+    """Tokens before which a response's text ends: EOS and, where the vocabulary has one, end of turn."""
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Read them off a tokenizer; raises ConfigError when it has no mask or no EOS token."""
+    for name in ("mask", "eos"):
+        if getattr(tokenizer, f"{name}_token_id", None) is None:
+            raise ConfigError(f"the tokenizer has no {name} token; load it with memdlm.load_tokenizer.")
+    vocabulary = tokenizer.get_vocab()
+    turns = {vocabulary[family.eot_token] for family in FAMILIES if family.eot_token in vocabulary}
+    eos = int(tokenizer.eos_token_id)
+    return SpecialIds(int(tokenizer.mask_token_id), eos, (eos, *sorted(turns - {eos})))
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Return one int64 tensor of ids per prompt; raises DataError for an empty list or prompt, naming its index."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise DataError("prompts must be a non-empty list, one entry per prompt.")
+    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    for index, ids in enumerate(encoded):
+        if ids.numel() == 0:
+            raise DataError(f"prompt {index} is empty; give at least one token.")
+    return encoded
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> Tensor:
+    if isinstance(prompt, Tensor):
+        return prompt.flatten().long().cpu()
+    if isinstance(prompt, str):
+        return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    items: list[Any] = list(prompt)
+    if items and all(isinstance(item, Mapping) for item in items):
+        ids = tokenizer.apply_chat_template(items, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return torch.tensor(ids, dtype=torch.int64)
+    if all(isinstance(item, int) for item in items):
+        return torch.tensor(items, dtype=torch.int64)
+    raise DataError(f"prompt {index} is a list of {type(items[0]).__name__}; give text, messages, or a list of ids.")
+
+
+def pad(rows: Sequence[Tensor], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Right-pad 1-D tensors to [B, L]; returns (ids, lengths [B])."""
+    lengths = torch.tensor([row.numel() for row in rows])
+    width = int(lengths.max()) if length is None else length
+    ids = torch.full((len(rows), width), value, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, : row.numel()] = row
+    return ids, lengths
+
+
+def visible(text_ids: Tensor, ends: Sequence[int]) -> Tensor:
+    """Cut a response [T] before its first end token."""
+    is_end = torch.isin(text_ids, torch.tensor(list(ends), device=text_ids.device))
+    return text_ids[: int(is_end.int().argmax())] if bool(is_end.any()) else text_ids

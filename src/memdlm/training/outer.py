@@ -1,0 +1,120 @@
+"""One outer evaluation of a batch: noise it, optionally write a memory, score it (MemDLM Eq. 4 to 8).
+
+Plain functions on tensors; the Trainer only calls them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.diffusion.losses import MaskedLoss, masked_loss
+from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions
+from memdlm.diffusion.schedules import Schedule
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.randomness import Randomness
+from memdlm.types import IGNORE_INDEX, Ids, PositionSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A collated batch with its noise."""
+
+    clean: Ids
+    labels: Tensor
+    attention_mask: Tensor | None
+    is_padding: PositionSet | None
+    is_maskable: PositionSet
+    noised: Corrupted
+
+
+def learnable(
+    labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None, *, spare_padding: bool
+) -> PositionSet:
+    """Return the positions the outer loss may mask: labelled, visible, and not padding if that is spared."""
+    is_maskable = maskable_positions(labels, attention_mask)
+    return is_maskable & ~is_padding if spare_padding and is_padding is not None else is_maskable
+
+
+def noise_batch(
+    inputs: dict[str, Tensor],
+    times: Tensor,
+    uniform: Tensor,
+    *,
+    schedule: Schedule,
+    epsilon: float,
+    mask_token_id: int,
+    spare_padding: bool,
+) -> Batch:
+    """Noise `inputs` with the draws `times` [B] and `uniform` [B, L]."""
+    mask, is_padding = inputs.get("attention_mask"), inputs.get("is_padding")
+    is_maskable = learnable(inputs["labels"], mask, is_padding, spare_padding=spare_padding)
+    noised = corrupt(
+        inputs["input_ids"],
+        is_maskable,
+        draw_times(times, epsilon),
+        uniform,
+        schedule=schedule,
+        mask_token_id=mask_token_id,
+    )
+    return Batch(
+        clean=inputs["input_ids"],
+        labels=inputs["labels"],
+        attention_mask=mask,
+        is_padding=is_padding,
+        is_maskable=is_maskable,
+        noised=noised,
+    )
+
+
+def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
+    """Return (ids, labels, attention mask), all [B, L], of the prompts: the tokens before a row's first target.
+
+    Everything after is overwritten and hidden, so nothing of a response can be written. The first column stays
+    visible in every row, because attention needs something to look at.
+    """
+    is_target = batch.labels != IGNORE_INDEX
+    start = torch.where(is_target.any(-1), is_target.int().argmax(-1), batch.labels.shape[1])
+    column = torch.arange(batch.labels.shape[1], device=batch.labels.device)
+    is_prompt = column < start[:, None]
+    if batch.attention_mask is not None and batch.attention_mask.dim() == 2:
+        is_prompt = is_prompt & batch.attention_mask.bool()
+    if batch.is_padding is not None:
+        is_prompt = is_prompt & ~batch.is_padding
+    ids = batch.clean.masked_fill(~is_prompt, pad_token_id)
+    return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | (column == 0)
+
+
+@contextmanager
+def memory_of(memory: ParametricMemory, batch: Batch, *, pad_token_id: int, randomness: Randomness) -> Iterator[None]:
+    """Write the batch as `mem_write_source` says and leave the memory open for the block."""
+    if memory.config.write_source == "prompt":
+        ids, labels, mask = prompt_only(batch, pad_token_id)
+        with memory.write(ids, labels, mask, randomness):
+            yield
+    else:
+        with memory.write(
+            batch.clean,
+            batch.labels,
+            batch.attention_mask,
+            randomness,
+            anchor=batch.noised,
+            is_padding=batch.is_padding,
+        ):
+            yield
+
+
+def score(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    schedule: Schedule,
+    weighting: str,
+    right_shift_logits: bool = False,
+) -> MaskedLoss:
+    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without)."""
+    denoise = ModelDenoiser(model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits)
+    return masked_loss(denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting)

@@ -1,0 +1,176 @@
+"""Laws of the reverse loop, for every commit rule; likelihood against known answers."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_losses import MASK, Table, V
+from torch.testing import assert_close
+
+from memdlm.diffusion import (
+    COMMITS,
+    ClassifierFree,
+    Rule,
+    absolute_blocks,
+    blocks_after_prompt,
+    denoise_canvas,
+    is_greedy,
+    make_commit,
+    monte_carlo_nll,
+    positions_of,
+)
+from memdlm.errors import ConfigError, DataError
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def canvas_of(prompts, new):
+    length = max(prompts) + new
+    column = torch.arange(length)
+    starts = torch.tensor(prompts)[:, None]
+    is_open = (column >= starts) & (column < starts + new)
+    ids = torch.randint(0, MASK, (len(prompts), length), generator=rng(4))
+    return ids.masked_fill(is_open, MASK), is_open
+
+
+@pytest.mark.parametrize("commit", sorted(COMMITS))
+@settings(max_examples=30)
+@given(
+    prompts=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    new=st.integers(1, 9),
+    block=st.integers(1, 9),
+    steps=st.integers(1, 9),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_a_canvas_is_filled_completely_and_only_where_it_is_open(commit, prompts, new, block, steps, temperature):
+    ids, is_open = canvas_of(prompts, new)
+    blocks = blocks_after_prompt(torch.tensor(prompts), ids.shape[1], new, block)
+    rule = Rule(mask_token_id=MASK, commit=make_commit(commit), temperature=temperature)
+    seen = torch.zeros_like(is_open)
+    final = ids
+    for step in denoise_canvas(Table(), ids, is_open, blocks, steps_per_block=steps, rule=rule, generator=rng()):
+        assert not (seen & step.is_new).any(), "a position is committed once"
+        assert step.is_new.any()
+        seen |= step.is_new
+        final = step.ids
+    assert seen.equal(is_open)
+    assert final[~is_open].equal(ids[~is_open])
+    assert not (final[is_open] == MASK).any(), "the mask token is never predicted"
+
+
+def test_blocks_are_filled_in_order_and_cover_the_response():
+    lengths = torch.tensor([2, 5])
+    blocks = blocks_after_prompt(lengths, 12, 7, 3)
+    assert [b.sum(1).tolist() for b in blocks] == [[3, 3], [3, 3], [1, 1]]
+    assert torch.stack(blocks).sum(0).max() == 1
+    whole = absolute_blocks(2, 12, 5, torch.device("cpu"))
+    assert torch.stack(whole).sum(0).eq(1).all()
+
+
+def test_suppressed_tokens_never_appear_and_postponed_ones_come_last():
+    ids, is_open = canvas_of([3], 8)
+    rule = Rule(mask_token_id=MASK, suppress=tuple(range(1, V - 1)))
+    steps = list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=4, rule=rule))
+    assert (steps[-1].ids[is_open] == 0).all()
+
+
+def test_most_confident_positions_are_committed_first():
+    ids, is_open = canvas_of([3, 1], 6)
+    first = next(iter(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=3, rule=Rule(mask_token_id=MASK))))
+    logits = Table().everywhere(ids)
+    allowed = logits.clone()
+    allowed[..., MASK] = -torch.inf
+    best = logits.softmax(-1).gather(-1, allowed.argmax(-1, keepdim=True)).squeeze(-1)
+    for row in range(2):
+        chosen, others = best[row, first.is_new[row]], best[row, is_open[row] & ~first.is_new[row]]
+        assert chosen.min() >= others.max()
+
+
+def test_drawing_without_a_generator_is_refused():
+    ids, is_open = canvas_of([1], 3)
+    for rule in (Rule(mask_token_id=MASK, temperature=1.0), Rule(mask_token_id=MASK, commit=make_commit("random"))):
+        with pytest.raises(ConfigError, match="pass a generator"):
+            list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=2, rule=rule))
+    with pytest.raises(ConfigError, match="stochastic_transfer"):
+        list(
+            denoise_canvas(
+                Table(), ids, is_open, [is_open], steps_per_block=2, rule=Rule(mask_token_id=MASK), stochastic=True
+            )
+        )
+
+
+def test_temperature_samples_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 5.0]).expand(20000, -1)
+    token, _ = Rule(mask_token_id=4, temperature=2.0).choose(logits, rng())
+    share = token.bincount(minlength=5) / len(token)
+    expected = (torch.tensor([0.0, 1.0, 2.0, -1.0]) / 2).softmax(-1)
+    assert_close(share[:4], expected, atol=0.02, rtol=0)
+    assert share[4] == 0
+
+
+def test_guidance_with_scale_zero_changes_nothing_and_extrapolates_otherwise():
+    ids, is_open = canvas_of([3, 2], 4)
+    positions, is_given = positions_of(is_open), ~is_open
+    plain = Table().logits(ids, positions)
+    free = Table().logits(ids.masked_fill(is_given, MASK), positions)
+    assert_close(ClassifierFree(Table(), is_given, mask_token_id=MASK, scale=0.0).logits(ids, positions), plain)
+    guided = ClassifierFree(Table(), is_given, mask_token_id=MASK, scale=1.5).logits(ids, positions)
+    assert_close(guided, free + 2.5 * (plain - free))
+
+
+class Uniform(Table):
+    def everywhere(self, ids):
+        return torch.zeros(*ids.shape, V, dtype=torch.float64)
+
+
+@given(prompt=st.integers(0, 5), target=st.integers(1, 9), seed=st.integers(0, 99))
+def test_a_uniform_model_has_the_exact_likelihood(prompt, target, seed):
+    ids = torch.randint(0, MASK, (prompt + target,), generator=rng(seed))
+    nll = monte_carlo_nll(
+        Uniform(), ids[:prompt], ids[prompt:], mask_token_id=MASK, num_samples=8, batch_size=4, generator=rng(seed)
+    )
+    assert nll == pytest.approx(target * math.log(V), rel=1e-6)
+    assert nll.stderr == pytest.approx(0, abs=1e-5)
+
+
+def test_the_estimate_does_not_depend_on_the_batch_size_beyond_its_error():
+    ids = torch.randint(0, MASK, (14,), generator=rng(1))
+    estimates = [
+        monte_carlo_nll(
+            Table(), ids[:6], ids[6:], mask_token_id=MASK, num_samples=512, batch_size=b, generator=rng(b)
+        )
+        for b in (4, 16)
+    ]
+    spread = math.hypot(*(e.stderr for e in estimates))
+    assert abs(estimates[0] - estimates[1]) < 5 * spread
+
+
+def test_greedy_check_accepts_what_greedy_decoding_gives():
+    ids, is_open = canvas_of([4], 5)
+    for step in denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=5, rule=Rule(mask_token_id=MASK)):
+        final = step.ids
+    assert is_greedy(Table(), ids[0, :4], final[0, 4:], mask_token_id=MASK)
+    other = final[0, 4:].clone()
+    other[2] = (other[2] + 1) % MASK
+    assert not is_greedy(Table(), ids[0, :4], other, mask_token_id=MASK)
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ConfigError, match="multiple of batch_size, got 10 and 4"):
+        monte_carlo_nll(
+            Table(),
+            torch.zeros(2).long(),
+            torch.zeros(2).long(),
+            mask_token_id=MASK,
+            num_samples=10,
+            batch_size=4,
+            generator=rng(),
+        )
+    with pytest.raises(DataError, match="target_ids is empty"):
+        monte_carlo_nll(
+            Table(), torch.zeros(2).long(), torch.zeros(0).long(), mask_token_id=MASK, generator=rng()
+        )

@@ -1,0 +1,137 @@
+"""The house: who may import whom, and rules that can be checked. Limits only tighten."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "memdlm"
+MODULES = sorted(SOURCE.rglob("*.py"))
+FOUNDATION = {"types", "errors", "options", "randomness"}
+MAY_IMPORT = {
+    "data": set(),
+    "models": set(),
+    "diffusion": set(),
+    "memory": {"models", "diffusion"},
+    "inference": {"models", "diffusion", "memory"},
+    "training": {"data", "models", "diffusion", "memory"},
+    "evaluation": {"data", "models", "diffusion", "memory", "inference"},
+    "workflows": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation"},
+    "cli": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "workflows"},
+}
+MAX_LINES, MAX_FUNCTION = 400, 60
+
+
+def name_of(path: Path) -> str:
+    parts = ["memdlm", *path.relative_to(SOURCE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path) for path in MODULES}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(node: ast.AST, *, typing_too: bool = False) -> set[str]:
+    """Modules of the package that the code under `node` imports when it runs."""
+    found: set[str] = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not typing_too:
+            child.body = [ast.Pass()]
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names if alias.name.split(".")[0] == "memdlm"}
+        elif isinstance(child, ast.ImportFrom) and child.module and child.module.split(".")[0] == "memdlm":
+            assert child.level == 0
+            for alias in child.names:
+                full = f"{child.module}.{alias.name}"
+                found.add(full if full in NAMES else child.module)
+    return found
+
+
+def package(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent != SOURCE], ids=name_of)
+def test_imports_point_down(path):
+    own = package(name_of(path))
+    used = {package(name) for name in imports(tree_of(path))} - {""}
+    assert used <= MAY_IMPORT[own] | FOUNDATION | {own}, f"{own} may not import {used - MAY_IMPORT[own]}"
+
+
+@pytest.mark.parametrize("name", sorted(FOUNDATION))
+def test_the_foundation_stands_on_itself(name):
+    used = {package(each) for each in imports(tree_of(SOURCE / f"{name}.py"))}
+    assert used <= FOUNDATION
+
+
+def test_there_is_no_import_cycle():
+    graph = {}
+    for path in MODULES:
+        name = name_of(path)
+        graph[name] = {each for each in imports(tree_of(path)) if each != name}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for target in graph.get(name, ()):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_import_of_ours_hides_inside_a_function(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            assert not imports(node), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_stay_readable(path):
+    text = path.read_text()
+    tree = tree_of(path)
+    assert ast.get_docstring(tree), "a module says in one line what is here"
+    assert len(text.splitlines()) <= MAX_LINES
+    assert text.isascii(), "ASCII in code"
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or 0) - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"hasattr", "torch.manual_seed"} or path.name == "loading.py", called
+
+
+def test_the_checker_sees_what_it_should():
+    upward = ast.parse("from memdlm.training import score")
+    hidden = ast.parse("def f():\n    import memdlm.cli.main\n")
+    assert {package(each) for each in imports(upward)} == {"training"}
+    assert imports(hidden.body[0]) == {"memdlm.cli.main"}
+
+
+def test_importing_the_package_does_no_work():
+    code = "import sys, memdlm; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import memdlm
+
+    for name in memdlm.__all__:
+        assert getattr(memdlm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        memdlm.nonsense  # noqa: B018
+    assert importlib.util.find_spec("memdlm") is not None
