@@ -33,5 +33,11 @@ def uniform(shape: Sequence[int], randomness: Randomness, device: torch.device |
         return torch.rand(tuple(shape), generator=randomness, device=randomness.device).to(device)
     if len(randomness) != shape[0]:
         raise ConfigError(f"generator: got {len(randomness)} generators for {shape[0]} rows; pass one, or one per row.")
-    rows = [torch.rand(tuple(shape[1:]), generator=each, device=each.device).to(device) for each in randomness]
-    return torch.stack(rows)
+    return torch.stack([torch.rand(tuple(shape[1:]), generator=_branch(each)).to(device) for each in randomness])
+
+
+def _branch(generator: torch.Generator) -> torch.Generator:
+    """Return a CPU generator seeded by one number of `generator`: a row padded to the batch's length draws more
+    numbers than alone, and must not be further along its stream for it."""
+    seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+    return torch.Generator().manual_seed(int(seed))

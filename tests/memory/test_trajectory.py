@@ -1,0 +1,124 @@
+"""Laws of the states a write follows, for every strategy."""
+
+import json
+import math
+
+import pytest
+import torch
+from goldens import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memdlm.memory import STRATEGIES, Anchor, MemoryConfig, trajectory
+from memdlm.memory.trajectory import pre_anchor_counts
+
+MASK = 99
+
+
+def anchor_of(seed, rows, length):
+    g = torch.Generator().manual_seed(seed)
+    clean = torch.randint(0, 90, (rows, length), generator=g)
+    is_maskable = torch.rand(rows, length, generator=g) < 0.7
+    t = torch.rand(rows, generator=g)
+    is_masked = is_maskable & (torch.rand(rows, length, generator=g) < t[:, None])
+    return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
+
+
+def steps_of(config, anchor, seed=0, scored=None):
+    g = torch.Generator().manual_seed(seed)
+    path = config.strategy().path(anchor, lambda: torch.rand(anchor.clean.shape, generator=g))
+    return trajectory(path, anchor, mask_token_id=MASK, scored=scored or config.inner_loss_mask_mode)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@given(seed=st.integers(0, 10**6), rows=st.integers(1, 4), length=st.integers(1, 40), steps=st.integers(1, 4))
+def test_every_state_masks_maskable_tokens_and_states_are_nested(strategy, seed, rows, length, steps):
+    options = {"num_inner_steps": steps} if strategy.startswith(("pmc", "progressive")) else {}
+    anchor = anchor_of(seed, rows, length)
+    states = steps_of(MemoryConfig(masking_strategy=strategy, **options), anchor, seed)
+    assert len(states) == (steps if options else 1)
+    for state in states:
+        assert (state.is_masked <= anchor.is_maskable).all()
+        assert (state.ids == MASK).equal(state.is_masked)
+        assert state.ids[~state.is_masked].equal(anchor.clean[~state.is_masked])
+        assert state.is_scored.equal(state.is_masked)
+    for noisier, cleaner in zip(states, states[1:], strict=False):
+        assert (cleaner.is_masked <= noisier.is_masked).all()
+        assert noisier.next_ids.equal(cleaner.ids)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1.0, 1.15, 1.5, 2.0, 3.7]),
+    length=st.integers(1, 60),
+    steps=st.integers(2, 4),
+)
+def test_pmc_runs_from_the_pre_anchor_to_exactly_the_anchor(seed, scale, length, steps):
+    anchor = anchor_of(seed, 3, length)
+    states = steps_of(
+        MemoryConfig(num_inner_steps=steps, progressive_consistent_start_scale=scale), anchor, seed
+    )
+    assert states[-1].is_masked.equal(anchor.is_masked)
+    assert states[-1].next_ids.equal(anchor.clean)
+    for row in range(3):
+        k, n = int(anchor.is_masked[row].sum()), int(anchor.is_maskable[row].sum())
+        sizes = [int(state.is_masked[row].sum()) for state in states]
+        expected = [min(n, max(k, (k * round(scale * 100)) // 100))]
+        for left in range(steps - 1, 0, -1):
+            expected.append(expected[-1] - math.ceil((expected[-1] - k) / left))
+        assert sizes == expected
+        assert all(
+            math.isclose(float(state.t[row]), size / max(n, 1), rel_tol=1e-6)
+            for state, size in zip(states, sizes, strict=True)
+        )
+
+
+def test_a_row_s_states_do_not_depend_on_the_other_rows():
+    anchor = anchor_of(5, 3, 30)
+    u = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
+    strategy = MemoryConfig(num_inner_steps=3).strategy()
+    together = strategy.path(anchor, lambda: u)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = Anchor(
+            clean=anchor.clean[part], is_maskable=anchor.is_maskable[part], is_masked=anchor.is_masked[part], t=anchor.t[part]
+        )
+        path = strategy.path(alone, lambda part=part: u[part])
+        assert all(a[part].equal(b) for a, b in zip(together.masked, path.masked, strict=True))
+
+
+def test_added_positions_are_uniform():
+    is_maskable = torch.ones(1, 6, dtype=torch.bool)
+    is_masked = torch.tensor([[True, False, False, False, False, True]])
+    anchor = Anchor(clean=torch.zeros(1, 6).long(), is_maskable=is_maskable, is_masked=is_masked, t=torch.ones(1))
+    counts = torch.zeros(6)
+    for seed in range(2000):
+        counts += steps_of(MemoryConfig(), anchor, seed)[0].is_masked[0]
+    assert counts[[0, 5]].tolist() == [2000, 2000]
+    assert (counts[1:5] / 2000 - 0.25).abs().max() < 0.05
+
+
+@given(seed=st.integers(0, 10**6))
+def test_newly_revealed_scores_what_the_next_state_shows(seed):
+    anchor = anchor_of(seed, 2, 25)
+    states = steps_of(MemoryConfig(num_inner_steps=3), anchor, seed, scored="newly_revealed")
+    for state, following in zip(states, states[1:], strict=False):
+        assert state.is_scored.equal(state.is_masked & ~following.is_masked)
+    assert states[-1].is_scored.equal(states[-1].is_masked)
+
+
+@pytest.mark.golden
+def test_pre_anchor_counts_equal_the_published_up_to_float32_truncation():
+    table = json.loads((ROOT / "tables.json").read_text())
+    differs = {(s, n, k): (published, exact) for s, n, k, published, exact in table["pmc_count_differs_from_exact_floor"]}
+    seen = 0
+    for row in table["pmc_count"]:
+        scale, total = row["scale"], row["total"]
+        ours = pre_anchor_counts(torch.arange(total + 1), torch.full((total + 1,), total), scale).tolist()
+        for k, (mine, published) in enumerate(zip(ours, row["target_by_k"], strict=True)):
+            if (scale, total, k) in differs:
+                assert (published, mine) == differs[scale, total, k]
+                seen += 1
+            else:
+                assert mine == published, (scale, total, k)
+    assert seen, "the table holds no truncated case: the comparison above is then complete"

@@ -1,0 +1,41 @@
+"""Tiny models of every family, and random batches."""
+
+import torch
+
+from memdlm.models import LLaDAMoEConfig, SmallDLMConfig, build_model
+
+V, MASK, PAD = 32, 31, 30
+
+CONFIGS = {
+    "lladamoe": lambda: LLaDAMoEConfig(
+        vocab_size=V,
+        hidden_size=32,
+        dense_intermediate_size=48,
+        expert_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_layer_freq=[0, 1, 1],
+        moe_router_enable_expert_bias=True,
+        initializer_range=0.3,
+    ),
+    "small": lambda: SmallDLMConfig(vocab_size=V, hidden_size=32, intermediate_size=48, initializer_range=0.3),
+    "small_windowed": lambda: SmallDLMConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, sliding_window=3, initializer_range=0.3
+    ),
+}
+
+
+def tiny(name: str, dtype=torch.float32, seed: int = 0):
+    return build_model(CONFIGS[name](), seed=seed).to(dtype).eval()
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, PAD, (rows, length), generator=rng(seed))
