@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# 1. A denoiser: a small bidirectional transformer that guesses the tokens behind [MASK]. -----------------------------
+# 1. A denoiser: a small bidirectional transformer that guesses the tokens behind [MASK]. ----------------------------
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ class Denoiser(nn.Module):
         return self.head(self.norm(self.blocks[-1](x, fast)))
 
 
-# 2. Noise: at time t each maskable token becomes m with probability t; the loss is weighted by about 1 / t. ------------
+# 2. Noise: at time t each maskable token becomes m with probability t; the loss is weighted by about 1 / t. ---------
 
 
 def corrupt(clean: Tensor, is_maskable: Tensor, t: Tensor, u: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def outer_loss(logits: Tensor, clean: Tensor, is_masked: Tensor, is_maskable: Te
     return (nats(logits, clean, is_masked) / (t[:, None] + 1e-6)).sum() / is_maskable.sum()
 
 
-# 3. The trajectory: from a noisier state down to exactly the anchor, the batch that the outer loss is computed on. -----
+# 3. The trajectory: from a noisier state down to exactly the anchor, the batch that the outer loss is computed on. --
 
 
 def trajectory(is_anchor: Tensor, is_maskable: Tensor, u: Tensor, steps: int = 2, scale: float = 1.5) -> list[Tensor]:
@@ -91,7 +91,7 @@ def trajectory(is_anchor: Tensor, is_maskable: Tensor, u: Tensor, steps: int = 2
     return list(torch.stack(states, dim=1))
 
 
-# 4. The inner loop: one SGD step on the fast weights per state, each tensor's gradient clipped on its own. -------------
+# 4. The inner loop: one SGD step on the fast weights per state, each tensor's gradient clipped on its own. ----------
 
 
 def write(
@@ -113,7 +113,7 @@ def write(
     return (fast[0], fast[1]), losses
 
 
-# 5. Training: write the batch, then improve the model as it is with that memory, which counts as a constant. ------------
+# 5. Training: write the batch, then improve the model as it is with that memory, which counts as a constant. --------
 
 
 def train(model: Denoiser, texts: Tensor, m: int, *, steps: int, rank: int = 4, seed: int = 0) -> list[float]:
@@ -141,7 +141,7 @@ def train(model: Denoiser, texts: Tensor, m: int, *, steps: int, rank: int = 4, 
     return losses
 
 
-# 6. Inference: write the prompt (some of its own tokens masked), then fill the response, surest token first. ------------
+# 6. Inference: write the prompt (some of its own tokens masked), then fill the response, surest token first. --------
 
 
 @torch.no_grad()

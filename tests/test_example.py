@@ -111,9 +111,7 @@ def test_trajectory_write_and_outer_loss_are_the_library_s(setting, steps):
         )
         assert_close(written.losses[:, 0].tolist(), losses)
         assert_close([value[0].detach() for value in memory.fast.tensors()], list(fast))
-        lost = masked_loss(
-            ModelDenoiser(model), clean, Corrupted(noised, is_anchor, t), is_maskable, schedule=Linear()
-        )
+        lost = masked_loss(ModelDenoiser(model), clean, Corrupted(noised, is_anchor, t), is_maskable, schedule=Linear())
         ours = normalise(lost.sums, lost.counts, "token").squeeze()
     assert_close(ours, example.outer_loss(network(noised, fast), clean, is_anchor, is_maskable, t))
 

@@ -15,8 +15,8 @@ from memdlm.diffusion import (
     corrupt,
     draw_times,
     make_schedule,
-    masked_loss,
     maskable_positions,
+    masked_loss,
     normalise,
     positions_of,
     row_sums,
@@ -51,9 +51,7 @@ def noised_batch(seed, schedule, rows=3, length=13):
     labels = torch.where(torch.rand(clean.shape, generator=g) < 0.3, -100, clean)
     t = draw_times(torch.rand(rows, generator=g, dtype=torch.float64), 1e-3)
     is_maskable = maskable_positions(labels)
-    noised = corrupt(
-        clean, is_maskable, t, torch.rand(clean.shape, generator=g), schedule=schedule, mask_token_id=MASK
-    )
+    noised = corrupt(clean, is_maskable, t, torch.rand(clean.shape, generator=g), schedule=schedule, mask_token_id=MASK)
     return clean, is_maskable, noised
 
 
@@ -129,9 +127,7 @@ def test_the_weighted_loss_is_unbiased_in_t(name):
     clean = torch.zeros(rows, 8, dtype=torch.int64)
     t = draw_times((torch.arange(rows, dtype=torch.float64) + 0.5) / rows, 1e-3)
     is_maskable = torch.ones_like(clean, dtype=torch.bool)
-    noised = corrupt(
-        clean, is_maskable, t, torch.rand(clean.shape, generator=g), schedule=schedule, mask_token_id=MASK
-    )
+    noised = corrupt(clean, is_maskable, t, torch.rand(clean.shape, generator=g), schedule=schedule, mask_token_id=MASK)
     lost = masked_loss(Blind(), clean, noised, is_maskable, schedule=schedule)
     per_token = lost.bound.sum() / lost.counts.sum()
     assert abs(per_token.item() / torch.log(torch.tensor(float(V))).item() - 1) < 0.05

@@ -80,7 +80,9 @@ def test_suppressed_tokens_never_appear_and_postponed_ones_come_last():
 
 def test_most_confident_positions_are_committed_first():
     ids, is_open = canvas_of([3, 1], 6)
-    first = next(iter(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=3, rule=Rule(mask_token_id=MASK))))
+    first = next(
+        iter(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=3, rule=Rule(mask_token_id=MASK)))
+    )
     logits = Table().everywhere(ids)
     allowed = logits.clone()
     allowed[..., MASK] = -torch.inf
@@ -140,9 +142,7 @@ def test_a_uniform_model_has_the_exact_likelihood(prompt, target, seed):
 def test_the_estimate_does_not_depend_on_the_batch_size_beyond_its_error():
     ids = torch.randint(0, MASK, (14,), generator=rng(1))
     estimates = [
-        monte_carlo_nll(
-            Table(), ids[:6], ids[6:], mask_token_id=MASK, num_samples=512, batch_size=b, generator=rng(b)
-        )
+        monte_carlo_nll(Table(), ids[:6], ids[6:], mask_token_id=MASK, num_samples=512, batch_size=b, generator=rng(b))
         for b in (4, 16)
     ]
     spread = math.hypot(*(e.stderr for e in estimates))
@@ -171,6 +171,4 @@ def test_bad_sizes_are_refused():
             generator=rng(),
         )
     with pytest.raises(DataError, match="target_ids is empty"):
-        monte_carlo_nll(
-            Table(), torch.zeros(2).long(), torch.zeros(0).long(), mask_token_id=MASK, generator=rng()
-        )
+        monte_carlo_nll(Table(), torch.zeros(2).long(), torch.zeros(0).long(), mask_token_id=MASK, generator=rng())

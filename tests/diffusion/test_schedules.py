@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from goldens import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from goldens import ROOT
 from memdlm.diffusion import SCHEDULES, make_schedule, reveal_counts
 from memdlm.errors import ConfigError
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
 from torch.testing import assert_close
 
 from memdlm.errors import ConfigError, DataError
 from memdlm.memory import ADAPTERS, OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.memory.sites import first_adapted_layer
 from memdlm.randomness import derive
+from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 

@@ -1,14 +1,15 @@
 """Laws of the states a write follows, for every strategy."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from goldens import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from goldens import ROOT
 from memdlm.memory import STRATEGIES, Anchor, MemoryConfig, trajectory
 from memdlm.memory.trajectory import pre_anchor_counts
 
@@ -42,7 +43,7 @@ def test_every_state_masks_maskable_tokens_and_states_are_nested(strategy, seed,
         assert (state.ids == MASK).equal(state.is_masked)
         assert state.ids[~state.is_masked].equal(anchor.clean[~state.is_masked])
         assert state.is_scored.equal(state.is_masked)
-    for noisier, cleaner in zip(states, states[1:], strict=False):
+    for noisier, cleaner in itertools.pairwise(states):
         assert (cleaner.is_masked <= noisier.is_masked).all()
         assert noisier.next_ids.equal(cleaner.ids)
 
@@ -55,9 +56,7 @@ def test_every_state_masks_maskable_tokens_and_states_are_nested(strategy, seed,
 )
 def test_pmc_runs_from_the_pre_anchor_to_exactly_the_anchor(seed, scale, length, steps):
     anchor = anchor_of(seed, 3, length)
-    states = steps_of(
-        MemoryConfig(num_inner_steps=steps, progressive_consistent_start_scale=scale), anchor, seed
-    )
+    states = steps_of(MemoryConfig(num_inner_steps=steps, progressive_consistent_start_scale=scale), anchor, seed)
     assert states[-1].is_masked.equal(anchor.is_masked)
     assert states[-1].next_ids.equal(anchor.clean)
     for row in range(3):
@@ -81,7 +80,10 @@ def test_a_row_s_states_do_not_depend_on_the_other_rows():
     for row in range(3):
         part = slice(row, row + 1)
         alone = Anchor(
-            clean=anchor.clean[part], is_maskable=anchor.is_maskable[part], is_masked=anchor.is_masked[part], t=anchor.t[part]
+            clean=anchor.clean[part],
+            is_maskable=anchor.is_maskable[part],
+            is_masked=anchor.is_masked[part],
+            t=anchor.t[part],
         )
         path = strategy.path(alone, lambda part=part: u[part])
         assert all(a[part].equal(b) for a, b in zip(together.masked, path.masked, strict=True))
@@ -102,7 +104,7 @@ def test_added_positions_are_uniform():
 def test_newly_revealed_scores_what_the_next_state_shows(seed):
     anchor = anchor_of(seed, 2, 25)
     states = steps_of(MemoryConfig(num_inner_steps=3), anchor, seed, scored="newly_revealed")
-    for state, following in zip(states, states[1:], strict=False):
+    for state, following in itertools.pairwise(states):
         assert state.is_scored.equal(state.is_masked & ~following.is_masked)
     assert states[-1].is_scored.equal(states[-1].is_masked)
 
@@ -110,7 +112,9 @@ def test_newly_revealed_scores_what_the_next_state_shows(seed):
 @pytest.mark.golden
 def test_pre_anchor_counts_equal_the_published_up_to_float32_truncation():
     table = json.loads((ROOT / "tables.json").read_text())
-    differs = {(s, n, k): (published, exact) for s, n, k, published, exact in table["pmc_count_differs_from_exact_floor"]}
+    differs = {
+        (s, n, k): (published, exact) for s, n, k, published, exact in table["pmc_count_differs_from_exact_floor"]
+    }
     seen = 0
     for row in table["pmc_count"]:
         scale, total = row["scale"], row["total"]

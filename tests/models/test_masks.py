@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, random_ids, tiny
 from torch.testing import assert_close
 
 from memdlm.errors import ConfigError
 from memdlm.models import BlockCausal, Full
+from tiny import CONFIGS, random_ids, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import CONFIGS, V, random_ids, rng, tiny
 from torch.testing import assert_close
 
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.models import LLaDAMoEConfig, build_model, load_model
 from memdlm.models.experts import Experts, grouped_linear, looped_linear, route
+from tiny import CONFIGS, V, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -115,9 +115,7 @@ def test_grouped_products_equal_the_loop(sizes, width, out, seed):
             assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
 
 
-@given(
-    tokens=st.integers(1, 6), samples=st.integers(1, 3), chosen=st.integers(1, 3), seed=st.integers(0, 99)
-)
+@given(tokens=st.integers(1, 6), samples=st.integers(1, 3), chosen=st.integers(1, 3), seed=st.integers(0, 99))
 def test_routing_sorts_by_expert_then_sample_and_back(tokens, samples, chosen, seed):
     num_experts, total = 4, tokens * samples
     expert = torch.rand(total, num_experts, generator=rng(seed)).argsort(-1)[:, :chosen]

@@ -13,8 +13,13 @@ from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 class EncodedText(Protocol):
     """Token ids and, per token, a label that is -100 where the token is given."""
 
-    input_ids: list[int]
-    labels: list[int]
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids."""
+
+    @property
+    def labels(self) -> list[int]:
+        """Per token its id where it is to be decoded, else -100."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from memdlm.data.chat import encode_chat
-from memdlm.data.synthetic import Sample, exact_match
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from memdlm.data.chat import encode_chat
+from memdlm.data.synthetic import Sample, exact_match
 from memdlm.diffusion.sampling import Rule, denoise_canvas
 from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory

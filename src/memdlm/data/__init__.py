@@ -1,0 +1,23 @@
+"""text -> token batches: records, chat templates, collation, and the synthetic long-context tasks."""
+
+from memdlm.data.chat import Encoded, encode_chat, encode_records
+from memdlm.data.collate import Collator, drop_untargeted
+from memdlm.data.records import read_records, write_jsonl
+from memdlm.data.synthetic import TASKS, KeyValueRecall, Sample, Task, exact_match
+from memdlm.data.tokenizer import build_word_tokenizer
+
+__all__ = [
+    "TASKS",
+    "Collator",
+    "Encoded",
+    "KeyValueRecall",
+    "Sample",
+    "Task",
+    "build_word_tokenizer",
+    "drop_untargeted",
+    "encode_chat",
+    "encode_records",
+    "exact_match",
+    "read_records",
+    "write_jsonl",
+]

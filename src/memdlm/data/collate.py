@@ -1,0 +1,64 @@
+"""Encoded rows -> padded batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from memdlm.errors import DataError, unknown
+from memdlm.types import IGNORE_INDEX
+
+SUPERVISE_PADDING = ("all", "first", "none")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Right-pad rows to the longest.
+
+    Diffusion models learn to end a response from padding that is EOS. `supervise_padding` says how much of it:
+
+    * all (as published): padding is visible and learned, so its amount depends on the rows that share a batch;
+    * first: one EOS after the row is visible and learned, the rest is hidden;
+    * none: padding is hidden.
+
+    The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at what was added here, never at an
+    EOS of the row's own) and, unless everything is visible, `attention_mask` [B, L] int64.
+    """
+
+    pad_token_id: int
+    supervise_padding: str = "all"
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.supervise_padding not in SUPERVISE_PADDING:
+            raise DataError(unknown("supervise_padding:", self.supervise_padding, SUPERVISE_PADDING))
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Collate rows with `input_ids` and `labels`."""
+        lengths = [len(row["input_ids"]) for row in features]
+        width = max(lengths) + (self.supervise_padding == "first")
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        ids = torch.full((len(features), width), self.pad_token_id, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for index, row in enumerate(features):
+            ids[index, : lengths[index]] = torch.as_tensor(row["input_ids"])
+            labels[index, : lengths[index]] = torch.as_tensor(row["labels"])
+        column, length = torch.arange(width), torch.tensor(lengths)[:, None]
+        is_padding = column >= length
+        batch = {"input_ids": ids, "labels": labels, "is_padding": is_padding}
+        if self.supervise_padding == "all":
+            labels[is_padding] = self.pad_token_id
+            return batch
+        reach = length + 1 if self.supervise_padding == "first" else length
+        labels[is_padding & (column < reach)] = self.pad_token_id
+        return {**batch, "attention_mask": (column < reach).long()}
+
+
+def drop_untargeted(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
+    """Return the rows that have a token to learn, and how many had none."""
+    kept = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
+    return kept, len(rows) - len(kept)
