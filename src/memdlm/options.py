@@ -83,6 +83,16 @@ def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]
     return flags
 
 
+def flag_class(config_class: type) -> type:
+    """Return a dataclass with `config_class`'s options in the form that `HfArgumentParser` reads."""
+    return dataclasses.make_dataclass(config_class.__name__, as_flags(config_class))
+
+
+def is_config(config_class: type) -> bool:
+    """Whether every field of a dataclass was declared with `option`."""
+    return all("limits" in field.metadata for field in dataclasses.fields(config_class))
+
+
 def from_flags(config_class: type[T], values: Any, prefix: str = "") -> T:
     """Build `config_class` from the prefixed attributes of `values` (the inverse of `as_flags`)."""
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The `memdlm` command: find the sub-command, run it, turn our errors into one line and exit status 2."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"memdlm {__version__}")
         return 0
+    # It warns on import about a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = arguments[0]
     try:
         if name not in COMMANDS:

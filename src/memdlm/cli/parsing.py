@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from memdlm.errors import ConfigError, did_you_mean
+from memdlm.options import flag_class, from_flags, is_config
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -27,6 +28,11 @@ class Parser(_OneLine):
 class DataclassParser(_OneLine, HfArgumentParser):
     """Flags from dataclasses; values of a recipe file become the defaults that flags override."""
 
+    def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
+        self._configs = tuple(dataclass_types)
+        types = [flag_class(each) if is_config(each) else each for each in self._configs]
+        HfArgumentParser.__init__(self, types, **kwargs)
+
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance per dataclass. Raises ConfigError for an unknown key of `recipe`, naming the nearest."""
         known = [action.dest for action in self._actions]
@@ -37,7 +43,14 @@ class DataclassParser(_OneLine, HfArgumentParser):
         for action in self._actions:
             if action.dest in recipe:
                 action.required = False
-        return self.parse_args_into_dataclasses(args=list(argv))
+        _, unrecognised = self.parse_known_args(list(argv))
+        if unrecognised:
+            self.error(f"unrecognized arguments: {' '.join(unrecognised)}")
+        parsed = self.parse_args_into_dataclasses(args=list(argv))
+        return tuple(
+            from_flags(config, each) if is_config(config) else each
+            for config, each in zip(self._configs, parsed, strict=True)
+        )
 
     def _typed(self, key: str, value: Any) -> Any:
         """Bring a YAML value to the type the flag would have (1e-4 is a string to YAML)."""

@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from memdlm.errors import DataError
+from memdlm.files import replace_files
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -38,15 +38,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 def write_jsonl(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Write one JSON object per line; an earlier file is replaced only when all lines are written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(dict(record)) + "\n" for record in records)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = (json.dumps(dict(record)) + "\n" for record in records)
+    replace_files({Path(path): "".join(lines).encode()})
 
 
 def _from_lines(path: Path) -> list[Any]:

@@ -113,7 +113,7 @@ def _names(prefix: str, count: int) -> list[str]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class KeyValueRecall(Task):
-    """Records "KEY is VALUE"; asked for a key, answer its value."""
+    """Records "KEY is VALUE"; asked "KEY is", answer its value."""
 
     name: ClassVar[str] = "kv"
     num_questions: int = 8
@@ -136,7 +136,8 @@ class KeyValueRecall(Task):
         values = pick(_names("v", self.num_values), self.num_pairs, generator)
         pairs = list(zip(keys, values, strict=True))
         asked = torch.randperm(self.num_pairs, generator=generator)[: self.num_questions].tolist()
-        return [[key, "is", value] for key, value in pairs], [pairs[index] for index in asked]
+        facts = [[key, "is", value] for key, value in pairs]
+        return facts, [(f"{key} is", value) for key, value in (pairs[index] for index in asked)]
 
 
 @final

@@ -5,23 +5,23 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-EOS, MASK, USER, ASSISTANT, EOT, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|user|>", "<|assistant|>", "<|eot|>", "<unk>"
-SPECIAL = (EOS, MASK, USER, ASSISTANT, EOT, UNKNOWN)
+EOS, MASK, USER, EOT, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|user|>", "<|eot|>", "<unk>"
+SPECIAL = (EOS, MASK, USER, EOT, UNKNOWN)
 
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<|assistant|> {{ message['content'] }} <|eot|> "
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }} <|eot|> "
     "{% else %}<|user|> {{ message['content'] }} {% endif %}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 
 
 def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one id per word: special tokens first, then `words` sorted, duplicates removed.
 
-    EOS pads, on the right; a word that is not in the vocabulary becomes <unk>. The chat template marks turns with one
-    token each and ends an assistant turn with <|eot|>.
+    EOS pads, on the right; a word that is not in the vocabulary becomes <unk>. In the chat template <|user|> starts a
+    question and <|eot|> ends an answer. Nothing stands between them, so that an answer follows its question's last
+    words as a fact's value follows its key's.
     """
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(set(words) - set(SPECIAL))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -33,7 +33,7 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
         pad_token=EOS,
         mask_token=MASK,
         unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT, EOT],
+        additional_special_tokens=[USER, EOT],
         padding_side="right",
         clean_up_tokenization_spaces=False,
         chat_template=TEMPLATE,

@@ -1,15 +1,14 @@
 """The report of a demo: numbers as JSON, three figures, and one HTML page to look at and pass on."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import DataError
 from memdlm.evaluation.report_data import check_report, summary_rows
 from memdlm.evaluation.report_figures import BIAS_PANELS, accuracy_by_length, png, training_curves
 from memdlm.evaluation.report_page import page
+from memdlm.files import replace_files
 
 __all__ = ["summary_rows", "write_report"]
 
@@ -30,21 +29,6 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
         "exposure_bias.png": png(bias, data, size=(11.5, 3.7)),
         "report.html": page(data).encode(),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"The report folder {folder} is, or lies under, a file. Name another folder.") from error
-    return _replace_all(contents, folder)
-
-
-def _replace_all(contents: Mapping[str, bytes], folder: Path) -> list[Path]:
-    finished = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
-    try:
-        for temporary, content in zip(finished.values(), contents.values(), strict=True):
-            temporary.write_bytes(content)
-        for path, temporary in finished.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in finished.values():
-            temporary.unlink(missing_ok=True)
-    return list(finished)
+    paths = [folder / name for name in contents]
+    replace_files(dict(zip(paths, contents.values(), strict=True)))
+    return paths

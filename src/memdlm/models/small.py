@@ -36,7 +36,7 @@ class SmallDLMConfig(PreTrainedConfig):
         rope_theta: float = 10000.0,
         rms_norm_eps: float = 1e-6,
         max_position_embeddings: int = 8192,
-        initializer_range: float = 0.02,
+        initializer_range: float = 0.1,
         tie_word_embeddings: bool = False,
         pad_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -69,7 +69,7 @@ class SmallDLMConfig(PreTrainedConfig):
 
 
 class TokenMixing(SelfInitialising):
-    """Depthwise width-3 convolution: each channel sees its left and right neighbour; starts near the identity."""
+    """Depthwise width-3 convolution: each channel sees its left and right neighbour."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class TokenMixing(SelfInitialising):
         self.right = nn.Parameter(torch.empty(width))
 
     def initialise(self, config: SmallDLMConfig) -> None:
-        """Keep the token itself, add a random half-weight share of each neighbour."""
+        """Keep the token itself and add its neighbours with random weights of the same size."""
         init.ones_(self.centre)
-        init.normal_(self.left, std=0.5)
-        init.normal_(self.right, std=0.5)
+        init.normal_(self.left, std=1.0)
+        init.normal_(self.right, std=1.0)
 
     def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
         """Mix [B, L, D]; positions outside `keep` [B, L] contribute nothing, so padding cannot leak in."""

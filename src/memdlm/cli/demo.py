@@ -1,0 +1,46 @@
+"""`memdlm demo [--out runs/demo] [--quick] [--seed N]`: the main job, offline."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from memdlm.cli.parsing import Parser
+from memdlm.evaluation.report import summary_rows
+from memdlm.workflows.demo import plan_for, run_demo
+from memdlm.workflows.display import Display
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo and show its table."""
+    parser = Parser(prog="memdlm demo", description="Train small models with and without memory, and compare them.")
+    parser.add_argument("--out", default="runs/demo", help="folder of the report and the checkpoints")
+    parser.add_argument("--quick", action="store_true", help="an easier task and fewer steps: under 2 minutes")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; every model is trained on two")
+    options = parser.parse_args(list(argv))
+    plan, out = plan_for(options.seed, quick=options.quick), Path(options.out)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    display = Display()
+    report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip())
+    console = Console()
+    console.print(_table(report))
+    print(f"The whole report: {out / 'report.html'}")
+    return 0
+
+
+def _table(report: dict) -> Table:
+    task = report["task"]
+    table = Table(title=f"Accuracy in percent, mean over seeds (chance {100 * task['chance']:.1f})")
+    table.add_column("model")
+    table.add_column("memory")
+    rows = summary_rows(report)
+    for cell in rows[0]["cells"]:
+        table.add_column(f"{cell['length']} words", justify="right")
+    for row in rows:
+        cells = [f"{100 * cell['mean']:.1f} +- {100 * (cell['spread'] or 0):.1f}" for cell in row["cells"]]
+        table.add_row(row["model"], "on" if row["memory"] else "off", *cells)
+    return table

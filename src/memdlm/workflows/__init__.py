@@ -1,0 +1,6 @@
+"""Whole jobs that join the other packages: the demo, and a training run from files."""
+
+from memdlm.workflows.demo import DemoPlan, run_demo
+from memdlm.workflows.train import DataOptions, ModelOptions, run_training
+
+__all__ = ["DataOptions", "DemoPlan", "ModelOptions", "run_demo", "run_training"]

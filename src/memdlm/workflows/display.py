@@ -1,0 +1,65 @@
+"""What a person sees while a job runs: bars with the time left, plain lines where there is no terminal."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+Advance = Callable[[int], None]
+"""Told how much of a task is done so far."""
+
+
+class Display:
+    """Bars and messages of one job, on standard error."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = Console(stderr=True) if console is None else console
+        self.seconds: dict[str, float] = {}
+        """Wall-clock seconds per phase, summed."""
+
+    def say(self, text: str) -> None:
+        """Print one message."""
+        self.console.print(text, highlight=False, markup=False)
+
+    @contextmanager
+    def bar(self, phase: str, description: str, total: int) -> Iterator[Advance]:
+        """Show a bar for the length of the block; its time counts towards `phase`."""
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        start = time.perf_counter()
+        try:
+            with Progress(*columns, console=self.console, transient=self.console.is_terminal) as progress:
+                task = progress.add_task(description, total=total)
+                yield lambda done: progress.update(task, completed=done)
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        if self.console.is_terminal:
+            self.say(f"{description:<34} {spent:6.1f} s")
+
+
+class StepBar(TrainerCallback):
+    """Moves a bar with the optimizer steps of a Trainer."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the step that ended."""
+        self.advance(state.global_step)
+
+
+def show_steps(trainer: Trainer, advance: Advance) -> None:
+    """Let `trainer` move a bar instead of printing dictionaries."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(StepBar(advance))
