@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.models import LLaDAMoEConfig, build_model, load_model
 from memdlm.models.experts import Experts, grouped_linear, looped_linear, route
-from tiny import CONFIGS, V, random_ids, rng, tiny
+from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -24,7 +24,7 @@ def test_chosen_positions_are_rows_of_the_whole(family):
     assert_close(model(ids, positions=positions).logits, whole.flatten(0, 1)[positions])
     hidden = model(ids, positions=positions, project=False)
     assert hidden.logits is None
-    assert_close(model.lm_head(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
+    assert_close(model.predict(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
 
 
 @every_family
@@ -32,7 +32,7 @@ def test_only_chosen_positions_reach_the_vocabulary(family):
     model, seen = tiny(family), []
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
     model(random_ids(2, 9), positions=torch.tensor([3, 4, 11]))
-    assert seen == [(3, V)]
+    assert seen == [(3, model.lm_head.out_features)]
 
 
 @every_family
@@ -159,7 +159,7 @@ def test_a_damaged_or_foreign_folder_is_refused_with_the_reason(tmp_path):
         load_model(tmp_path / "cut")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match=r"family 'bert' is not known. Possible: LLaDA-MoE"):
+    with pytest.raises(CheckpointError, match=r"family 'bert' is not known. Possible: LLaDA, LLaDA-MoE"):
         load_model(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"dtype: 'float31'.*Did you mean 'float32'"):
         load_model(tmp_path / "cut", dtype="float31")

@@ -8,7 +8,16 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
+from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from memdlm.models.llada2 import (
+    LLaDA2Moe21Config,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModel,
+    LLaDA2MoeModelLM,
+    LLaDA21MoeConfig,
+)
 from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.names import renamings
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 
@@ -20,8 +29,8 @@ class Family:
     config_class: type[PreTrainedConfig]
     backbone_class: type[Backbone]
     lm_class: type[MaskedDiffusionLM]
-    architectures: tuple[str, ...]
-    """Names that published configurations give the class, compared without case."""
+    other_configs: tuple[type[PreTrainedConfig], ...] = ()
+    """Configurations that give the family further model types."""
     mask_token: str
     eot_token: str
     conversions: tuple[Any, ...] = ()
@@ -40,37 +49,55 @@ def stacked_experts() -> tuple[WeightConverter, ...]:
     )
 
 
+LLADA = Family(
+    name="LLaDA",
+    config_class=LLaDAConfig,
+    backbone_class=LLaDAModel,
+    lm_class=LLaDAModelLM,
+    mask_token="<|mdm_mask|>",
+    eot_token="<|eot_id|>",
+    conversions=renamings(LLaDAModelLM.published_names),
+)
 LLADA_MOE = Family(
     name="LLaDA-MoE",
     config_class=LLaDAMoEConfig,
     backbone_class=LLaDAMoEModel,
     lm_class=LLaDAMoEModelLM,
-    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
     mask_token="<|mask|>",
     eot_token="<|role_end|>",
     conversions=stacked_experts(),
+)
+LLADA2 = Family(
+    name="LLaDA2",
+    config_class=LLaDA2MoeConfig,
+    backbone_class=LLaDA2MoeModel,
+    lm_class=LLaDA2MoeModelLM,
+    other_configs=(LLaDA21MoeConfig, LLaDA2Moe21Config),
+    mask_token="<|mask|>",
+    eot_token="<|role_end|>",
+    conversions=(*renamings(LLaDA2MoeModelLM.published_names), *stacked_experts()),
 )
 SMALL = Family(
     name="small",
     config_class=SmallDLMConfig,
     backbone_class=SmallDLMModel,
     lm_class=SmallDLM,
-    architectures=("SmallDLM",),
     mask_token="<|mask|>",
     eot_token="<|eot|>",
 )
 
-FAMILIES: tuple[Family, ...] = (LLADA_MOE, SMALL)
+FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, SMALL)
 
 
 def register() -> None:
     """Tell transformers' Auto classes about the families; calling it again changes nothing."""
     for family in FAMILIES:
-        model_type = family.config_class.model_type
-        AutoConfig.register(model_type, family.config_class, exist_ok=True)
+        for config_class in (family.config_class, *family.other_configs):
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(family.config_class, family.backbone_class, exist_ok=True)
         AutoModelForMaskedLM.register(family.config_class, family.lm_class, exist_ok=True)
         if family.conversions:
+            model_type = family.config_class.model_type
             register_checkpoint_conversion_mapping(model_type, list(family.conversions), overwrite=True)
 
 
