@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.experts import Experts
+from memdlm.models.wrappers import unwrap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,23 +30,6 @@ class Site:
     def shape(self, num_samples: int) -> tuple[int, ...]:
         """Return the leading sizes of this site's tensors: [S], or [E, S] for experts."""
         return (num_samples,) if self.num_experts is None else (self.num_experts, num_samples)
-
-
-def unwrap_parallel(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and torch.compile wrappers: calls of it move no gradients between ranks."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network itself, inside parallel wrappers and an outer PEFT adapter."""
-    model = unwrap_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def first_adapted_layer(num_layers: int, fraction: float) -> int:

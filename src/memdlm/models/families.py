@@ -33,8 +33,27 @@ class Family:
     """Configurations that give the family further model types."""
     mask_token: str
     eot_token: str
+    chat_template: str | None = None
+    """Replaces the tokenizer's own; None leaves that."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
+
+    @property
+    def model_type(self) -> str:
+        """The name under which transformers knows the configuration."""
+        return str(self.config_class.model_type)
+
+
+LLADA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ (message['content'] | trim) + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
 
 
 def stacked_experts() -> tuple[WeightConverter, ...]:
@@ -56,6 +75,7 @@ LLADA = Family(
     lm_class=LLaDAModelLM,
     mask_token="<|mdm_mask|>",
     eot_token="<|eot_id|>",
+    chat_template=LLADA_TEMPLATE,
     conversions=renamings(LLaDAModelLM.published_names),
 )
 LLADA_MOE = Family(
@@ -97,8 +117,7 @@ def register() -> None:
         AutoModel.register(family.config_class, family.backbone_class, exist_ok=True)
         AutoModelForMaskedLM.register(family.config_class, family.lm_class, exist_ok=True)
         if family.conversions:
-            model_type = family.config_class.model_type
-            register_checkpoint_conversion_mapping(model_type, list(family.conversions), overwrite=True)
+            register_checkpoint_conversion_mapping(family.model_type, list(family.conversions), overwrite=True)
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
