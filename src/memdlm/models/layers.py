@@ -153,7 +153,8 @@ def eager_attention(
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
-            scores = scores + attention_mask
+            # In float32, because a half precision sum of a score and the lowest number overflows.
+            scores = scores.to(accurate(scores.dtype)) + attention_mask
     weights = scores.softmax(-1, dtype=accurate(scores.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
