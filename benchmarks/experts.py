@@ -3,10 +3,11 @@
     python benchmarks/experts.py [--rounds 15] [--dtype float32] [--json]
 
 64 experts, 8 per token, on the CPU in one thread. Both ways take turns in this process; the ratio of the medians is
-what counts, times depend on the machine. What is saved is the cost of starting 64 small products and finding their
-tokens; the arithmetic is the same. So the gain is large where little work falls on an expert (a decoding step, a small
-model: the first size, for which this exits 1 below a ratio of 3), and vanishes on a CPU where products are large. On
-a GPU the loop also waits for the device once per expert, which a CPU cannot show.
+what counts, times (of the CPU, so that other programs do not count) depend on the machine. What is saved is the cost
+of starting 64 small products and finding their tokens; the arithmetic is the same. So the gain is large where little
+work falls on an expert (a decoding step, a small model: the first size, for which this exits 1 below a ratio of 3),
+and shrinks where products are large. On a GPU the loop also waits for the device once per expert, which a CPU cannot
+show.
 """
 
 import argparse
@@ -52,9 +53,9 @@ def modules_of(fused: Experts) -> nn.ModuleList:
 
 
 def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -4,12 +4,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from memdlm.cli.parsing import Parser
 from memdlm.memory.config import MemoryConfig
-from memdlm.memory.summary import ModelSummary, SiteGroup, summarise
+from memdlm.memory.summary import ModelSummary, summarise
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,27 +57,26 @@ def show(summary: ModelSummary, name: str) -> None:
     facts.add_row("parameters", _count(summary.num_parameters))
     facts.add_row("active per token", _count(summary.num_active_parameters))
     console.print(facts)
-    table = Table(title="one memory", title_justify="left", show_footer=True)
-    table.add_column("projection", "in all")
-    table.add_column("blocks")
-    table.add_column("experts", justify="right")
-    table.add_column("in -> out", justify="right")
-    table.add_column("parameters", _count(summary.num_fast_parameters), justify="right")
-    table.add_column("float32", f"{summary.num_fast_parameters * 4 / 2**20:.1f} MiB", justify="right")
+    table = Table(title=f"one memory, in some of the {summary.num_layers} blocks", title_justify="left", box=SIMPLE)
+    for heading, justify in (
+        ("projection", "left"),
+        ("blocks", "left"),
+        ("experts", "right"),
+        ("in -> out", "right"),
+        ("parameters", "right"),
+    ):
+        table.add_column(heading, justify=justify, no_wrap=heading != "blocks")  # type: ignore[arg-type]
     for group in summary.sites:
         table.add_row(
             group.projection,
-            _blocks(group, summary.num_layers),
+            ", ".join(map(str, group.layers)),
             "" if group.num_experts is None else str(group.num_experts),
             f"{group.in_features} -> {group.out_features}",
-            _count(group.num_parameters),
-            f"{group.num_parameters * 4 / 2**20:.1f} MiB",
+            f"{group.num_parameters:,}",
         )
     console.print(table)
-
-
-def _blocks(group: SiteGroup, num_layers: int) -> str:
-    return f"{', '.join(map(str, group.layers))} of {num_layers}"
+    size = summary.num_fast_parameters * 4 / 2**20
+    console.print(f"in all {_count(summary.num_fast_parameters)}, {size:.1f} MiB in float32")
 
 
 def _count(number: int) -> str:
