@@ -6,6 +6,7 @@ import pytest
 
 from memdlm.cli.main import main
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory.sites import find_sites
 from memdlm.memory.summary import summarise
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig
 from tiny import CONFIGS, MASK, rng, tiny
@@ -71,3 +72,19 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys):
     tiny("llada").save_pretrained(tmp_path)
     assert main(["info", str(tmp_path), "--mem_inner_target_modules", "query_key_value"]) == 2
     assert "They have: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "published", "ours"),
+    [
+        ("llada", "ff_proj,up_proj,ff_out", "gate_proj,up_proj,down_proj"),
+        ("llada", "q_proj,attn_out", "q_proj,o_proj"),
+        ("llada2", "query_key_value,dense", "query_key_value,o_proj"),
+        ("lladamoe", "o_proj,gate_proj", "o_proj,gate_proj"),
+    ],
+)
+def test_targets_may_have_their_published_names(family, published, ours):
+    model = tiny(family)
+    paths = [[site.path for site in find_sites(model, tuple(t.split(",")), 0.5)] for t in (published, ours)]
+    assert paths[0] == paths[1]
+    assert paths[0]

@@ -164,7 +164,9 @@ class _Lazily(dict):
 MODELS = _Lazily()
 
 
-@pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2"])
+@pytest.mark.parametrize(
+    "family", ["llada2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llada", "lladamoe"))]
+)
 @torch.no_grad()
 def test_a_compiled_model_agrees(family):
     """In the published code, compiling alone turned LLaDA2 causal."""

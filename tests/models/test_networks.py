@@ -138,15 +138,27 @@ def test_experts_equal_a_sum_over_all_experts(dtype):
     experts = Experts(5, 8, 12).to(dtype)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g, dtype=dtype)
-    x = torch.randn(7, 8, generator=g, dtype=dtype)
+    x = torch.randn(7, 8, generator=g, dtype=dtype, requires_grad=True)
     expert = torch.rand(7, 4, generator=g).argsort(-1)[:, :2]  # the fifth expert gets no token
     weight = torch.rand(7, 2, generator=g, dtype=dtype)
     expected = torch.zeros_like(x)
     for t in range(7):
         for k in range(2):
             gate, up = (experts.gate_up_proj[expert[t, k]] @ x[t]).chunk(2)
-            expected[t] += weight[t, k] * (experts.down_proj[expert[t, k]] @ (torch.nn.functional.silu(gate) * up))
-    assert_close(experts(x, expert, weight), expected, rtol=1e-4, atol=1e-4)
+            expected[t] = expected[t] + weight[t, k] * (
+                experts.down_proj[expert[t, k]] @ (torch.nn.functional.silu(gate) * up)
+            )
+    out = experts(x, expert, weight)
+    assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    leaves = (x, *experts.parameters())
+    ours, oracle = (torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected))
+    for mine, theirs in zip(ours, oracle, strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not ours[1][expert_without_a_token(expert)].any()
+
+
+def expert_without_a_token(expert):
+    return next(e for e in range(5) if not (expert == e).any())
 
 
 def test_a_layer_list_of_the_wrong_length_is_refused():
