@@ -2,11 +2,40 @@
 
 import torch
 
-from memdlm.models import LLaDAMoEConfig, SmallDLMConfig, build_model
+from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, SmallDLMConfig, build_model
 
 V, MASK, PAD = 32, 31, 30
 
 CONFIGS = {
+    "llada": lambda: LLaDAConfig(vocab_size=V, d_model=32, mlp_hidden_size=48, n_layers=3, n_heads=4, init_std=0.3),
+    "llada_switches": lambda: LLaDAConfig(
+        vocab_size=V,
+        embedding_size=V + 4,
+        d_model=32,
+        mlp_hidden_size=48,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        include_bias=True,
+        input_emb_norm=True,
+        scale_logits=True,
+        weight_tying=True,
+        init_std=0.3,
+    ),
+    "llada2": lambda: LLaDA2MoeConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        initializer_range=0.2,
+    ),
     "lladamoe": lambda: LLaDAMoEConfig(
         vocab_size=V,
         hidden_size=32,

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from goldens import Case, cases, model, tensors
 from memdlm.diffusion import positions_of
 from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
-from memdlm.models import ModelDenoiser
+from memdlm.models import BlockCausal, ModelDenoiser
 from memory_replay import join, split
 
 pytestmark = pytest.mark.golden
@@ -36,18 +36,21 @@ def config_of(case: Case, family_has) -> MemoryConfig:
     )
 
 
-def replayed_steps(case: Case, config: MemoryConfig) -> tuple[list[TrajectoryStep], torch.Tensor | None]:
+def replayed_steps(case: Case, config: MemoryConfig) -> tuple[list[TrajectoryStep], dict]:
     data, inputs = (
         tensors(case.family, f"adapt_{case.name.split(':')[1]}.safetensors"),
         tensors(case.family, "inputs.safetensors"),
     )
     rows = slice(0, 1) if case.record["inputs"] == "infer" else slice(None)
     clean = inputs["input_ids"][rows]
-    mask = {
-        "None": None,
-        "ones": torch.ones_like(clean),
-        "attention_mask_2d": inputs["attention_mask_2d"],
-    }.get(case.record["attention_mask"])
+    attention = {
+        "None": {},
+        "ones": {"attention_mask": torch.ones_like(clean)},
+        "attention_mask_2d": {"attention_mask": inputs["attention_mask_2d"][rows]},
+        # Additive zeros restrict nothing; in bfloat16 because the published LLaDA2.1 code wants them so.
+        "full4d zeros bf16": {},
+        "block4d(16)": {"attention_pattern": BlockCausal(16)},
+    }[str(case.record["attention_mask"])]
     count = sum(name.endswith("/student_mask") for name in data)
     steps = []
     for k in range(count):
@@ -64,15 +67,14 @@ def replayed_steps(case: Case, config: MemoryConfig) -> tuple[list[TrajectorySte
                 t=data[f"step{k}/t"],
             )
         )
-    return steps, mask
+    return steps, attention
 
 
 def site_leaves(family: str) -> set[str]:
-    return {name.rsplit(".", 1)[-1] for name, _ in model(family).named_modules()} | {
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
+    network = model(family)
+    paths = [name for name, _ in network.named_modules()]
+    paths += [network.published_module_name(name) for name in paths]
+    return {path.rsplit(".", 1)[-1] for path in paths} | {"gate_proj", "up_proj", "down_proj"}
 
 
 def replay(case: Case):
@@ -80,14 +82,14 @@ def replay(case: Case):
     network = model(case.family)
     config = config_of(case, site_leaves(case.family))
     memory = ParametricMemory(network, config, mask_token_id=MASK)
-    steps, mask = replayed_steps(case, config)
+    steps, attention = replayed_steps(case, config)
     start = tensors(case.family, "inner_A0.safetensors")
     if config.inner_rank == 8:
         start = {k.removeprefix("rank8/"): v for k, v in start.items() if k.startswith("rank8/")}
     memory.fast.reset(1, torch.Generator().manual_seed(0))
     if config.inner_adapter_type == "lora":
         memory.fast.assign(join(start, memory.fast.named(), case.family))
-    denoise = ModelDenoiser(network, attention_mask=mask)
+    denoise = ModelDenoiser(network, **attention)
     gradients: list[dict[str, torch.Tensor]] = []
 
     class Recording(type(memory.update)):
@@ -130,7 +132,9 @@ def test_a_write_reproduces_the_published_one(case):
         if kind == "final":
             assert_close(final[rest], value, rtol=0, atol=1e-6)
         elif kind.startswith("grad"):
-            assert_close(gradients[int(kind[4:])][rest], value, rtol=0, atol=1e-5)
+            # Sums that are not divided by the count (batch normalisation) have gradients around 10, where 1e-5
+            # absolute is a dozen float32 steps: hence the relative part.
+            assert_close(gradients[int(kind[4:])][rest], value, rtol=5e-6, atol=1e-5)
         elif kind == "logits_xt_masked":
             assert_close(logits, value, rtol=0, atol=2e-4)
 
@@ -141,7 +145,7 @@ def test_where_the_published_write_is_wrong_ours_is_right(case):
     ours, recorded = written.losses[:, 0].tolist(), case.record["losses"]
     defect = case.record["published_defect"]
     network, config = model(case.family), config_of(case, site_leaves(case.family))
-    steps, mask = replayed_steps(case, config)
+    steps, attention = replayed_steps(case, config)
     if "sequence normalisation" in defect:
         # The published loss multiplies by B where it should divide: B^2 too large. The first update only moves B
         # (clipped to the same norm), so only the first loss is comparable exactly.
@@ -150,7 +154,7 @@ def test_where_the_published_write_is_wrong_ours_is_right(case):
     elif "final norm" in defect:
         # Compared states must both be normalised: recompute the first loss from plain forward passes.
         positions = positions_of(steps[0].is_scored)
-        denoise = ModelDenoiser(network, attention_mask=mask)
+        denoise = ModelDenoiser(network, **attention)
         with torch.no_grad():
             student, teacher = (
                 denoise.hidden(steps[0].ids, positions),

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from memdlm.errors import ConfigError
 from memdlm.models import BlockCausal, Full
-from tiny import CONFIGS, random_ids, tiny
+from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 every_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -71,10 +71,11 @@ def test_attention_is_never_causal(family):
         assert not torch.allclose(model(ids, mask).logits[0, 0], model(other, mask).logits[0, 0])
 
 
+@pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2"])
 @every_attention
 @torch.no_grad()
-def test_block_causal_sees_its_block_and_earlier_ones(attention):
-    model, ids = model_of("lladamoe", attention), random_ids(1, 10)
+def test_block_causal_sees_its_block_and_earlier_ones(family, attention):
+    model, ids = model_of(family, attention), random_ids(1, 10)
     block = torch.arange(10) // 4
     seen = block[None, :] <= block[:, None]
     expected = model(ids, seen[None, None]).logits
@@ -118,3 +119,67 @@ def test_anything_ambiguous_is_refused(mask):
 def test_a_block_needs_a_size():
     with pytest.raises(ConfigError, match="at least 1, got 0"):
         BlockCausal(0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(1, 8), seed=st.integers(0, 99))
+@pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2"])
+@torch.no_grad()
+def test_eager_and_sdpa_agree_on_any_mask(family, data, rows, length, seed):
+    """Any keep mask, any block, also rows that see nothing: equal where a query sees something, finite everywhere."""
+    ids = random_ids(rows, length, seed)
+    keep = torch.rand(rows, length, generator=rng(seed)) < data.draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    pattern = data.draw(st.sampled_from([Full(), BlockCausal(1), BlockCausal(3)]))
+    form = data.draw(st.sampled_from(["bool 2-D", "0/1 2-D", "bool 4-D", "additive 4-D"]))
+    seen = keep[:, None, None, :].expand(-1, -1, length, -1)
+    mask = {
+        "bool 2-D": keep,
+        "0/1 2-D": keep.long(),
+        "bool 4-D": seen,
+        "additive 4-D": torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, float("-inf")),
+    }[form]
+    sdpa, eager = (
+        MODELS[family, attention](ids, mask, attention_pattern=pattern).logits for attention in ("sdpa", "eager")
+    )
+    allowed = pattern.allowed(length, ids.device)
+    sees = seen[:, 0] if allowed is None else seen[:, 0] & allowed
+    # A token whose own column is hidden, or that sees nothing, is padding; nothing that counts may look at it.
+    counts = sees.any(-1) & keep
+    assert sdpa.isfinite().all()
+    assert eager.isfinite().all()
+    assert_close(sdpa[counts], eager[counts], **CLOSE)
+    if form == "bool 2-D" and isinstance(pattern, Full):
+        for row in range(rows):
+            other = ids[row].masked_fill(~keep[row], 3)
+            again = MODELS[family, "sdpa"](other[None], keep[row : row + 1]).logits[0]
+            assert_close(again[counts[row]], sdpa[row][counts[row]], **CLOSE)
+
+
+class _Lazily(dict):
+    def __missing__(self, key):
+        self[key] = model_of(*key)
+        return self[key]
+
+
+MODELS = _Lazily()
+
+
+@pytest.mark.parametrize(
+    "family", ["llada2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llada", "lladamoe"))]
+)
+@torch.no_grad()
+def test_a_compiled_model_agrees(family):
+    """In the published code, compiling alone turned LLaDA2 causal."""
+    torch._dynamo.reset()
+    model, ids = tiny(family), random_ids(2, 8)
+    keep = torch.arange(8) < torch.tensor([[8], [5]])
+    compiled = torch.compile(model, backend="aot_eager")
+    for arguments in (
+        {},
+        {"attention_mask": keep},
+        {"attention_mask": torch.ones(2, 8, dtype=torch.int64)},
+        {"attention_pattern": BlockCausal(3)},
+        {"attention_mask": keep, "attention_pattern": BlockCausal(3)},
+    ):
+        expected, ours = model(ids, **arguments).logits, compiled(ids, **arguments).logits
+        assert_close(ours[keep], expected[keep], rtol=1e-4, atol=1e-5)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from memdlm.errors import CheckpointError, ConfigError
-from memdlm.models import LLaDAMoEConfig, build_model, load_model
+from memdlm.errors import ConfigError
+from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model, load_model
 from memdlm.models.experts import Experts, grouped_linear, looped_linear, route
-from tiny import CONFIGS, V, random_ids, rng, tiny
+from memdlm.models.llada2 import GroupRouter
+from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -24,7 +25,7 @@ def test_chosen_positions_are_rows_of_the_whole(family):
     assert_close(model(ids, positions=positions).logits, whole.flatten(0, 1)[positions])
     hidden = model(ids, positions=positions, project=False)
     assert hidden.logits is None
-    assert_close(model.lm_head(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
+    assert_close(model.predict(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
 
 
 @every_family
@@ -32,7 +33,7 @@ def test_only_chosen_positions_reach_the_vocabulary(family):
     model, seen = tiny(family), []
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
     model(random_ids(2, 9), positions=torch.tensor([3, 4, 11]))
-    assert seen == [(3, V)]
+    assert seen == [(3, model.lm_head.out_features)]
 
 
 @every_family
@@ -137,46 +138,110 @@ def test_experts_equal_a_sum_over_all_experts(dtype):
     experts = Experts(5, 8, 12).to(dtype)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=g, dtype=dtype)
-    x = torch.randn(7, 8, generator=g, dtype=dtype)
+    x = torch.randn(7, 8, generator=g, dtype=dtype, requires_grad=True)
     expert = torch.rand(7, 4, generator=g).argsort(-1)[:, :2]  # the fifth expert gets no token
     weight = torch.rand(7, 2, generator=g, dtype=dtype)
     expected = torch.zeros_like(x)
     for t in range(7):
         for k in range(2):
             gate, up = (experts.gate_up_proj[expert[t, k]] @ x[t]).chunk(2)
-            expected[t] += weight[t, k] * (experts.down_proj[expert[t, k]] @ (torch.nn.functional.silu(gate) * up))
-    assert_close(experts(x, expert, weight), expected, rtol=1e-4, atol=1e-4)
+            expected[t] = expected[t] + weight[t, k] * (
+                experts.down_proj[expert[t, k]] @ (torch.nn.functional.silu(gate) * up)
+            )
+    out = experts(x, expert, weight)
+    assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    leaves = (x, *experts.parameters())
+    ours, oracle = (torch.autograd.grad(each.square().sum(), leaves) for each in (out, expected))
+    for mine, theirs in zip(ours, oracle, strict=True):
+        assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not ours[1][expert_without_a_token(expert)].any()
 
 
-def test_a_damaged_or_foreign_folder_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(CheckpointError, match=r"does not exist"):
-        load_model(tmp_path / "nothing")
-    model = tiny("small")
-    model.save_pretrained(tmp_path / "cut")
-    file = tmp_path / "cut" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(CheckpointError, match="could not be read"):
-        load_model(tmp_path / "cut")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match=r"family 'bert' is not known. Possible: LLaDA-MoE"):
-        load_model(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"dtype: 'float31'.*Did you mean 'float32'"):
-        load_model(tmp_path / "cut", dtype="float31")
-
-
-def test_missing_and_unexpected_tensors_are_listed(tmp_path):
-    from safetensors.torch import save_file
-
-    tiny("small").save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.0.extra.weight"] = tensors.pop("model.norm.weight")
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"missing: model.norm.weight; unexpected: model.layers.0.extra.weight"):
-        load_model(tmp_path)
+def expert_without_a_token(expert):
+    return next(e for e in range(5) if not (expert == e).any())
 
 
 def test_a_layer_list_of_the_wrong_length_is_refused():
     with pytest.raises(ConfigError, match="moe_layer_freq has 2 entries for 3 layers"):
         LLaDAMoEConfig(num_hidden_layers=3, moe_layer_freq=[1, 1])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LLaDAConfig(block_type="sequential"), "block_type='sequential' is not supported.*'llama'"),
+        (lambda: LLaDAConfig(alibi=True), "alibi=True is not supported"),
+        (lambda: LLaDAConfig(d_model=30, n_heads=4), "d_model 30, n_heads 4"),
+        (lambda: LLaDAConfig(vocab_size=10, embedding_size=8), "embedding_size 8 is below vocab_size 10"),
+        (lambda: LLaDA2MoeConfig(num_experts=8, n_group=8), "at least 2"),
+        (lambda: LLaDA2MoeConfig(num_experts=8, n_group=4, topk_group=1, num_experts_per_tok=3), "topk_group 1"),
+        (lambda: LLaDA2MoeConfig(rope_scaling={"factor": 2}), "rope_scaling"),
+    ],
+)
+def test_a_configuration_that_no_published_network_has_is_refused(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+@given(tokens=st.integers(1, 9), seed=st.integers(0, 99), biased=st.booleans())
+def test_group_routing_follows_its_definition(tokens, seed, biased):
+    """Biased scores choose groups and experts; the weights are the unbiased scores, renormalised and scaled."""
+    config = CONFIGS["llada2"]()
+    router, g = GroupRouter(config).double(), rng(seed)
+    router.weight.data = torch.randn(router.weight.shape, generator=g, dtype=torch.float64)
+    if biased:
+        router.expert_bias.copy_(torch.randn(config.num_experts, generator=g))
+    x = torch.randn(tokens, config.hidden_size, generator=g, dtype=torch.float64)
+    expert, weight = router(x)
+    score = (x @ router.weight.T).sigmoid()
+    ranking = score + router.expert_bias
+    size = config.num_experts // config.n_group
+    for t in range(tokens):
+        groups = [ranking[t, i * size : (i + 1) * size].sort(descending=True).values[:2].sum() for i in range(4)]
+        best = sorted(range(4), key=lambda i: -groups[i])[: config.topk_group]
+        allowed = [e for e in range(config.num_experts) if e // size in best]
+        chosen = sorted(allowed, key=lambda e: -ranking[t, e])[: config.num_experts_per_tok]
+        assert expert[t].tolist() == chosen
+        assert_close(weight[t], score[t, chosen] / score[t, chosen].sum() * config.routed_scaling_factor)
+
+
+def test_the_routing_bias_stays_float32_in_a_half_precision_load(tmp_path):
+    model = tiny("llada2")
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.expert_bias.copy_(torch.rand(8, generator=rng(1)) * 1e-3 + 1)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path, dtype="bfloat16")
+    for old, new in zip(model.model.layers[1:], again.model.layers[1:], strict=True):
+        assert new.mlp.gate.expert_bias.dtype == torch.float32
+        assert new.mlp.gate.expert_bias.equal(old.mlp.gate.expert_bias)
+        assert new.mlp.gate.weight.dtype == torch.bfloat16
+
+
+def test_embedding_scale_and_logit_scale_are_what_they_say():
+    scaled, plain = (
+        build_model(LLaDAConfig(**SMALL_LLADA, **switch), seed=0)
+        for switch in ({"input_emb_norm": True, "scale_logits": True}, {})
+    )
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        embeds = plain.model.embed_tokens(ids)
+        assert_close(scaled(ids).logits, plain(inputs_embeds=embeds * 32**0.5).logits * 32**-0.5)
+
+
+SMALL_LLADA = {"vocab_size": 32, "d_model": 32, "mlp_hidden_size": 48, "n_layers": 2, "n_heads": 4}
+
+
+def test_more_embedding_rows_than_words_and_tied_weights():
+    model = tiny("llada_switches")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.shape == (36, 32)
+    assert model(random_ids(1, 3)).logits.shape[-1] == 36
+
+
+@pytest.mark.parametrize("shared", [None, 0])
+def test_no_shared_experts_can_be_said_in_two_ways(shared):
+    config = CONFIGS["llada2"]()
+    config.num_shared_experts = shared
+    model = build_model(config, seed=0)
+    assert not any("shared" in name for name in model.state_dict())
+    assert model(random_ids(1, 4)).logits.isfinite().all()

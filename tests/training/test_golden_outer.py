@@ -11,7 +11,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from goldens import Case, cases, model, tensors
 from memdlm.diffusion import Corrupted, Linear, masked_loss, normalise, positions_of
 from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop
-from memdlm.models import ModelDenoiser
+from memdlm.models import LLaDAConfig, ModelDenoiser
 from memdlm.training.outer import learnable
 from memory_replay import join
 
@@ -46,6 +46,9 @@ def written(case: Case, network, inputs, anchor: Anchor):
     options = {k.removeprefix("mem_"): v for k, v in case.record["trainer_kwargs"].items() if k.startswith("mem_")}
     if not options.pop("enabled"):
         return None
+    if isinstance(network.config, LLaDAConfig):
+        # The published code finds only this one of its default names in the dense family.
+        options.setdefault("inner_target_modules", "up_proj")
     config = MemoryConfig(
         **options,
         loss_weight_type=case.record["trainer_kwargs"].get("loss_weight_type", "scheduler"),

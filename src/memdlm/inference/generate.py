@@ -163,11 +163,12 @@ def score(
     generator: torch.Generator | None = None,
     mask_token_id: int | None = None,
     batch_size: int = 16,
+    right_shift_logits: bool = False,
 ) -> Likelihood:
     """Bound -log p(target | prompt) in nats by Monte Carlo, with `.stderr`; a `memory` writes the prompt first.
 
-    `prompt_ids` [P] and `target_ids` [T] are 1-D. The mask token comes from `mask_token_id`, the memory, or the
-    model's configuration; ConfigError when none of them has it.
+    `prompt_ids` [P] and `target_ids` [T] are 1-D; `right_shift_logits` is that of `GenerationConfig`. The mask token
+    comes from `mask_token_id`, the memory, or the model's configuration; ConfigError when none of them has it.
     """
     mask = mask_token_id
     if mask is None:
@@ -185,7 +186,7 @@ def score(
         torch.no_grad(),
     ):
         return monte_carlo_nll(
-            ModelDenoiser(model),
+            ModelDenoiser(model, right_shift_logits=right_shift_logits),
             prompt_ids,
             target_ids,
             mask_token_id=int(mask),

@@ -12,10 +12,11 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
-from memdlm.memory.sites import find_sites, unwrap_parallel
+from memdlm.memory.sites import find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
+from memdlm.models.wrappers import unwrap_parallel
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from memdlm.errors import ConfigError, did_you_mean
+from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.experts import Experts
+from memdlm.models.wrappers import unwrap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,23 +32,6 @@ class Site:
         return (num_samples,) if self.num_experts is None else (self.num_experts, num_samples)
 
 
-def unwrap_parallel(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and torch.compile wrappers: calls of it move no gradients between ranks."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the network itself, inside parallel wrappers and an outer PEFT adapter."""
-    model = unwrap_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def first_adapted_layer(num_layers: int, fraction: float) -> int:
     """Return floor(n * (1 - f)) in exact arithmetic; raises ConfigError when no layer is left to adapt."""
     start = math.floor(num_layers * (1 - Fraction(str(fraction))))
@@ -62,22 +46,28 @@ def first_adapted_layer(num_layers: int, fraction: float) -> int:
 def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> tuple[Site, ...]:
     """Return the sites named by `targets` in the last `fraction` of the blocks of `model`, in model order.
 
-    Raises ConfigError when a target names nothing in those blocks; the message lists what they have.
+    A target is our name of a projection, the same in every family, or the name in the family's published code
+    (ff_proj, attn_out, dense, ...). Raises ConfigError when a target names nothing in those blocks; the message lists
+    what they have.
     """
     network = unwrap(model)
+    published = type(network).published_module_name if isinstance(network, MaskedDiffusionLM) else str
     layers = _layers(network)
     names = {module: name for name, module in network.named_modules()}
     start = first_adapted_layer(len(layers), fraction)
     sites: list[Site] = []
     available: dict[str, None] = {}
+    aliases: dict[str, None] = {}
     for layer in layers[start:]:
         for site in _candidates(layer, names[layer]):
             leaf = site.path.rsplit(".", 1)[-1]
             available[leaf] = None
-            if leaf in targets:
+            alias = published(site.path).rsplit(".", 1)[-1]
+            aliases[alias] = None
+            if leaf in targets or alias in targets:
                 sites.append(site)
     for target in targets:
-        if target not in available:
+        if target not in available and target not in aliases:
             raise ConfigError(
                 f"mem_inner_target_modules names {target!r}, which is no projection of the {len(layers) - start} "
                 f"adapted blocks. They have: {', '.join(available)}.{did_you_mean(target, available)}"

@@ -2,10 +2,13 @@
 
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import FAMILIES, Family, family_of, register
+from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from memdlm.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
-from memdlm.models.loading import build_model, load_model, load_tokenizer
+from memdlm.models.loading import build_model, load_model, model_skeleton
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
+from memdlm.models.tokenizers import load_tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -13,9 +16,15 @@ __all__ = [
     "BlockCausal",
     "Family",
     "Full",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModel",
+    "LLaDA2MoeModelLM",
+    "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAMoEModel",
     "LLaDAMoEModelLM",
+    "LLaDAModel",
+    "LLaDAModelLM",
     "ModelDenoiser",
     "SmallDLM",
     "SmallDLMConfig",
@@ -24,5 +33,6 @@ __all__ = [
     "family_of",
     "load_model",
     "load_tokenizer",
+    "model_skeleton",
     "register",
 ]

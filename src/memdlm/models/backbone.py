@@ -1,6 +1,7 @@
 """What the families share: embed, run the layers, normalise; then project chosen positions onto the vocabulary."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from memdlm.errors import ConfigError
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
+from memdlm.models.names import NameTable, to_ours, to_published
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
@@ -35,17 +37,21 @@ class Backbone(DiffusionPreTrainedModel):
         *,
         layers: list[nn.Module],
         rotary: Rotary,
-        norm_eps: float,
+        norm: RMSNorm,
         vocab_size: int,
+        padding_index: int | None = None,
         window: int | None = None,
         after_embedding: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        """Create the modules; called once by the family's `__init__`."""
+        """Create the modules; called once by the family's `__init__`.
+
+        The embedding of `padding_index` gets no gradient.
+        """
         width = self.config.hidden_size
-        self.embed_tokens = nn.Embedding(vocab_size, width, self.config.pad_token_id)
+        self.embed_tokens = nn.Embedding(vocab_size, width, padding_index)
         self.after_embedding = None if after_embedding is None else after_embedding(width)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(width, norm_eps)
+        self.norm = norm
         self.rotary, self.window = rotary, window
         self.gradient_checkpointing = False
         self.post_init()
@@ -97,17 +103,33 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     backbone_class: type[Backbone]
+    published_names: NameTable = ()
+    """Where published checkpoints and adapters call a module otherwise."""
 
-    def __init__(self, config: object) -> None:
+    def __init__(self, config: Any, *, head_bias: bool = False) -> None:
         super().__init__(config)
         self.model = self.backbone_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # type: ignore[attr-defined]
+        # The table may have more rows than the vocabulary (LLaDA); the projection has as many, as published.
+        rows = self.model.embed_tokens.num_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, rows, bias=head_bias)
         self.post_init()
 
     @classmethod
     def published_module_name(cls, path: str) -> str:
-        """Return the name that module `path` of this class has in published checkpoints and adapters."""
-        return path
+        """Return the name that module `path` of this class has in published checkpoints and adapters.
+
+        The projections of a single expert may be asked for too, as `...mlp.experts.3.up_proj`.
+        """
+        return to_published(path, cls.published_names)
+
+    @classmethod
+    def our_module_name(cls, published: str) -> str:
+        """Return the path in this class of a module that published checkpoints call `published`."""
+        return to_ours(published, cls.published_names)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Project normalised states [..., D] onto the vocabulary: [..., V]."""
+        return self.lm_head(hidden)
 
     def prepare_new(self) -> None:
         """Do what only a newly created model needs, after its random initialisation; by default nothing."""
@@ -144,4 +166,4 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             hidden = hidden.flatten(0, 1).index_select(0, positions)
         if not project:
             return MaskedLMOutput(hidden_states=(hidden,))
-        return MaskedLMOutput(logits=self.lm_head(hidden), hidden_states=out.hidden_states)
+        return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)

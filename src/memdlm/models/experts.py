@@ -4,6 +4,7 @@ T tokens, k experts chosen per token, E experts, I expert width, D hidden width,
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,20 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     `x` [N, in], `weight` [G, out, in], `ends` [G] int32 ascending, the last one N; empty groups are fine.
     One grouped product where the dtype and the strides allow it, otherwise `looped_linear`.
     """
-    if _has_grouped_product(x, weight):
-        return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-    return looped_linear(x, weight, ends)
+    product = _one_product if _has_grouped_product(x, weight) else looped_linear
+    if torch.compiler.is_compiling() and not (product is _one_product and x.dtype == torch.bfloat16):
+        # torch.compile knows grouped products in bfloat16 only, and a loop would be unrolled over the tokens' routes.
+        return _outside_the_graph(product, x, weight, ends)
+    return product(x, weight, ends)
+
+
+def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+@torch.compiler.disable
+def _outside_the_graph(product: Callable[..., Tensor], x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return product(x, weight, ends)
 
 
 def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

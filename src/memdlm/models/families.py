@@ -8,7 +8,16 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
+from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from memdlm.models.llada2 import (
+    LLaDA2Moe21Config,
+    LLaDA2MoeConfig,
+    LLaDA2MoeModel,
+    LLaDA2MoeModelLM,
+    LLaDA21MoeConfig,
+)
 from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.names import renamings
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 
@@ -20,12 +29,31 @@ class Family:
     config_class: type[PreTrainedConfig]
     backbone_class: type[Backbone]
     lm_class: type[MaskedDiffusionLM]
-    architectures: tuple[str, ...]
-    """Names that published configurations give the class, compared without case."""
+    other_configs: tuple[type[PreTrainedConfig], ...] = ()
+    """Configurations that give the family further model types."""
     mask_token: str
     eot_token: str
+    chat_template: str | None = None
+    """Replaces the tokenizer's own; None leaves that."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
+
+    @property
+    def model_type(self) -> str:
+        """The name under which transformers knows the configuration."""
+        return str(self.config_class.model_type)
+
+
+LLADA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ (message['content'] | trim) + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
 
 
 def stacked_experts() -> tuple[WeightConverter, ...]:
@@ -40,38 +68,56 @@ def stacked_experts() -> tuple[WeightConverter, ...]:
     )
 
 
+LLADA = Family(
+    name="LLaDA",
+    config_class=LLaDAConfig,
+    backbone_class=LLaDAModel,
+    lm_class=LLaDAModelLM,
+    mask_token="<|mdm_mask|>",
+    eot_token="<|eot_id|>",
+    chat_template=LLADA_TEMPLATE,
+    conversions=renamings(LLaDAModelLM.published_names),
+)
 LLADA_MOE = Family(
     name="LLaDA-MoE",
     config_class=LLaDAMoEConfig,
     backbone_class=LLaDAMoEModel,
     lm_class=LLaDAMoEModelLM,
-    architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
     mask_token="<|mask|>",
     eot_token="<|role_end|>",
     conversions=stacked_experts(),
+)
+LLADA2 = Family(
+    name="LLaDA2",
+    config_class=LLaDA2MoeConfig,
+    backbone_class=LLaDA2MoeModel,
+    lm_class=LLaDA2MoeModelLM,
+    other_configs=(LLaDA21MoeConfig, LLaDA2Moe21Config),
+    mask_token="<|mask|>",
+    eot_token="<|role_end|>",
+    conversions=(*renamings(LLaDA2MoeModelLM.published_names), *stacked_experts()),
 )
 SMALL = Family(
     name="small",
     config_class=SmallDLMConfig,
     backbone_class=SmallDLMModel,
     lm_class=SmallDLM,
-    architectures=("SmallDLM",),
     mask_token="<|mask|>",
     eot_token="<|eot|>",
 )
 
-FAMILIES: tuple[Family, ...] = (LLADA_MOE, SMALL)
+FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, SMALL)
 
 
 def register() -> None:
     """Tell transformers' Auto classes about the families; calling it again changes nothing."""
     for family in FAMILIES:
-        model_type = family.config_class.model_type
-        AutoConfig.register(model_type, family.config_class, exist_ok=True)
+        for config_class in (family.config_class, *family.other_configs):
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(family.config_class, family.backbone_class, exist_ok=True)
         AutoModelForMaskedLM.register(family.config_class, family.lm_class, exist_ok=True)
         if family.conversions:
-            register_checkpoint_conversion_mapping(model_type, list(family.conversions), overwrite=True)
+            register_checkpoint_conversion_mapping(family.model_type, list(family.conversions), overwrite=True)
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:

@@ -27,18 +27,20 @@ class SelfInitialising(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 and cast back before the weight is applied."""
+    """x / rms(x) * weight (+ bias), computed in float32 and cast back before the weight is applied."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         wide = x.to(accurate(x.dtype))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        out = self.weight * wide.to(x.dtype)
+        return out if self.bias is None else out + self.bias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,10 @@ class AttentionShape:
     num_key_value_heads: int
     head_dim: int
     bias: bool = False
+    out_bias: bool | None = None
+    """Of the output projection; None: as `bias`, which the query, key and value projections have."""
+    fused: bool = False
+    """Query, key and value are one projection, `query_key_value`: rows of all query heads, then key, then value."""
     qk_norm_eps: float | None = None
     """RMS-normalise queries and keys per head before the rotation, with this epsilon; None: no such norm."""
     clip_qkv: float | None = None
@@ -95,10 +101,15 @@ class Attention(nn.Module):
         self.num_key_value_groups = shape.num_heads // shape.num_key_value_heads
         query_width = shape.num_heads * shape.head_dim
         key_width = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, query_width, bias=shape.bias)
-        self.k_proj = nn.Linear(shape.hidden_size, key_width, bias=shape.bias)
-        self.v_proj = nn.Linear(shape.hidden_size, key_width, bias=shape.bias)
-        self.o_proj = nn.Linear(query_width, shape.hidden_size, bias=shape.bias)
+        self.widths = (query_width, key_width, key_width)
+        if shape.fused:
+            self.query_key_value = nn.Linear(shape.hidden_size, sum(self.widths), bias=shape.bias)
+        else:
+            self.q_proj = nn.Linear(shape.hidden_size, query_width, bias=shape.bias)
+            self.k_proj = nn.Linear(shape.hidden_size, key_width, bias=shape.bias)
+            self.v_proj = nn.Linear(shape.hidden_size, key_width, bias=shape.bias)
+        out_bias = shape.bias if shape.out_bias is None else shape.out_bias
+        self.o_proj = nn.Linear(query_width, shape.hidden_size, bias=out_bias)
         if shape.qk_norm_eps is not None:
             self.q_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
@@ -106,7 +117,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` returned."""
         shape = self.shape
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if shape.fused:
+            query, key, value = self.query_key_value(x).split(self.widths, dim=-1)
+        else:
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if shape.clip_qkv is not None:
             query, key, value = (each.clamp(-shape.clip_qkv, shape.clip_qkv) for each in (query, key, value))
         query, key, value = (each.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for each in (query, key, value))
@@ -139,19 +153,20 @@ def eager_attention(
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
-            scores = scores + attention_mask
+            # In float32, because a half precision sum of a score and the lowest number overflows.
+            scores = scores.to(accurate(scores.dtype)) + attention_mask
     weights = scores.softmax(-1, dtype=accurate(scores.dtype)).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """down(silu(gate(x)) * up(x)), without biases unless asked for."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last dimension."""

@@ -6,20 +6,22 @@ are stacked (`memdlm.models.experts`).
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
 from memdlm.models.experts import Experts
 from memdlm.models.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, accurate
+from memdlm.models.published import PublishedConfig
 
 
-class LLaDAMoEConfig(PreTrainedConfig):
+class LLaDAMoEConfig(PublishedConfig):
     """Fields as published. `norm_topk_prob` and the router's group and scaling fields have no effect, as published."""
 
     model_type = "lladamoe"
-    keys_to_ignore_at_inference: tuple[str, ...] = ()
+    published_architectures = ("LLaDAMoEModelLM", "LLaDAMoEModel")
+    telling_fields = (frozenset({"num_experts", "expert_intermediate_size"}),)
+    telling_tensors = (".embed_tokens.",)
 
     def __init__(
         self,
@@ -168,8 +170,9 @@ class LLaDAMoEModel(Backbone):
         self.build(
             layers=[LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers)],
             rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
-            norm_eps=config.rms_norm_eps,
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             vocab_size=config.vocab_size,
+            padding_index=config.pad_token_id,
         )
 
 

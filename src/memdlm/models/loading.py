@@ -1,15 +1,17 @@
-"""From a folder or hub name to a model and a tokenizer that are ready to use, and back to a folder."""
+"""From a folder or hub name to a model that is ready to use."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from memdlm.errors import CheckpointError, ConfigError, unknown
 from memdlm.models.families import FAMILIES, Family, family_of, register
+from memdlm.models.published import config_class_of_tensors
+from memdlm.models.resolution import resolve_config, tensor_names
 
 DTYPES = {
     "float64": torch.float64,
@@ -24,28 +26,42 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> PreTrainedModel:
     """Load a masked diffusion language model, in eval mode.
 
-    `name_or_path` is a folder or a hub name; `dtype` "auto" keeps the checkpoint's; `device` None means the CPU.
+    `name_or_path` is a folder or a hub name (at `revision`, with `token`; the hub's cache and offline mode are
+    respected). The family is read off the files; a model of no family of ours loads through AutoModelForMaskedLM, or,
+    if its configuration says `is_causal: false`, as a converted decoder. `dtype` "auto" keeps the checkpoint's;
+    `device` None means the CPU, and weights go straight to any other.
+
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
     unexpected or of the wrong size; ConfigError for an unknown dtype.
     """
-    family, config = _resolve(str(name_or_path))
-    arguments: dict[str, Any] = {"config": config, "dtype": _dtype(dtype)}
+    register()
+    name = str(name_or_path)
+    arguments: dict[str, Any] = {"dtype": _dtype(dtype), "revision": revision, "token": token}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    try:
-        model, info = family.lm_class.from_pretrained(
-            str(name_or_path), output_loading_info=True, ignore_mismatched_sizes=False, **arguments
-        )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{name_or_path}: the weights could not be read: {error}") from error
-    problems = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
-    if any(problems.values()):
-        words = "; ".join(f"{key.replace('_keys', '')}: {', '.join(names)}" for key, names in problems.items() if names)
-        raise CheckpointError(f"{name_or_path}: tensors do not match the {family.name} family. {words}.")
-    return (model if device is None else model.to(device)).eval()
+    if device is not None:
+        arguments["device_map"] = {"": device}
+    family, config = resolve_config(name, revision=revision, token=token)
+    loader = _foreign_loader(name, config) if family is None else family.lm_class
+    model, info = _read(loader, name, config, arguments)
+    _check_tensors(name, family, info, revision, token)
+    return model.eval()
+
+
+def model_skeleton(
+    name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> PreTrainedModel:
+    """Return the model that `load_model` would load, without weights: its parameters are on the meta device."""
+    register()
+    name = str(name_or_path)
+    family, config = resolve_config(name, revision=revision, token=token)
+    with torch.device("meta"):
+        return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
 
 
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
@@ -61,39 +77,53 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer with its mask token, end-of-turn token, padding and right padding side set.
-
-    Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, or when it lacks the mask
-    token: a model that was trained for masked diffusion has a trained embedding for that token, so none is added.
-    """
-    register()
+def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), padding_side="right")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name_or_path}: no tokenizer could be loaded: {error}") from error
-    if tokenizer.eos_token is None and tokenizer.pad_token is None:
-        raise CheckpointError(f"{name_or_path}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.eos_token is None:
-        tokenizer.eos_token = tokenizer.pad_token
-    _set_mask_token(tokenizer, str(name_or_path))
-    return tokenizer
+        # Wrong sizes come back with the other problems, to be listed together.
+        return loader.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{name}: the weights could not be read: {error}") from error
 
 
-def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if tokenizer.mask_token is not None:
+def _check_tensors(
+    name: str, family: Family | None, info: dict[str, Any], revision: str | None, token: str | bool | None
+) -> None:
+    """Refuse a model with weights that the files did not set, or, in our families, files with other weights too."""
+    # Files of foreign models often hold heads of other tasks; transformers reports those.
+    problems = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected")}
+    problems["of the wrong size"] = sorted(
+        f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
+    )
+    if family is None:
+        problems.pop("unexpected")
+    if not any(problems.values()):
         return
-    candidates = sorted({family.mask_token for family in FAMILIES})
-    vocabulary = tokenizer.get_vocab()
-    for token in candidates:
-        if token in vocabulary:
-            tokenizer.mask_token = token
-            return
+    words = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    if family is None:
+        raise CheckpointError(f"{name}: tensors do not match the configuration. {words}.")
+    hint = ""
+    told = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
+    for other in FAMILIES:
+        if other is not family and other.config_class is told:
+            hint = f" The tensor names look like {other.name}: correct `architectures` in config.json."
+    raise CheckpointError(f"{name}: tensors do not match the {family.name} family. {words}.{hint}")
+
+
+def _foreign_loader(name: str, config: PreTrainedConfig) -> Any:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return AutoModelForMaskedLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if getattr(config, "is_causal", True) is False:
+            return AutoModelForCausalLM
+        raise CheckpointError(
+            f"model {name!r}: {config.model_type} is autoregressive. If this checkpoint was converted to look both "
+            'ways, say so in its config.json with "is_causal": false.'
+        )
     raise CheckpointError(
-        f"{name}: the tokenizer has no mask token. It sets none, and its vocabulary of {len(vocabulary)} has none of "
-        f"{', '.join(candidates)}. Load the tokenizer that belongs to a masked diffusion model."
+        f"model {name!r}: {config.model_type} has no token prediction for every position. Possible: "
+        f"{', '.join(family.name for family in FAMILIES)}, or any masked language model of transformers."
     )
 
 
@@ -103,18 +133,3 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype:", dtype, ["auto", *DTYPES]))
     return DTYPES[dtype]
-
-
-def _resolve(name: str) -> tuple[Family, PreTrainedConfig]:
-    register()
-    if not Path(name).exists() and name.startswith((".", "/", "~")):
-        raise CheckpointError(f"model: the folder {name!r} does not exist.")
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"model: {name!r} could not be loaded: {error}") from error
-    family = family_of(config)
-    if family is None:
-        known = [each.name for each in FAMILIES]
-        raise CheckpointError(unknown(f"model {name!r}: family", config.model_type, known))
-    return family, config

@@ -88,7 +88,8 @@ def attention_scores_mask(
     if attention_mask is not None:
         given, is_bias = _as_four_dimensional(attention_mask, batch, length)
         if is_bias:
-            bias = given.to(hidden.dtype)
+            # Lowest instead of -inf: a row that may see nothing then averages all instead of being 0 / 0.
+            bias = given.to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
         else:
             allowed = given if allowed is None else allowed & given
     if allowed is None:

@@ -136,8 +136,9 @@ class SmallDLMModel(Backbone):
         self.build(
             layers=[SmallDLMLayer(config, index) for index in range(config.num_hidden_layers)],
             rotary=Rotary(width=rotated - rotated % 2, theta=config.rope_theta),
-            norm_eps=config.rms_norm_eps,
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             vocab_size=config.vocab_size,
+            padding_index=config.pad_token_id,
             window=config.sliding_window,
             after_embedding=TokenMixing if config.token_mixing else None,
         )

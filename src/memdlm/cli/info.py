@@ -1,0 +1,86 @@
+"""`memdlm info MODEL`: what a model is and where its fast weights would sit, without loading it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from memdlm.cli.parsing import Parser
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.summary import ModelSummary, summarise
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one model's summary, as tables or as JSON."""
+    defaults = MemoryConfig()
+    parser = Parser(prog="memdlm info", description="Describe a model and its memory; no weights are loaded.")
+    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub repository")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--mem_inner_rank", type=int, default=defaults.inner_rank, help="rank of the fast weights")
+    parser.add_argument(
+        "--mem_inner_layer_fraction",
+        type=float,
+        default=defaults.inner_layer_fraction,
+        help="share of the blocks, from the last, that are adapted",
+    )
+    parser.add_argument(
+        "--mem_inner_target_modules",
+        default=defaults.inner_target_modules,
+        help="projections that get fast weights, separated by commas",
+    )
+    options = parser.parse_args(list(argv))
+    config = MemoryConfig(
+        inner_rank=options.mem_inner_rank,
+        inner_layer_fraction=options.mem_inner_layer_fraction,
+        inner_target_modules=options.mem_inner_target_modules,
+    )
+    summary = summarise(options.model, config, revision=options.revision)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(summary), indent=2))
+    else:
+        show(summary, options.model)
+    return 0
+
+
+def show(summary: ModelSummary, name: str) -> None:
+    """Print the summary as two tables."""
+    console = Console()
+    facts = Table(title=name, title_justify="left", show_header=False)
+    facts.add_row("family", f"{summary.family} ({summary.model_class})")
+    facts.add_row("dtype", summary.dtype)
+    for word, value in summary.sizes.items():
+        facts.add_row(word, str(value))
+    facts.add_row("parameters", _count(summary.num_parameters))
+    facts.add_row("active per token", _count(summary.num_active_parameters))
+    console.print(facts)
+    table = Table(title=f"one memory, in some of the {summary.num_layers} blocks", title_justify="left", box=SIMPLE)
+    for heading, justify in (
+        ("projection", "left"),
+        ("blocks", "left"),
+        ("experts", "right"),
+        ("in -> out", "right"),
+        ("parameters", "right"),
+    ):
+        table.add_column(heading, justify=justify, no_wrap=heading != "blocks")  # type: ignore[arg-type]
+    for group in summary.sites:
+        table.add_row(
+            group.projection,
+            ", ".join(map(str, group.layers)),
+            "" if group.num_experts is None else str(group.num_experts),
+            f"{group.in_features} -> {group.out_features}",
+            f"{group.num_parameters:,}",
+        )
+    console.print(table)
+    size = summary.num_fast_parameters * 4 / 2**20
+    console.print(f"in all {_count(summary.num_fast_parameters)}, {size:.1f} MiB in float32")
+
+
+def _count(number: int) -> str:
+    for size, word in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number:,} ({number / size:.2f} {word})"
+    return f"{number:,}"

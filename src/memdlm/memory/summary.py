@@ -1,0 +1,126 @@
+"""What a model is and where its fast weights would sit, from its configuration alone: no weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.sites import Site, find_sites
+from memdlm.models.experts import Experts
+from memdlm.models.families import family_of
+from memdlm.models.loading import model_skeleton
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteGroup:
+    """Sites of one name and size."""
+
+    projection: str
+    in_features: int
+    out_features: int
+    num_experts: int | None
+    """Experts per site; None for a linear layer."""
+    layers: tuple[int, ...]
+    """Which blocks have one (or several, in which case a block is listed as often)."""
+    num_parameters: int
+    """Of one memory, over all blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSummary:
+    """Sizes of a model and of one memory for it."""
+
+    family: str
+    model_class: str
+    dtype: str
+    sizes: dict[str, int]
+    num_parameters: int
+    num_active_parameters: int
+    """Parameters that take part in the prediction of one token: all but the routed experts not chosen for it."""
+    num_layers: int
+    sites: tuple[SiteGroup, ...]
+    num_fast_parameters: int
+    """Of one memory; per row with a memory per row. They are kept in float32 (float64 for a float64 model)."""
+
+
+SIZES = {
+    "vocabulary": "vocab_size",
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "key-value heads": "num_key_value_heads",
+    "head width": "head_dim",
+    "experts": "num_experts",
+    "experts per token": "num_experts_per_tok",
+    "positions": "max_position_embeddings",
+}
+
+
+def summarise(
+    name_or_path: str | Path,
+    config: MemoryConfig | None = None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ModelSummary:
+    """Describe the model `name_or_path` and one memory of `config` (default: the paper's).
+
+    Raises CheckpointError when the configuration cannot be read, ConfigError when a target names no projection.
+    """
+    config = MemoryConfig() if config is None else config
+    model = model_skeleton(name_or_path, revision, token)
+    sites = find_sites(model, config.targets, config.inner_layer_fraction)
+    groups = _grouped(sites, config)
+    family = family_of(model.config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ModelSummary(
+        family=model.config.model_type if family is None else family.name,
+        model_class=type(model).__name__,
+        dtype=str(model.config.dtype or "float32").removeprefix("torch."),
+        sizes={word: int(value) for word, field in SIZES.items() if (value := getattr(model.config, field, None))},
+        num_parameters=total,
+        num_active_parameters=total - _idle_parameters(model),
+        num_layers=int(model.config.num_hidden_layers),
+        sites=groups,
+        num_fast_parameters=sum(group.num_parameters for group in groups),
+    )
+
+
+def _idle_parameters(model: nn.Module) -> int:
+    chosen = getattr(model.config, "num_experts_per_tok", 0)
+    idle = 0
+    for module in model.modules():
+        if isinstance(module, Experts):
+            size = sum(parameter.numel() for parameter in module.parameters()) // module.num_experts
+            idle += size * (module.num_experts - chosen)
+    return idle
+
+
+def _grouped(sites: Sequence[Site], config: MemoryConfig) -> tuple[SiteGroup, ...]:
+    """Join sites that differ in their block only."""
+    layers: dict[tuple[Any, ...], list[int]] = {}
+    for site in sites:
+        parts = site.path.split(".")
+        layer = next(int(part) for part in parts if part.isdigit())
+        inside = ".".join(parts[parts.index(str(layer)) + 1 :])
+        layers.setdefault((inside, site.in_features, site.out_features, site.num_experts), []).append(layer)
+    return tuple(
+        SiteGroup(
+            projection=inside,
+            in_features=wide,
+            out_features=narrow,
+            num_experts=experts,
+            layers=tuple(numbers),
+            num_parameters=_parameters(config, wide, narrow) * (experts or 1) * len(numbers),
+        )
+        for (inside, wide, narrow, experts), numbers in layers.items()
+    )
+
+
+def _parameters(config: MemoryConfig, in_features: int, out_features: int) -> int:
+    if config.inner_adapter_type == "full":
+        return in_features * out_features
+    return config.inner_rank * (in_features + out_features)

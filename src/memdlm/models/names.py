@@ -1,0 +1,41 @@
+"""Module names: ours, which are the same for every family, and those of published checkpoints and adapters.
+
+A table pairs fragments of the two, in the order in which a published name is rewritten. A fragment that starts with a
+dot stands right behind a layer's index; any other starts a name or follows a dot.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from transformers.core_model_loading import WeightRenaming
+
+NameTable: TypeAlias = Sequence[tuple[str, str]]
+"""Pairs (published fragment, our fragment)."""
+
+
+def renamings(table: NameTable) -> tuple[WeightRenaming, ...]:
+    """Return the table as what transformers applies when loading, and backwards when saving."""
+    return tuple(WeightRenaming(_pattern(published), _pattern(ours)) for published, ours in table)
+
+
+def to_published(path: str, table: NameTable) -> str:
+    """Return the published name of our module or tensor `path`."""
+    return _rewrite(path, [(ours, published) for published, ours in reversed(table)])
+
+
+def to_ours(path: str, table: NameTable) -> str:
+    """Return our name of the published module or tensor `path`; names that are ours already stay."""
+    return _rewrite(path, table)
+
+
+def _rewrite(path: str, pairs: NameTable) -> str:
+    path += "."  # fragments end with a dot, so the last part of a module's name needs one
+    for old, new in pairs:
+        path = re.sub(_pattern(old), new, path, count=1)
+    return path.removesuffix(".")
+
+
+def _pattern(fragment: str) -> str:
+    # transformers drops the look-behind where a pattern serves as replacement.
+    return (r"(?<=\d)" if fragment.startswith(".") else r"(?<!\w)") + re.escape(fragment)
