@@ -1,0 +1,82 @@
+"""4-bit weights (nf4, double quantisation) on bitsandbytes, which this module needs: import it only where 4-bit is on.
+
+Two traps of bitsandbytes on a CPU are kept shut here. A layer in evaluation mode repacks its weight at the first call
+without gradients and from then on silently returns no gradient to its input; and its kernels for that packing can
+kill the process on an input without rows. Neither can happen while the layer itself believes it is training.
+"""
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+from memdlm.models.experts import StackedWeight, grouped_linear
+
+
+class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+    """A linear layer with an nf4 weight [out, in]; gradients reach its input in every mode of the model."""
+
+    def __init__(self, like: nn.Linear, compute_dtype: torch.dtype) -> None:
+        super().__init__(
+            like.in_features,
+            like.out_features,
+            bias=like.bias is not None,
+            compute_dtype=compute_dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device=like.weight.device,
+        )
+
+    def train(self, mode: bool = True) -> "Linear4bit":
+        """Stay in training mode whatever the model is put into; the layer has no dropout that this could switch on."""
+        return super().train(True)
+
+
+class Stacked4bit(StackedWeight):
+    """The weights [E, out, in] of a layer's experts, nf4; unpacked for the length of one product."""
+
+    def __init__(self, packed: Any) -> None:
+        super().__init__()
+        self.packed = nn.Parameter(packed.data, requires_grad=False)
+        self.state = packed.quant_state
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Stacked4bit":
+        super()._apply(fn, recurse)
+        self.state.to(self.packed.device)
+        return self
+
+    def unpacked(self) -> Tensor:
+        """Return the weights [E, out, in] in the dtype they were quantised from."""
+        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)
+
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again."""
+        return _Product.apply(x, ends, self, False)
+
+
+class _Product(torch.autograd.Function):
+    """x -> x W^T per group, or x W if `transposed`: each is the other's gradient, so both differentiate twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor, stack: Stacked4bit, transposed: bool) -> Tensor:
+        ctx.save_for_backward(ends)
+        ctx.stack, ctx.transposed = stack, transposed
+        weight = stack.unpacked().to(x.dtype)
+        return grouped_linear(x, weight.transpose(-1, -2) if transposed else weight, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (ends,) = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return _Product.apply(gradients[0], ends, ctx.stack, not ctx.transposed), None, None, None
+
+
+def quantise(weight: Tensor, module: nn.Module) -> Any:
+    """Return `weight` as an nf4 parameter of `module`, on the device it is on."""
+    owner = module if isinstance(module, bitsandbytes.nn.Linear4bit) else None
+    packed = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=owner
+    )
+    return packed.to(weight.device)
