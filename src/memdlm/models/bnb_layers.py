@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memdlm.models.experts import StackedWeight, grouped_linear
 
 
-class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
+class Linear4bit(bitsandbytes.nn.Linear4bit):
     """A linear layer with an nf4 weight [out, in]; gradients reach its input in every mode of the model."""
 
     def __init__(self, like: nn.Linear, compute_dtype: torch.dtype) -> None:

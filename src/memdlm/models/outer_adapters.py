@@ -148,7 +148,7 @@ def attach(model: PreTrainedModel, chosen: dict[str, Target], config: LoraConfig
             tensor.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.train(model.training)  # type: ignore[attr-defined]
+            module.train(model.training)
     model.outer_adapter = config
     # Tells the Trainer that a quantised base is trained through an adapter.
     model._hf_peft_config_loaded = True

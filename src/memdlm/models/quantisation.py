@@ -49,7 +49,7 @@ class FourBitConfig(QuantizationConfigMixin):
     """nf4 with double quantisation, computed in the model's dtype; there is nothing to choose."""
 
     def __init__(self, quant_method: str = METHOD) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method = quant_method
 
 
 class FourBitQuantizer(HfQuantizer):
