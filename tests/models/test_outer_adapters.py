@@ -57,7 +57,9 @@ def relative(a, b):
 
 @every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"target_modules": ["up_proj", "q_proj", "dense"]}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True}, {"target_modules": ["up_proj", "q_proj", "dense"]}], ids=str
+)
 @torch.no_grad()
 def test_a_published_adapter_gives_the_logits_peft_gives(family, dtype, config, tmp_path):
     reference, ids = published(family, tmp_path, dtype, **config), random_ids(2, 9)
@@ -125,7 +127,8 @@ def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone(family):
     before = torch.get_rng_state()
     first, again, other = (add_outer_lora(tiny(family), LoRAOptions(r=4), seed=seed) for seed in (0, 0, 1))
     assert torch.get_rng_state().equal(before)
-    assert first(ids).logits.equal(tiny(family)(ids).logits)
+    # Adding zeros makes a copy, and activations of copies may be rounded by other instructions.
+    assert relative(first(ids).logits, tiny(family)(ids).logits) < 1e-6
     learned = [
         {name: value for name, value in model.named_parameters() if value.requires_grad}
         for model in (first, again, other)
@@ -290,17 +293,25 @@ def edit(folder, change):
 
 EXPERT = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_A.weight"
 DAMAGES = {
-    "a key that is none": (lambda t: t.update({"base_model.model.score.weight": t.pop(EXPERT)}), "not base_model.model.score"),
+    "a key that is none": (
+        lambda t: t.update({"base_model.model.score.weight": t.pop(EXPERT)}),
+        "not base_model.model.score",
+    ),
     "no partner": (lambda t: t.pop(EXPERT), "without lora_B, or the reverse: model.layers.1.mlp.experts.2.up_proj"),
     "no such expert": (
-        lambda t: t.update({name.replace("experts.2.up", "experts.99.up"): t.pop(name) for name in list(t) if "experts.2.up" in name}),
+        lambda t: t.update(
+            {name.replace("experts.2.up", "experts.99.up"): t.pop(name) for name in list(t) if "experts.2.up" in name}
+        ),
         "no linear layer for model.layers.1.mlp.experts.99.up_proj",
     ),
     "an expert left out": (
         lambda t: [t.pop(name) for name in list(t) if "layers.1.mlp.experts.2.up" in name],
         "up_proj is adapted in 5 of 6 experts",
     ),
-    "another rank": (lambda t: t.update({EXPERT: t[EXPERT][:2].clone()}), r"up_proj.lora_A \(2, 32\) instead of \(4, 32\)"),
+    "another rank": (
+        lambda t: t.update({EXPERT: t[EXPERT][:2].clone()}),
+        r"up_proj.lora_A \(2, 32\) instead of \(4, 32\)",
+    ),
     "another width": (lambda t: t.update({EXPERT: t[EXPERT][:, :8].clone()}), r"\(4, 8\) instead of \(4, 32\)"),
     "nothing": (lambda t: t.clear(), "holds no tensors"),
 }

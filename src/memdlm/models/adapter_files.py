@@ -84,7 +84,9 @@ def reload_outer_adapter(model: nn.Module, name: str | Path) -> None:
     _fill(name, model, tensors)
 
 
-def save_outer_adapter(model: nn.Module, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def save_outer_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the model's adapter as adapter_config.json and adapter_model.safetensors, in published names.
 
     `state_dict` has the values by our parameter names where they are not the model's own (sharded training).

@@ -1,10 +1,12 @@
 """4-bit weights (nf4, double quantisation) on bitsandbytes, which this module needs: import it only where 4-bit is on.
 
-Two traps of bitsandbytes on a CPU are kept shut here. A layer in evaluation mode repacks its weight at the first call
-without gradients and from then on silently returns no gradient to its input; and its kernels for that packing can
-kill the process on an input without rows. Neither can happen while the layer itself believes it is training.
+Three traps of bitsandbytes 0.50 on a CPU are kept shut here. A layer in evaluation mode repacks its weight at the first
+call without gradients, and from then on silently returns no gradient to its input; its kernels for that packing can
+kill the process on an input without rows; neither can happen while the layer itself believes it is training. And rows
+that are no multiple of a block of 64 are unpacked with the scales of wrong blocks, so all are unpacked as one long row.
 """
 
+import copy
 from typing import Any
 
 import bitsandbytes
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.models.experts import StackedWeight, grouped_linear
+
+BLOCK = 64
+"""Weights that share a scale: bitsandbytes' default."""
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
@@ -32,6 +37,19 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         """Stay in training mode whatever the model is put into; the layer has no dropout that this could switch on."""
         return super().train(True)
 
+    def unpacked(self) -> Tensor:
+        """Return the weight [out, in] in the dtype it was quantised from."""
+        return unpack(self.weight, self.weight.quant_state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last dimension; bitsandbytes' kernels do so where whole blocks make a row."""
+        if self.in_features % BLOCK == 0:
+            return super().forward(x)
+        out = _Product.apply(x.to(self.compute_dtype), None, self, False)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)
+        return out.to(x.dtype)
+
 
 class Stacked4bit(StackedWeight):
     """The weights [E, out, in] of a layer's experts, nf4; unpacked for the length of one product."""
@@ -48,7 +66,7 @@ class Stacked4bit(StackedWeight):
 
     def unpacked(self) -> Tensor:
         """Return the weights [E, out, in] in the dtype they were quantised from."""
-        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)
+        return unpack(self.packed, self.state)
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again."""
@@ -56,27 +74,37 @@ class Stacked4bit(StackedWeight):
 
 
 class _Product(torch.autograd.Function):
-    """x -> x W^T per group, or x W if `transposed`: each is the other's gradient, so both differentiate twice."""
+    """x -> x W^T (per group, if there are groups), or x W if `transposed`: each is the other's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, stack: Stacked4bit, transposed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ends: Tensor | None, holder: Linear4bit | Stacked4bit, transposed: bool) -> Tensor:
         ctx.save_for_backward(ends)
-        ctx.stack, ctx.transposed = stack, transposed
-        weight = stack.unpacked().to(x.dtype)
-        return grouped_linear(x, weight.transpose(-1, -2) if transposed else weight, ends)
+        ctx.holder, ctx.transposed = holder, transposed
+        weight = holder.unpacked().to(x.dtype)
+        if transposed:
+            weight = weight.transpose(-1, -2)
+        return x @ weight.transpose(-1, -2) if ends is None else grouped_linear(x, weight, ends)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (ends,) = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return _Product.apply(gradients[0], ends, ctx.stack, not ctx.transposed), None, None, None
+        # Applied again rather than computed here, so that the gradient can itself be differentiated.
+        return _Product.apply(gradients[0], ends, ctx.holder, not ctx.transposed), None, None, None
+
+
+def unpack(packed: Tensor, state: Any) -> Tensor:
+    """Return the weight that `packed` stands for, in its own shape."""
+    flat = copy.copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    return bitsandbytes.functional.dequantize_4bit(packed, flat).view(state.shape)
 
 
 def quantise(weight: Tensor, module: nn.Module) -> Any:
     """Return `weight` as an nf4 parameter of `module`, on the device it is on."""
     owner = module if isinstance(module, bitsandbytes.nn.Linear4bit) else None
     packed = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=owner
+        weight, requires_grad=False, blocksize=BLOCK, compress_statistics=True, quant_type="nf4", module=owner
     )
     return packed.to(weight.device)
