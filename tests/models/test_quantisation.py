@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -96,6 +97,42 @@ def test_packing_rounds_weights_by_a_tenth(family, tmp_path):
     for name, value in unpacked(model).state_dict().items():
         if not value.equal(exact[name]):
             assert relative(value, exact[name]) < 0.12, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 40, 64), (24, 33), (1, 7)])
+def test_quantising_in_pieces_gives_the_bits_of_bitsandbytes(shape, dtype, monkeypatch):
+    monkeypatch.setattr(bnb_layers, "PIECE", 128)
+    weight = (torch.randn(shape, generator=rng()) * 0.3).to(dtype)
+    ours = bnb_layers.quantise(weight, nn.Module())
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    assert ours.data.equal(packed)
+    assert ours.quant_state.absmax.equal(state.absmax)
+    assert ours.quant_state.offset == state.offset
+    assert ours.quant_state.state2.absmax.equal(state.state2.absmax)
+    assert (ours.quant_state.shape, ours.quant_state.dtype) == (state.shape, state.dtype)
+
+
+@torch.no_grad()
+def test_a_converted_decoder_is_quantised_too_and_a_model_without_blocks_is_refused(tmp_path):
+    config = transformers.Qwen2Config(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        is_causal=False,
+    )
+    for layers in (2, 0):
+        config.num_hidden_layers = layers
+        config.layer_types = ["full_attention"] * layers
+        transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / str(layers))
+    model = load_model(tmp_path / "2", load_in_4bit=True)
+    assert sum(isinstance(module, LINEAR) for module in model.modules()) == 14
+    assert model(random_ids(2, 5)).logits.isfinite().all()
+    with pytest.raises(ConfigError, match="Qwen2ForCausalLM has no linear layers in numbered blocks"):
+        load_model(tmp_path / "0", load_in_4bit=True)
 
 
 # What it computes ---------------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ __all__ = [
     "load_model",
     "load_outer_adapter",
     "load_tokenizer",
-    "model_skeleton",
     "merge_outer_adapter",
+    "model_skeleton",
     "register",
     "save_outer_adapter",
 ]

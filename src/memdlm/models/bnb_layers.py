@@ -17,6 +17,8 @@ from memdlm.models.experts import StackedWeight, grouped_linear
 
 BLOCK = 64
 """Weights that share a scale: bitsandbytes' default."""
+PIECE = BLOCK * 2**16
+"""Weights that are quantised at a time."""
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
@@ -102,9 +104,44 @@ def unpack(packed: Tensor, state: Any) -> Tensor:
 
 
 def quantise(weight: Tensor, module: nn.Module) -> Any:
-    """Return `weight` as an nf4 parameter of `module`, on the device it is on."""
-    owner = module if isinstance(module, bitsandbytes.nn.Linear4bit) else None
-    packed = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, blocksize=BLOCK, compress_statistics=True, quant_type="nf4", module=owner
+    """Return `weight` as an nf4 parameter of `module`, on the device it is on.
+
+    bitsandbytes' quantisation takes many times the weight's memory on a CPU, so it is given pieces of whole blocks;
+    the result is the same bits.
+    """
+    functional, weight = bitsandbytes.functional, weight.contiguous()
+    size = weight.numel()
+    packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(-(-size // BLOCK), dtype=torch.float32, device=weight.device)
+    for start in range(0, size, PIECE):
+        piece, of_piece = functional.quantize_4bit(
+            weight.view(-1)[start : start + PIECE], blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+        )
+        packed[start // 2 : start // 2 + len(piece)] = piece
+        scales[start // BLOCK : start // BLOCK + len(of_piece.absmax)] = of_piece.absmax
+    # Double quantisation: the scales, less their mean, in 8 bits.
+    offset = scales.mean()
+    scales, of_scales = functional.quantize_blockwise(scales - offset, blocksize=4 * BLOCK)
+    state = functional.QuantState(
+        absmax=scales,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=BLOCK,
+        code=functional.get_4bit_type("nf4", device=weight.device),
+        quant_type="nf4",
+        offset=offset,
+        state2=of_scales,
     )
-    return packed.to(weight.device)
+    owner = module if isinstance(module, bitsandbytes.nn.Linear4bit) else None
+    if owner is not None:
+        owner.quant_state = state
+    return bitsandbytes.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=BLOCK,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=owner,
+        bnb_quantized=True,
+    )

@@ -7,6 +7,7 @@ embeddings and the vocabulary projection stay as they are.
 
 import importlib
 import importlib.util
+import re
 from typing import Any
 
 import torch
@@ -70,7 +71,12 @@ class FourBitQuantizer(HfQuantizer):
                 f"load_in_4bit computes in {possible}, not in {str(model.dtype).removeprefix('torch.')}; "
                 "choose one of these dtypes, or leave load_in_4bit off."
             )
-        for path in linears_of_blocks(model):
+        paths = linears_of_blocks(model)
+        if not paths:
+            raise ConfigError(
+                f"load_in_4bit: {type(model).__name__} has no linear layers in numbered blocks to quantise."
+            )
+        for path in paths:
             old = model.get_submodule(path)
             model.set_submodule(path, _layers().Linear4bit(old, model.dtype))
 
@@ -115,11 +121,11 @@ class _Quantise(ConversionOps):
 
 
 def linears_of_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the linear layers inside the blocks, routers left out."""
+    """Return the paths of the linear layers inside the (numbered) blocks, routers left out."""
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in f".{path}" and path.rpartition(".")[2] != ROUTER
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", path) and path.rpartition(".")[2] != ROUTER
     ]
 
 
