@@ -117,6 +117,19 @@ def test_patterns_match_what_was_chosen_and_nothing_else():
     assert _shortest_patterns(["x"], ["a.x"]) == ["x"]
 
 
+@torch.no_grad()
+def test_an_adapter_of_the_output_projection_loads_unless_that_is_tied(tmp_path):
+    targets = {"target_modules": ["lm_head", "up_proj"], "exclude_modules": None}
+    reference, ids = published("lladamoe", tmp_path, torch.float64, **targets), random_ids(2, 9)
+    model = load_outer_adapter(tiny("lladamoe", torch.float64), tmp_path)
+    assert relative(model(ids).logits, reference(ids)) < 1e-12
+    assert relative(merge_outer_adapter(model)(ids).logits, reference(ids)) < 1e-12
+    tied = tiny("lladamoe", torch.float64)
+    tied.config.tie_word_embeddings = True
+    with pytest.raises(CheckpointError, match="no linear layer for lm_head"):
+        load_outer_adapter(tied, tmp_path)
+
+
 # Starting, training -------------------------------------------------------------------------------------------------
 
 
@@ -373,5 +386,7 @@ def test_options_that_cannot_be_honoured_are_refused():
         add_outer_lora(tiny("lladamoe"), LoRAOptions(target_modules="up_prj"))
     with pytest.raises(ConfigError, match="has an outer adapter already"):
         add_outer_lora(adapted("small"))
+    with pytest.raises(ConfigError, match="has an outer adapter already"):
+        load_outer_adapter(adapted("small"), "anything")
     with pytest.raises(ConfigError, match="no outer adapter to merge"):
         merge_outer_adapter(tiny("small"))

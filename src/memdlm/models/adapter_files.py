@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from memdlm.errors import CheckpointError, ConfigError, did_you_mean
-from memdlm.models.outer_adapters import Target, adapter_config, attach, find_targets, slots
+from memdlm.models.outer_adapters import Target, adapter_config, attach, check_free, find_targets, slots
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -43,10 +43,12 @@ def load_outer_adapter(model: PreTrainedModel, name: str | Path, *, token: str |
     """Put the adapter in folder or hub repository `name` on top of `model`, trainable; returns the same object.
 
     Raises CheckpointError when the files are missing or damaged, ask for something that is not supported, or hold a
-    tensor that is not used, of another size, or without its partner: the message lists which.
+    tensor that is not used, of another size, or without its partner: the message lists which. Raises ConfigError when
+    the model has an adapter already.
     """
+    check_free(model)
     config, tensors = _read(name, token)
-    targets = find_targets(model)
+    targets = find_targets(model, with_head=True)
     unknown = [module for module in tensors if module not in targets]
     if unknown:
         raise CheckpointError(

@@ -74,9 +74,13 @@ def published_name(model: nn.Module, path: str) -> str:
     return path if rename is None else rename(path)
 
 
-def find_targets(model: PreTrainedModel) -> dict[str, Target]:
-    """Return what `all-linear` means, by published name: all linear layers but the output's, and all experts'."""
-    head = model.get_output_embeddings()
+def find_targets(model: PreTrainedModel, *, with_head: bool = False) -> dict[str, Target]:
+    """Return what `all-linear` means, by published name: all linear layers but the output's, and all experts'.
+
+    `with_head` adds the output's, unless its weight is the embedding's too.
+    """
+    with_head = with_head and not getattr(model.config, "tie_word_embeddings", False)
+    head = None if with_head else model.get_output_embeddings()
     found: dict[str, Target] = {}
     for path, module in model.named_modules():
         if isinstance(module, Experts):
@@ -103,7 +107,7 @@ def add_outer_lora(
     Raises ConfigError when there is an adapter already or a target names nothing; the message lists what there is.
     """
     options = LoRAOptions() if options is None else options
-    _check_free(model)
+    check_free(model)
     targets = find_targets(model)
     chosen = _chosen(model, targets, options.target_modules)
     config = LoraConfig(
@@ -208,7 +212,8 @@ def merge_outer_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(True)
 
 
-def _check_free(model: nn.Module) -> None:
+def check_free(model: nn.Module) -> None:
+    """Raise ConfigError when `model` has an adapter already."""
     if isinstance(model, PeftModel):
         raise ConfigError("the model is wrapped by PEFT already; pass the model that load_model returned.")
     if adapter_config(model) is not None:
