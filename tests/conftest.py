@@ -12,3 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def word_tokenizer():
+    """The package's own word tokenizer, with its mask token."""
+    from memdlm.data.tokenizer import build_word_tokenizer
+
+    return build_word_tokenizer(f"w{index}" for index in range(20))

@@ -102,7 +102,7 @@ def _candidates(layer: nn.Module, prefix: str) -> list[Site]:
                         in_features=wide,
                         out_features=narrow,
                         num_experts=module.num_experts,
-                        device=module.down_proj.device,
+                        device=next(module.parameters()).device,
                     )
                 )
         elif isinstance(module, nn.Linear) and ".lora_" not in name:

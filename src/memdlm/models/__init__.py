@@ -1,5 +1,6 @@
 """ids -> hidden states -> logits: the network families, their loading, and the border to the diffusion mathematics."""
 
+from memdlm.models.adapter_files import load_outer_adapter, save_outer_adapter
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
@@ -7,6 +8,7 @@ from memdlm.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModel
 from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
 from memdlm.models.loading import build_model, load_model, model_skeleton
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora, merge_outer_adapter
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 from memdlm.models.tokenizers import load_tokenizer
 
@@ -25,14 +27,19 @@ __all__ = [
     "LLaDAMoEModelLM",
     "LLaDAModel",
     "LLaDAModelLM",
+    "LoRAOptions",
     "ModelDenoiser",
     "SmallDLM",
     "SmallDLMConfig",
     "SmallDLMModel",
+    "add_outer_lora",
     "build_model",
     "family_of",
     "load_model",
+    "load_outer_adapter",
     "load_tokenizer",
+    "merge_outer_adapter",
     "model_skeleton",
     "register",
+    "save_outer_adapter",
 ]

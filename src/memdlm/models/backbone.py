@@ -1,5 +1,6 @@
 """What the families share: embed, run the layers, normalise; then project chosen positions onto the vocabulary."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError
+from memdlm.models.adapter_files import save_outer_adapter
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
 from memdlm.models.names import NameTable, to_ours, to_published
+from memdlm.models.outer_adapters import adapter_config
+from memdlm.models.quantisation import is_four_bit
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
@@ -130,6 +134,22 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
     def predict(self, hidden: Tensor) -> Tensor:
         """Project normalised states [..., D] onto the vocabulary: [..., V]."""
         return self.lm_head(hidden)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model in the published layout; with an outer adapter, that alone, as an ordinary PEFT folder.
+
+        Raises ConfigError for a 4-bit model without an adapter: its packed weights are no checkpoint.
+        """
+        if adapter_config(self) is not None:
+            if kwargs.get("is_main_process", True):
+                save_outer_adapter(self, save_directory, state_dict=kwargs.get("state_dict"))
+        elif is_four_bit(self):
+            raise ConfigError(
+                "a 4-bit model is not saved: keep the checkpoint that it was loaded from, and save the adapter that "
+                "is trained on top (add_outer_lora)."
+            )
+        else:
+            super().save_pretrained(save_directory, **kwargs)
 
     def prepare_new(self) -> None:
         """Do what only a newly created model needs, after its random initialisation; by default nothing."""

@@ -97,6 +97,22 @@ def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
     return aligned and x.shape[0] > 0
 
 
+class StackedWeight(nn.Module, ABC):
+    """Another way to hold one stack of expert weights, in the place of the parameter: quantised, for example."""
+
+    @abstractmethod
+    def product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Do what `grouped_linear` does with the stack: `x` [N, in] sorted by expert -> [N, out]."""
+
+
+class ExpertAdapter(nn.Module, ABC):
+    """What an outer adapter adds to the expert projections of one layer; its parameters are the model's."""
+
+    @abstractmethod
+    def add(self, projection: str, out: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        """Return `out` plus this adapter's part, for `projection` of every pair; `ends` [E] as in `grouped_linear`."""
+
+
 class ExpertAdditions(ABC):
     """What an open memory adds to the expert projections of one layer; attached from outside."""
 
@@ -122,6 +138,7 @@ class Experts(SelfInitialising):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.additions: ExpertAdditions | None = None
+        self.adapter: ExpertAdapter | None = None
 
     def initialise(self, config: Any) -> None:
         """Draw all experts from N(0, initializer_range^2)."""
@@ -139,14 +156,22 @@ class Experts(SelfInitialising):
         routing = route(expert, self.num_experts, 1 if added is None else added.num_samples)
         ends = routing.expert_ends
         inputs = x[routing.token]
-        gate, up = grouped_linear(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
-        if added is not None:
-            gate = added.add("gate_proj", gate, inputs, routing)
-            up = added.add("up_proj", up, inputs, routing)
+        gate, up = _product(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
+        gate = self._with_additions("gate_proj", gate, inputs, routing, ends)
+        up = self._with_additions("up_proj", up, inputs, routing, ends)
         inner = F.silu(gate) * up
-        out = grouped_linear(inner, self.down_proj, ends)
-        if added is not None:
-            out = added.add("down_proj", out, inner, routing)
+        out = _product(inner, self.down_proj, ends)
+        out = self._with_additions("down_proj", out, inner, routing, ends)
         # Unsorting and summing over k, unlike an atomic scatter, gives the same bits in every run.
         out = routing.restore(out).unflatten(0, expert.shape)
         return (out * weight[..., None].to(out.dtype)).sum(1)
+
+    def _with_additions(self, projection: str, out: Tensor, x: Tensor, routing: Routing, ends: Tensor) -> Tensor:
+        """Add the open memory's part to the base projection, then the outer adapter's."""
+        if self.additions is not None:
+            out = self.additions.add(projection, out, x, routing)
+        return out if self.adapter is None else self.adapter.add(projection, out, x, ends)
+
+
+def _product(x: Tensor, weight: Tensor | StackedWeight, ends: Tensor) -> Tensor:
+    return weight.product(x, ends) if isinstance(weight, StackedWeight) else grouped_linear(x, weight, ends)

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedC
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from memdlm.errors import CheckpointError, ConfigError, unknown
+from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.published import config_class_of_tensors
+from memdlm.models.quantisation import four_bit_config
 from memdlm.models.resolution import resolve_config, tensor_names
 
 DTYPES = {
@@ -25,6 +27,8 @@ def load_model(
     name_or_path: str | Path,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    load_in_4bit: bool = False,
+    adapter: str | Path | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -36,21 +40,30 @@ def load_model(
     if its configuration says `is_causal: false`, as a converted decoder. `dtype` "auto" keeps the checkpoint's;
     `device` None means the CPU, and weights go straight to any other.
 
+    `load_in_4bit` quantises the blocks' linear layers and experts (nf4) while reading and computes in `dtype`.
+    `adapter` is a folder or hub name with an outer LoRA; it is put on top, trainable, everything else frozen. When
+    `name_or_path` itself is an adapter, the base is the one it names.
+
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
-    unexpected or of the wrong size; ConfigError for an unknown dtype.
+    unexpected or of the wrong size; ConfigError for an unknown dtype,
+    and for 4 bits in float64 or without bitsandbytes.
     """
     register()
+    if adapter is None and is_adapter(name_or_path, token=token):
+        name_or_path, adapter = base_of_adapter(name_or_path, token=token), name_or_path
     name = str(name_or_path)
     arguments: dict[str, Any] = {"dtype": _dtype(dtype), "revision": revision, "token": token}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     if device is not None:
         arguments["device_map"] = {"": device}
+    if load_in_4bit:
+        arguments["quantization_config"] = four_bit_config()
     family, config = resolve_config(name, revision=revision, token=token)
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
     _check_tensors(name, family, info, revision, token)
-    return model.eval()
+    return (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
 
 
 def model_skeleton(
@@ -75,6 +88,14 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
         model = family.lm_class(config)
     model.prepare_new()
     return model
+
+
+def cast_parameters(model: PreTrainedModel, dtype: str | torch.dtype) -> None:
+    """Round all parameters to `dtype` ("auto": leave them), in place; buffers, such as router biases, keep theirs."""
+    wanted = _dtype(dtype)
+    if isinstance(wanted, torch.dtype):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(wanted)
 
 
 def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memdlm.errors import CheckpointError
+from memdlm.models.adapter_files import is_adapter, with_tokenizer
 from memdlm.models.families import FAMILIES, Family, register
 from memdlm.models.resolution import find_family, published_fields, table_rows
 
@@ -27,7 +28,8 @@ def load_tokenizer(
 
     Where the folder or hub repository `name_or_path` has a model configuration too, the family follows from it:
     dense LLaDA gets its published chat template, BERT-like models get one with bracketed turns, others keep their own.
-    `eot_token` and `eot_token_id` are set where the vocabulary has the family's end of turn.
+    `eot_token` and `eot_token_id` are set where the vocabulary has the family's end of turn. For an adapter without
+    a tokenizer of its own, the base model's is loaded.
 
     Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, when it lacks the mask token (a
     model that was trained for masked diffusion has a trained embedding for it, so none is added), or when the mask
@@ -35,6 +37,8 @@ def load_tokenizer(
     """
     register()
     name = str(name_or_path)
+    if is_adapter(name, token=token):
+        name = with_tokenizer(name, token=token)
     fields = published_fields(name, revision=revision, token=token, optional=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)

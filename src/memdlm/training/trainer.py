@@ -13,6 +13,8 @@ from memdlm.diffusion.losses import normalise
 from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.adapter_files import reload_outer_adapter
+from memdlm.models.outer_adapters import adapter_config
 from memdlm.randomness import derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.noise import TIMES, UNIFORM, EvaluationNoise, add_noise
@@ -145,6 +147,23 @@ class MemDLMTrainer(Trainer):
         interval = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
         step = self.state.global_step + 1
         return step % max(1, interval) == 0 or (step == 1 and self.args.logging_first_step)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Resume: an outer adapter reads its own file, whose experts transformers does not know."""
+        target = self.model if model is None else model
+        if adapter_config(target) is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            reload_outer_adapter(target, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint (`load_best_model_at_end`), as when resuming."""
+        if adapter_config(self.model) is None:
+            super()._load_best_model()
+        else:
+            reload_outer_adapter(self.model, self.state.best_model_checkpoint)
 
     # Evaluation -----------------------------------------------------------------------------------------------
 

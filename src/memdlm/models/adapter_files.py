@@ -1,0 +1,254 @@
+"""Outer adapters on disk: PEFT's layout with published module names, one tensor pair per expert.
+
+    base_model.model.model.layers.3.mlp.experts.7.up_proj.lora_A.weight
+
+PEFT itself would drop the experts' tensors without a word when they are stacked; here every tensor of a file is used,
+or loading fails with the list.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from memdlm.errors import CheckpointError, ConfigError, did_you_mean
+from memdlm.models.outer_adapters import Target, adapter_config, attach, check_free, find_targets, slots
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+HONOURED = {
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"),
+    # Which modules were chosen: the file's tensors say it themselves.
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    # About how the adapter was made or is to be opened, not about what it computes.
+    *("init_lora_weights", "inference_mode", "task_type", "auto_mapping", "revision", "peft_version"),
+    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+}
+"""Fields of a configuration that may have any value."""
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base model's weights as they are."""
+
+
+def load_outer_adapter(model: PreTrainedModel, name: str | Path, *, token: str | bool | None = None) -> PreTrainedModel:
+    """Put the adapter in folder or hub repository `name` on top of `model`, trainable; returns the same object.
+
+    Raises CheckpointError when the files are missing or damaged, ask for something that is not supported, or hold a
+    tensor that is not used, of another size, or without its partner: the message lists which. Raises ConfigError when
+    the model has an adapter already.
+    """
+    check_free(model)
+    config, tensors = _read(name, token)
+    targets = find_targets(model, with_head=True)
+    unknown = [module for module in tensors if module not in targets]
+    if unknown:
+        raise CheckpointError(
+            f"adapter {str(name)!r}: {type(model).__name__} has no linear layer for {_listed(unknown)}. "
+            f"The adapter belongs to another model.{did_you_mean(unknown[0], list(targets)[:2000])}"
+        )
+    _check_sizes(name, tensors, {module: _sizes(targets[module]) for module in tensors}, config.r)
+    try:
+        attach(model, {module: targets[module] for module in tensors}, config)
+    except ConfigError as error:
+        raise CheckpointError(f"adapter {str(name)!r}: {error}") from error
+    _fill(name, model, tensors)
+    return model
+
+
+def reload_outer_adapter(model: nn.Module, name: str | Path) -> None:
+    """Set the values of the adapter that `model` has from a file of the same shape (resuming a training run).
+
+    Raises CheckpointError as `load_outer_adapter`, also when rank or scale differ from the model's.
+    """
+    config, tensors = _read(name)
+    own = adapter_config(model)
+    if own is None:
+        raise CheckpointError(f"adapter {str(name)!r}: the model has no outer adapter to set.")
+    for field in ("r", "lora_alpha", "use_rslora"):
+        if getattr(own, field) != getattr(config, field):
+            raise CheckpointError(
+                f"adapter {str(name)!r}: {field} is {getattr(config, field)}, the model's {getattr(own, field)}."
+            )
+    sizes = {module: (a.shape[-1], b.shape[-2]) for module, a, b, _ in slots(model)}
+    unknown = [module for module in tensors if module not in sizes]
+    if unknown:
+        raise CheckpointError(f"adapter {str(name)!r}: the model's adapter has no {_listed(unknown)}.")
+    _check_sizes(name, tensors, sizes, config.r)
+    _fill(name, model, tensors)
+
+
+def save_outer_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's adapter as adapter_config.json and adapter_model.safetensors, in published names.
+
+    `state_dict` has the values by our parameter names where they are not the model's own (sharded training).
+    Raises ConfigError when the model has no outer adapter.
+    """
+    config = adapter_config(model)
+    if config is None:
+        raise ConfigError("there is no outer adapter to save; add one with add_outer_lora or load_model(adapter=...).")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for module, a, b, expert in slots(model):
+        for side, parameter in (("A", a), ("B", b)):
+            value = parameter.detach() if state_dict is None else state_dict[names[parameter]]
+            value = value if expert is None else value[expert]
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.to("cpu", copy=True).contiguous()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / WEIGHTS_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    dataclasses.replace(config, inference_mode=True).save_pretrained(folder)
+
+
+def base_of_adapter(name: str | Path, *, token: str | bool | None = None) -> str:
+    """Return the base model that the adapter in `name` was trained on. Raises CheckpointError when it names none."""
+    base = _config(name, token).base_model_name_or_path
+    if not base:
+        raise CheckpointError(
+            f"adapter {str(name)!r}: {CONFIG_FILE} names no base_model_name_or_path. Say which one: "
+            "load_model(BASE, adapter=ADAPTER), or --base on the command line."
+        )
+    return str(base)
+
+
+def is_adapter(name: str | Path, *, token: str | bool | None = None) -> bool:
+    """Whether the folder or hub repository `name` holds an adapter and no model of its own."""
+    return not _has(name, "config.json", token) and _has(name, CONFIG_FILE, token)
+
+
+def with_tokenizer(adapter: str | Path, base: str | None = None, *, token: str | bool | None = None) -> str:
+    """Return `adapter` if a tokenizer was saved there too, else `base` (default: the base model it names)."""
+    if any(_has(adapter, file, token) for file in ("tokenizer.json", "tokenizer_config.json")):
+        return str(adapter)
+    return base_of_adapter(adapter, token=token) if base is None else base
+
+
+def _has(name: str | Path, file: str, token: str | bool | None) -> bool:
+    if Path(name).exists():
+        return (Path(name) / file).is_file()
+    try:
+        return (
+            cached_file(
+                str(name),
+                file,
+                token=token,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            is not None
+        )
+    except (OSError, ValueError):
+        return False  # no such repository: loading it as a model says why
+
+
+def _read(name: str | Path, token: str | bool | None = None) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
+    """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}."""
+    config = _config(name, token)
+    file = _file(name, WEIGHTS_FILE, token)
+    try:
+        loaded = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"adapter {str(name)!r}: {WEIGHTS_FILE} could not be read: {error}") from error
+    modules: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in loaded.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            strange.append(key)
+        else:
+            modules.setdefault(match["module"], {})[match["side"]] = tensor
+    if strange:
+        raise CheckpointError(
+            f"adapter {str(name)!r}: only lora_A and lora_B weights of linear layers are supported, not "
+            f"{_listed(strange)}."
+        )
+    if not modules:
+        raise CheckpointError(f"adapter {str(name)!r}: {WEIGHTS_FILE} holds no tensors.")
+    single = [module for module, sides in modules.items() if len(sides) != 2]
+    if single:
+        raise CheckpointError(f"adapter {str(name)!r}: lora_A without lora_B, or the reverse: {_listed(single)}.")
+    return config, modules
+
+
+def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
+    file = _file(name, CONFIG_FILE, token)
+    try:
+        fields = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"adapter {str(name)!r}: {CONFIG_FILE} could not be read: {error}") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else fields
+        raise CheckpointError(f"adapter {str(name)!r}: peft_type {kind!r} is not supported; only LORA is.")
+    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    for field, value in fields.items():
+        asks = bool(value) if field not in defaults else value != defaults[field] and bool(value or defaults[field])
+        if field not in HONOURED and asks:
+            raise CheckpointError(f"adapter {str(name)!r}: {field}={value!r} is not supported; plain LoRA is.")
+    if fields.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"adapter {str(name)!r}: init_lora_weights={fields['init_lora_weights']!r} changed the base model's "
+            "weights too; convert the adapter to plain LoRA with PEFT (path_initial_model_for_weight_conversion)."
+        )
+    return LoraConfig(**{field: value for field, value in fields.items() if field in HONOURED & set(defaults)})
+
+
+def _file(name: str | Path, file: str, token: str | bool | None) -> str:
+    if Path(name).is_dir() and not (Path(name) / file).is_file():
+        raise CheckpointError(f"adapter: the folder {str(name)!r} has no {file}.")
+    try:
+        return str(cached_file(str(name), file, token=token))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"adapter {str(name)!r}: {file} could not be found: {error}") from error
+
+
+def _sizes(target: Target) -> tuple[int, int]:
+    return target.in_features, target.out_features
+
+
+def _check_sizes(
+    name: str | Path, tensors: dict[str, dict[str, Tensor]], sizes: Mapping[str, tuple[int, int]], rank: int
+) -> None:
+    wrong = []
+    for module, sides in tensors.items():
+        wide, narrow = sizes[module]
+        for side, expected in (("A", (rank, wide)), ("B", (narrow, rank))):
+            if tuple(sides[side].shape) != expected:
+                wrong.append(f"{module}.lora_{side} {tuple(sides[side].shape)} instead of {expected}")
+    if wrong:
+        raise CheckpointError(f"adapter {str(name)!r}: rank {rank} and the model need other sizes: {_listed(wrong)}.")
+
+
+@torch.no_grad()
+def _fill(name: str | Path, model: nn.Module, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Copy every tensor to its place; all places must be filled and all tensors used."""
+    left = set(tensors)
+    for module, a, b, expert in slots(model):
+        if module not in left:
+            raise CheckpointError(f"adapter {str(name)!r}: the tensors of {module} are missing.")
+        left.remove(module)
+        for side, parameter in (("A", a), ("B", b)):
+            (parameter if expert is None else parameter[expert]).copy_(tensors[module][side])
+    if left:
+        raise CheckpointError(f"adapter {str(name)!r}: these tensors found no place: {_listed(sorted(left))}.")
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
