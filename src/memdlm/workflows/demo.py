@@ -61,10 +61,10 @@ class DemoPlan:
     num_train: int = 4000
     num_eval: int = 64
     """Conversations per length, and in each evaluation of the loss."""
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 16
     learning_rate: float = 2e-3
-    num_evals: int = 6
+    num_evals: int = 8
     answer_steps: int = 8
     """Denoising steps in which all answers of a conversation are decoded."""
     is_quick: bool = False
@@ -230,7 +230,7 @@ def _one_model(
                     }
                 )
     with display.bar("exposure bias", f"{name}: exposure bias", 2) as advance:
-        texts = encode_samples(data.tokenizer, data.by_length[plan.train_length])
+        texts = encode_samples(data.tokenizer, data.by_length[plan.lengths[-1]])
         batch = pad_texts(texts, data.tokenizer.pad_token_id, model.device)
         for index, (is_on, memory) in enumerate(memories.items()):
             measured = exposure_bias(

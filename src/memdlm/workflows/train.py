@@ -10,7 +10,8 @@ from memdlm.data.collate import SUPERVISE_PADDING, Collator, drop_untargeted
 from memdlm.data.records import read_records
 from memdlm.errors import ConfigError, DataError
 from memdlm.files import make_folder
-from memdlm.models.loading import load_model, load_tokenizer
+from memdlm.models.loading import load_model
+from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option, validate
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
