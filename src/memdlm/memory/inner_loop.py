@@ -1,6 +1,6 @@
 """The inner loop: follow a trajectory, take one gradient step on the fast weights at each state (MemDLM Eq. 6).
 
-Nothing here waits for the device except to learn how many positions a state scores.
+Nothing here waits for the device except, once, to learn how many positions the states score.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.objectives import Objective
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise
+from memdlm.types import Denoise, Positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +65,15 @@ class InnerLoss:
     weighting: str
     norm: str
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int) -> tuple[Tensor, int]:
-        """Return (one loss per sample [S], number of scored positions)."""
-        positions = positions_of(step.is_scored)
-        values = self.objective(denoise, step, positions)
+    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int, count: int | None = None) -> Tensor:
+        """Return one loss per sample [S]; `count` is the number of scored positions, if it is known."""
+        positions = positions_of(step.is_scored, count)
+        return self.reduce(self.objective(denoise, step, positions), positions, step, samples)
+
+    def reduce(self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int) -> Tensor:
+        """Weight and normalise `values` [N] at `positions`: one loss per sample [S]."""
         sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
-        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples), positions.numel()
+        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples)
 
 
 def run_inner_loop(
@@ -83,26 +86,31 @@ def run_inner_loop(
     epochs: int = 1,
 ) -> Written:
     """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`)."""
-    losses, norms, num_tokens = [], [], 0
-    for _ in range(epochs):
-        for step in steps:
-            with torch.enable_grad():
-                values = fast.tensors()
-                per_sample, scored = loss(denoise, step, fast.num_samples)
+    losses, norms = [], []
+    # The one place where the device is waited for.
+    counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
+    for index, (step, count) in enumerate(list(zip(steps, counts, strict=True)) * epochs):
+        values = fast.tensors()
+        with torch.enable_grad():
+            positions = positions_of(step.is_scored, count)
+            target = loss.objective.target(denoise, step, positions)
+            # The backward pass too: it may run layers again, and they must drop the same inputs.
+            with fast.dropping(index):
+                found = denoise.read(step.ids, positions, loss.objective.readout(target))
+                per_sample = loss.reduce(found, positions, step, fast.num_samples)
                 gradients = _gradients(per_sample, values)
-            norm = _global_norm(gradients)
-            is_sound = per_sample.detach().isfinite() & norm.isfinite()
-            updated = update.step([value.detach() for value in values], gradients, is_sound)
-            fast.replace([value.requires_grad_() for value in updated])
-            losses.append(per_sample.detach())
-            norms.append(norm)
-            num_tokens += scored
+        norm = _global_norm(gradients)
+        is_sound = per_sample.detach().isfinite() & norm.isfinite()
+        updated = update.step([value.detach() for value in values], gradients, is_sound)
+        fast.replace([value.requires_grad_() for value in updated])
+        losses.append(per_sample.detach())
+        norms.append(norm)
     stacked = torch.stack(losses)
     return Written(
         losses=stacked,
         grad_norms=torch.stack(norms),
         num_skipped=(~(stacked.isfinite() & torch.stack(norms).isfinite())).sum(0),
-        num_tokens=num_tokens,
+        num_tokens=sum(counts) * epochs,
     )
 
 

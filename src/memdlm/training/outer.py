@@ -15,6 +15,7 @@ from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_po
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
@@ -114,7 +115,13 @@ def score(
     schedule: Schedule,
     weighting: str,
     right_shift_logits: bool = False,
+    prefix: Prefix | None = None,
 ) -> MaskedLoss:
-    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without)."""
-    denoise = ModelDenoiser(model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits)
+    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
+
+    `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
+    """
+    denoise = ModelDenoiser(
+        model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
+    )
     return masked_loss(denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting)
