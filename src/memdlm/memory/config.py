@@ -67,6 +67,10 @@ class MemoryConfig:
         "What training writes: response (the paper: the labels that the outer loss scores) or prompt (no leak).",
         choices=WRITE_SOURCES,
     )
+    sync_inner: bool | None = option(
+        None,
+        "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
+    )
     inner_gradient_checkpointing: bool = option(
         True, "Recompute the adapted blocks in the backward pass of a write instead of keeping their activations."
     )
@@ -79,6 +83,11 @@ class MemoryConfig:
         if not self.targets:
             raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
         self._refuse_idle_options()
+        if self.sync_inner and self.per_sample is not False:
+            raise ConfigError(
+                f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
+                "of its own. Set mem_per_sample=False, or leave mem_sync_inner out."
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "MemoryConfig":

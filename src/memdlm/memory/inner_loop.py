@@ -14,6 +14,7 @@ from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.objectives import Objective
+from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
 from memdlm.types import Denoise, Positions
 
@@ -68,12 +69,34 @@ class InnerLoss:
     def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int, count: int | None = None) -> Tensor:
         """Return one loss per sample [S]; `count` is the number of scored positions, if it is known."""
         positions = positions_of(step.is_scored, count)
-        return self.reduce(self.objective(denoise, step, positions), positions, step, samples)
+        target = self.objective.target(denoise, step, positions)
+        return self.reduce(self.objective.values(denoise, step, positions, target), positions, step, samples)
 
-    def reduce(self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int) -> Tensor:
-        """Weight and normalise `values` [N] at `positions`: one loss per sample [S]."""
+    def reduce(
+        self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int, whole: "Whole | None" = None
+    ) -> Tensor:
+        """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`."""
         sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
-        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples)
+        totals = {} if whole is None else {"total_tokens": whole.tokens.clamp_min(1), "total_rows": whole.rows}
+        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples, **totals)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What the batch of all ranks is divided by at one state."""
+
+    tokens: Tensor
+    """[] scored positions."""
+    rows: Tensor
+    """[] texts."""
+
+
+def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[Whole | None]:
+    if ranks is None:
+        return [None] * len(steps)
+    rows = torch.tensor(len(steps[0].ids), device=steps[0].ids.device)
+    *tokens, rows = ranks.sum([*(step.is_scored.sum() for step in steps), rows])
+    return [Whole(each, rows) for each in tokens]
 
 
 def run_inner_loop(
@@ -84,26 +107,37 @@ def run_inner_loop(
     update: LocalSGD,
     denoise: Denoise,
     epochs: int = 1,
+    ranks: Ranks | None = None,
 ) -> Written:
-    """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`)."""
+    """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
+
+    With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
+    rounding; losses and norms are then the joined batch's too.
+    """
     losses, norms = [], []
+    if ranks is not None:
+        fast.replace([value.requires_grad_() for value in ranks.first(fast.tensors())])
     # The one place where the device is waited for.
     counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
-    for index, (step, count) in enumerate(list(zip(steps, counts, strict=True)) * epochs):
+    states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
+    for index, (step, count, whole) in enumerate(states * epochs):
         values = fast.tensors()
         with torch.enable_grad():
             positions = positions_of(step.is_scored, count)
             target = loss.objective.target(denoise, step, positions)
             # The backward pass too: it may run layers again, and they must drop the same inputs.
             with fast.dropping(index):
-                found = denoise.read(step.ids, positions, loss.objective.readout(target))
-                per_sample = loss.reduce(found, positions, step, fast.num_samples)
+                found = loss.objective.values(denoise, step, positions, target)
+                per_sample = loss.reduce(found, positions, step, fast.num_samples, whole)
                 gradients = _gradients(per_sample, values)
+        per_sample = per_sample.detach()
+        if ranks is not None:
+            per_sample, *gradients = ranks.sum([per_sample, *gradients])
         norm = _global_norm(gradients)
-        is_sound = per_sample.detach().isfinite() & norm.isfinite()
+        is_sound = per_sample.isfinite() & norm.isfinite()
         updated = update.step([value.detach() for value in values], gradients, is_sound)
         fast.replace([value.requires_grad_() for value in updated])
-        losses.append(per_sample.detach())
+        losses.append(per_sample)
         norms.append(norm)
     stacked = torch.stack(losses)
     return Written(

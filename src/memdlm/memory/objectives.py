@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memdlm.diffusion.losses import nats_of
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Logits, Positions, Project, Readout
+from memdlm.types import Denoise, Logits, Positions, Project
 
 
 class Objective(ABC):
@@ -24,12 +24,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def readout(self, target: Tensor) -> Readout:
-        """Return the readout that measures the distance to `target`."""
-
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Return [N] values at `positions` of `step`."""
-        return denoise.read(step.ids, positions, self.readout(self.target(denoise, step, positions)))
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return [N], how far the prediction at each of `positions` of `step` is from `target`."""
 
 
 @final
@@ -41,9 +37,9 @@ class CrossEntropy(Objective):
         """Return the true tokens."""
         return step.clean.flatten()[positions]
 
-    def readout(self, target: Tensor) -> Readout:
-        """Return the cross-entropy to `target`."""
-        return nats_of(target)
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return denoise.read(step.ids, positions, nats_of(target))
 
 
 def _teacher_features(denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
@@ -70,7 +66,7 @@ class ForwardKL(Objective):
         """Return the teacher's features one reveal later."""
         return _teacher_features(denoise, step, positions)
 
-    def readout(self, target: Tensor) -> Readout:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Follow the teacher's distribution."""
 
         def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
@@ -79,7 +75,7 @@ class ForwardKL(Objective):
             student = _log_probabilities(features, project, self.distill_temperature)
             return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
-        return readout
+        return denoise.read(step.ids, positions, readout)
 
 
 @final
@@ -93,7 +89,7 @@ class ReverseKL(Objective):
         """Return the teacher's features one reveal later."""
         return _teacher_features(denoise, step, positions)
 
-    def readout(self, target: Tensor) -> Readout:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Stay where the teacher has mass."""
 
         def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
@@ -102,7 +98,7 @@ class ReverseKL(Objective):
             student = _log_probabilities(features, project, self.distill_temperature)
             return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
-        return readout
+        return denoise.read(step.ids, positions, readout)
 
 
 @final
@@ -117,16 +113,12 @@ class HiddenDistillation(Objective):
         with torch.no_grad():
             return denoise.hidden(step.next_ids, positions)
 
-    def readout(self, target: Tensor) -> Readout:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Return the mean squared difference over channels, or 1 - cosine similarity."""
-
-        def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
-            student, teacher = _wide(features), _wide(target[chosen])
-            if self.distill_hidden_type == "cosine":
-                return 1 - F.cosine_similarity(student, teacher, dim=-1)
-            return (student - teacher).square().mean(-1)
-
-        return readout
+        student, teacher = _wide(denoise.hidden(step.ids, positions)), _wide(target)
+        if self.distill_hidden_type == "cosine":
+            return 1 - F.cosine_similarity(student, teacher, dim=-1)
+        return (student - teacher).square().mean(-1)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
@@ -14,6 +15,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
+from memdlm.memory.ranks import Ranks
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
 from memdlm.models.denoiser import ModelDenoiser
@@ -34,7 +36,8 @@ class ParametricMemory:
         # here the model is bit for bit what it was
 
     Nothing is added to the model: `state_dict()`, `parameters()` and the training mode never change. One block can
-    be open per memory at a time. Raises ConfigError when a target names no projection of the model.
+    be open per memory at a time. `process_group` holds the ranks that `mem_sync_inner` joins (None: all). Raises
+    ConfigError when a target names no projection of the model.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class ParametricMemory:
         schedule: Schedule | None = None,
         right_shift_logits: bool = False,
         attention_pattern: AttentionPattern | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.config = MemoryConfig() if config is None else config
         self.model, self.mask_token_id = unwrap_parallel(model), mask_token_id
         self.schedule = Linear() if schedule is None else schedule
+        self.process_group = process_group
         self.right_shift_logits, self.attention_pattern = right_shift_logits, attention_pattern
         self.strategy = self.config.strategy()
         self.update = self.config.update()
@@ -75,6 +80,7 @@ class ParametricMemory:
         *,
         anchor: Corrupted | None = None,
         is_padding: PositionSet | None = None,
+        is_alone: bool = False,
     ) -> Iterator[Written]:
         """Write `input_ids` [B, L]; inside the block every call of the model reads the result.
 
@@ -83,7 +89,8 @@ class ParametricMemory:
         `anchor` is the noised batch that will be read (training); without one, each learnable token is masked with
         probability `mem_prompt_mask_ratio` (inference). With a memory per row, row i of any later call reads memory
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
-        fast weights and the masks: one for the batch or one per row; None: a fixed one.
+        fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
+        ranks must write at the same time, unless the write `is_alone`.
 
         Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
         """
@@ -108,7 +115,7 @@ class ParametricMemory:
                 start = self._anchor(clean, is_maskable, anchor, draw)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
-                    written = self._write(start, mask, draw, is_read_with_gradient)
+                    written = self._write(start, mask, draw, is_read_with_gradient, is_alone)
                 yield written if per_sample else _joined(written)
 
     @property
@@ -119,7 +126,9 @@ class ParametricMemory:
         """
         return None if self._prefix is None else self._prefix.connected()
 
-    def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, is_read_with_gradient: bool) -> Written:
+    def _write(
+        self, anchor: Anchor, mask: Tensor | None, draw: Draw, is_read_with_gradient: bool, is_alone: bool
+    ) -> Written:
         steps = trajectory(
             self.strategy.path(anchor, draw),
             anchor,
@@ -144,6 +153,7 @@ class ParametricMemory:
                 update=self.update,
                 denoise=denoise,
                 epochs=self.config.num_inner_epochs,
+                ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
             )
         # What is read is a constant: no gradient reaches the fast weights (first order).
         self.fast.replace([value.detach() for value in self.fast.tensors()])

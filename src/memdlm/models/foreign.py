@@ -61,9 +61,7 @@ class ForeignModel:
         states = self.body(**self._arguments(ids, mask, pattern)).last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
 
-    def below(
-        self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None, *, stop: int
-    ) -> Tensor:
+    def below(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None, *, stop: int) -> Tensor:
         """Return what block `stop`, which is not the first, would be given for `ids` [B, L]: [B, L, D]."""
         blocks = blocks_of(self.network)
         last, caught = blocks[stop - 1].forward, []

@@ -17,7 +17,7 @@ def patched(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, forward in forwards.items():
             stack.callback(_restore, module, module.__dict__.get("forward"))
-            module.forward = forward  # type: ignore[method-assign, assignment]
+            module.forward = forward
         yield
 
 
@@ -25,7 +25,7 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
     if forward is None:
         del module.__dict__["forward"]
     else:
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = forward
 
 
 @contextmanager

@@ -90,11 +90,21 @@ def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
 
 
 @contextmanager
-def memory_of(memory: ParametricMemory, batch: Batch, *, pad_token_id: int, randomness: Randomness) -> Iterator[None]:
-    """Write the batch as `mem_write_source` says and leave the memory open for the block."""
+def memory_of(
+    memory: ParametricMemory,
+    batch: Batch,
+    *,
+    pad_token_id: int,
+    randomness: Randomness,
+    is_alone: bool = False,
+) -> Iterator[None]:
+    """Write the batch as `mem_write_source` says and leave the memory open for the block.
+
+    With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
+    """
     if memory.config.write_source == "prompt":
         ids, labels, mask = prompt_only(batch, pad_token_id)
-        with memory.write(ids, labels, mask, randomness):
+        with memory.write(ids, labels, mask, randomness, is_alone=is_alone):
             yield
     else:
         with memory.write(
@@ -104,6 +114,7 @@ def memory_of(memory: ParametricMemory, batch: Batch, *, pad_token_id: int, rand
             randomness,
             anchor=batch.noised,
             is_padding=batch.is_padding,
+            is_alone=is_alone,
         ):
             yield
 

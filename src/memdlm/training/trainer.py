@@ -170,7 +170,7 @@ class MemDLMTrainer(Trainer):
         with_memory = torch.full_like(lost.bound, float("nan"))
         if self.memory is not None:
             randomness = derive("evaluation write", self.args.seed, self._evaluation_noise.row)
-            with torch.no_grad(), self._written(batch, randomness):
+            with torch.no_grad(), self._written(batch, randomness, is_alone=True):
                 with_memory = self._score(model, batch, self.memory.prefix).bound
         rows = torch.stack([lost.bound, with_memory, lost.counts.to(lost.bound.dtype)], dim=1).float()
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
@@ -206,10 +206,10 @@ class MemDLMTrainer(Trainer):
             prefix=prefix,
         )
 
-    def _written(self, batch: Batch, randomness: torch.Generator) -> Any:
+    def _written(self, batch: Batch, randomness: torch.Generator, *, is_alone: bool = False) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
-        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness)
+        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness, is_alone=is_alone)
 
     # Logging --------------------------------------------------------------------------------------------------
 
