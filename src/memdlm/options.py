@@ -18,12 +18,13 @@ def option(
     above: float | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Declare a field: its default, its one-line help, and what values it may take.
 
-    `above` is an exclusive lower bound, `minimum` and `maximum` are inclusive.
+    `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones.
     """
-    limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum}
+    limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 
@@ -55,6 +56,7 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
         ("above", lambda x, b: x > b, "greater than"),
         ("minimum", lambda x, b: x >= b, "at least"),
         ("maximum", lambda x, b: x <= b, "at most"),
+        ("below", lambda x, b: x < b, "less than"),
     ):
         if limits[bound] is not None and not holds(value, limits[bound]):
             raise ConfigError(f"{name} must be {words} {limits[bound]}, got {value!r}.")

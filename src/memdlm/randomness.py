@@ -41,3 +41,10 @@ def _branch(generator: torch.Generator) -> torch.Generator:
     numbers than alone, and must not be further along its stream for it."""
     seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
     return torch.Generator().manual_seed(int(seed))
+
+
+def seeds(count: int, randomness: Randomness) -> list[int]:
+    """Draw `count` seeds; with one generator per row, seed i comes from generator i alone. Waits for the device."""
+    if isinstance(randomness, torch.Generator):
+        return torch.randint(2**62, (count,), generator=randomness, device=randomness.device).tolist()
+    return [int(torch.randint(2**62, (1,), generator=each, device=each.device)) for each in randomness]

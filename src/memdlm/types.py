@@ -9,6 +9,7 @@ A boolean tensor is a *position set*: it is named `is_<adjective>` and is true w
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TypeAlias
 
 from torch import Tensor
@@ -23,6 +24,11 @@ Times: TypeAlias = Tensor
 """[B] float, diffusion time: 0 is clean text, 1 has every maskable token masked."""
 Logits: TypeAlias = Tensor
 """[N, V] float."""
+
+Project: TypeAlias = Callable[[Tensor], Tensor]
+"""Turns features [n, D] into logits [n, V]."""
+Readout: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
+"""(features [n, D], which of the N positions they are, project) -> [n] values, each of its own position alone."""
 
 IGNORE_INDEX = -100
 """The label of a position that is never masked and never scored."""
@@ -42,3 +48,15 @@ class Denoise(ABC):
     @abstractmethod
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:
         """Return [N, D] last hidden states, after the final norm, at `positions`."""
+
+    def features(self, ids: Ids, positions: Positions) -> Tensor:
+        """Return [N, D], what `read` hands to a readout; here the logits."""
+        return self.logits(ids, positions)
+
+    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+        """Return [N] values, `readout` of every position; a network may take the positions in several chunks."""
+        return readout(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits

@@ -132,7 +132,7 @@ def test_inner_gradients_are_finite_differences():
 
             def loss(values, steps=steps, memory=memory, ids=ids):
                 memory.fast.assign(values)
-                out, _ = memory.loss(_denoiser(memory), steps[0], memory.fast.num_samples)
+                out = memory.loss(_denoiser(memory), steps[0], memory.fast.num_samples)
                 return out.sum()
 
             teacher_free = objective == "ce"

@@ -21,6 +21,8 @@ from memdlm.errors import CheckpointError, ConfigError
 from memdlm.inference import GenerationConfig, generate, score
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, ModelDenoiser, load_model, load_tokenizer
+from memdlm.models.structure import blocks_of
+from memdlm.models.wrappers import unwrap
 from tiny import MASK, PAD, V, random_ids, rng
 
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -236,3 +238,43 @@ def test_a_model_without_a_body_still_predicts_but_has_no_hidden_states():
     assert ModelDenoiser(model).logits(ids, positions).equal(model(ids).logits.flatten(0, 1)[positions])
     with pytest.raises(ConfigError, match=r"Bodiless has no base model.*use mem_inner_loss_type ce"):
         ModelDenoiser(model).hidden(ids, positions)
+
+
+@every_model
+@pytest.mark.parametrize("objective", ["ce", "distill", "distill_hidden"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_write_shares_what_lies_below_its_first_block(name, objective, wrapped, monkeypatch):
+    """The pass is cut at the boundary call, and no layer is written anew: same numbers, fewer calls."""
+    model = foreign(name)
+    if wrapped:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            targets = TARGETS[name].split(",")
+            model = get_peft_model(model, LoraConfig(target_modules=targets, r=2, init_lora_weights=False)).eval()
+    keep = torch.ones(2, 9, dtype=torch.int64)
+    keep[1, 6:] = 0
+    ids, results, calls = random_ids(2, 9), [], []
+    blocks = blocks_of(unwrap(model))
+    inner = next(module for module in blocks[0].modules() if isinstance(module, nn.Linear))
+    inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    for shared in (True, False):
+        memory = ParametricMemory(
+            model,
+            MemoryConfig(
+                inner_rank=4,
+                inner_alpha=8.0,
+                inner_layer_fraction=0.5,
+                inner_target_modules=TARGETS[name],
+                inner_loss_type=objective,
+                num_inner_epochs=2,
+            ),
+            mask_token_id=MASK,
+        )
+        if not shared:
+            monkeypatch.setattr(memory, "_first", 0)
+        calls.clear()
+        with memory.write(ids, attention_mask=keep, generator=rng()) as record, torch.no_grad():
+            results.append([record.losses, *memory.fast.tensors(), model(input_ids=ids, attention_mask=keep).logits])
+        states = 2 if objective == "ce" else 3
+        assert len(calls) == 1 + (states if shared else 4 if objective == "ce" else 8)
+    assert_close(results[0], results[1], **CLOSE)

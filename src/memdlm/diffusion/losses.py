@@ -13,7 +13,7 @@ from torch import Tensor
 from memdlm.diffusion.masking import Corrupted, positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError, unknown
-from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, Times
+from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, Project, Readout, Times
 
 Weighting = Callable[[Schedule, Times], Tensor]
 
@@ -45,6 +45,15 @@ def cross_entropy(logits: Logits, targets: Tensor) -> Tensor:
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def nats_of(targets: Tensor) -> Readout:
+    """Return the readout that is the cross-entropy to `targets` [N]."""
+
+    def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
+        return cross_entropy(project(features), targets[chosen])
+
+    return readout
 
 
 def row_sums(values: Tensor, positions: Positions, shape: torch.Size) -> Tensor:
@@ -104,7 +113,7 @@ def masked_loss(
 ) -> MaskedLoss:
     """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss)."""
     positions = positions_of(noised.is_masked)
-    nats = cross_entropy(denoise.logits(noised.ids, positions), clean.flatten()[positions])
+    nats = denoise.read(noised.ids, positions, nats_of(clean.flatten()[positions]))
     per_row = row_sums(nats, positions, clean.shape)
     bound = per_row.detach() * schedule.loss_weight(noised.t)
     return MaskedLoss(per_row * weight_of(weighting, schedule, noised.t), bound, is_maskable.sum(-1))

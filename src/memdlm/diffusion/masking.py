@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from memdlm.diffusion.schedules import Schedule
@@ -53,6 +54,8 @@ def corrupt(
     return Corrupted(clean.masked_fill(is_masked, mask_token_id), is_masked, t)
 
 
-def positions_of(is_chosen: PositionSet) -> Positions:
-    """Return the row-major positions [N] of a set. Waits for the device once, to learn N."""
-    return is_chosen.flatten().nonzero().squeeze(1)
+def positions_of(is_chosen: PositionSet, count: int | None = None) -> Positions:
+    """Return the row-major positions [N] of a set. Waits for the device to learn N, unless it is given as `count`."""
+    if count is None:
+        return is_chosen.flatten().nonzero().squeeze(1)
+    return (~is_chosen).flatten().to(torch.uint8).argsort(stable=True)[:count]

@@ -21,6 +21,8 @@ class Adapter(ABC):
     """How fast weights are created and applied. `names` are the tensors' names, in order."""
 
     names: tuple[str, ...]
+    inner_dropout: float = 0.0
+    """Share of a site's inputs that are zeroed while a state is learned."""
 
     @abstractmethod
     def start(self, site: Site, num_samples: int, randomness: Randomness, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -44,6 +46,7 @@ class LoRA(Adapter):
 
     inner_rank: int = 32
     inner_alpha: float = 64.0
+    inner_dropout: float = 0.0
 
     @property
     def scale(self) -> float:

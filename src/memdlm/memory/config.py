@@ -33,6 +33,9 @@ class MemoryConfig:
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
     inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
     inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0)
+    inner_dropout: float = option(
+        0.0, "Share of the low-rank fast weights' inputs zeroed during a write.", minimum=0, below=1
+    )
     inner_layer_fraction: float = option(
         0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1
     )
@@ -64,6 +67,13 @@ class MemoryConfig:
         "What training writes: response (the paper: the labels that the outer loss scores) or prompt (no leak).",
         choices=WRITE_SOURCES,
     )
+    sync_inner: bool | None = option(
+        None,
+        "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
+    )
+    inner_gradient_checkpointing: bool = option(
+        True, "Recompute the adapted blocks in the backward pass of a write instead of keeping their activations."
+    )
     per_sample: bool | None = option(
         None, "One memory per row instead of one per batch; unset: per batch in training, per row otherwise."
     )
@@ -73,6 +83,11 @@ class MemoryConfig:
         if not self.targets:
             raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
         self._refuse_idle_options()
+        if self.sync_inner and self.per_sample is not False:
+            raise ConfigError(
+                f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
+                "of its own. Set mem_per_sample=False, or leave mem_sync_inner out."
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "MemoryConfig":

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from memdlm.errors import ConfigError
 from memdlm.memory.adapters import Adapter, check_rows
+from memdlm.memory.dropout import InputDropout
 from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
-from memdlm.randomness import Randomness
+from memdlm.randomness import Randomness, seeds
 
 
 @final
@@ -27,6 +28,8 @@ class FastWeights:
         self.sites, self.adapter = tuple(sites), adapter
         self.num_samples = 0
         self._values: dict[str, tuple[Tensor, ...]] = {}
+        self._dropout: InputDropout | None = None
+        self._is_dropping = False
 
     def reset(self, num_samples: int, randomness: Randomness) -> None:
         """Start anew for `num_samples` samples: what is read adds nothing until it is updated."""
@@ -35,10 +38,30 @@ class FastWeights:
             site.path: self.adapter.start(site, num_samples, randomness, _value_dtype(site)) for site in self.sites
         }
         self.replace([tensor.requires_grad_() for tensor in self.tensors()])
+        if self.adapter.inner_dropout > 0:
+            self._dropout = InputDropout(self.adapter.inner_dropout, seeds(num_samples, randomness))
 
     def erase(self) -> None:
         """Forget everything."""
-        self.num_samples, self._values = 0, {}
+        self.num_samples, self._values, self._dropout = 0, {}, None
+
+    @contextmanager
+    def dropping(self, update: int) -> Iterator[None]:
+        """Apply the adapter's dropout inside the block, with the zeros of the write's `update`-th gradient step."""
+        if self._dropout is None:
+            yield
+            return
+        self._dropout.update, self._is_dropping = update, True
+        try:
+            yield
+        finally:
+            self._is_dropping = False
+
+    def input_factors(self, path: str, count: int, x: Tensor) -> Tensor | None:
+        """Return what the inputs of site `path` are multiplied by, [S, count, width]; None: nothing."""
+        if self._dropout is None or not self._is_dropping:
+            return None
+        return self._dropout.factors(path, count, x)
 
     def tensors(self) -> list[Tensor]:
         """Return all values, site by site in the adapter's order."""
@@ -91,7 +114,9 @@ class FastWeights:
         def add(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
             x = arguments[0]
             check_rows(x.shape[0], self.num_samples)
-            added = self.adapter.linear(x.reshape(self.num_samples, -1, x.shape[-1]), self._values[site.path])
+            x = x.reshape(self.num_samples, -1, x.shape[-1])
+            factors = self.input_factors(site.path, x.shape[1], x)
+            added = self.adapter.linear(x if factors is None else x * factors, self._values[site.path])
             return out + added.reshape(out.shape).to(out.dtype)
 
         return add
@@ -113,6 +138,10 @@ class _ExpertReader(ExpertAdditions):
         if projection not in self.paths:
             return out
         values = self.fast.read(self.paths[projection])
+        factors = self.fast.input_factors(self.paths[projection], x.shape[0] // self.num_samples, x)
+        if factors is not None:
+            # Drawn in the order of the tokens, which does not depend on where the router sent the others.
+            x = x * factors.flatten(0, 1)[routing.order]
         return out + self.fast.adapter.grouped(x, values, routing.ends).to(out.dtype)
 
 

@@ -1,6 +1,6 @@
 """The inner loop: follow a trajectory, take one gradient step on the fast weights at each state (MemDLM Eq. 6).
 
-Nothing here waits for the device except to learn how many positions a state scores.
+Nothing here waits for the device except, once, to learn how many positions the states score.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.objectives import Objective
+from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise
+from memdlm.types import Denoise, Positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,12 +66,37 @@ class InnerLoss:
     weighting: str
     norm: str
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int) -> tuple[Tensor, int]:
-        """Return (one loss per sample [S], number of scored positions)."""
-        positions = positions_of(step.is_scored)
-        values = self.objective(denoise, step, positions)
+    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int, count: int | None = None) -> Tensor:
+        """Return one loss per sample [S]; `count` is the number of scored positions, if it is known."""
+        positions = positions_of(step.is_scored, count)
+        target = self.objective.target(denoise, step, positions)
+        return self.reduce(self.objective.values(denoise, step, positions, target), positions, step, samples)
+
+    def reduce(
+        self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int, whole: "Whole | None" = None
+    ) -> Tensor:
+        """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`."""
         sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
-        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples), positions.numel()
+        totals = {} if whole is None else {"total_tokens": whole.tokens.clamp_min(1), "total_rows": whole.rows}
+        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples, **totals)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What the batch of all ranks is divided by at one state."""
+
+    tokens: Tensor
+    """[] scored positions."""
+    rows: Tensor
+    """[] texts."""
+
+
+def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[Whole | None]:
+    if ranks is None:
+        return [None] * len(steps)
+    rows = torch.tensor(len(steps[0].ids), device=steps[0].ids.device)
+    *tokens, rows = ranks.sum([*(step.is_scored.sum() for step in steps), rows])
+    return [Whole(each, rows) for each in tokens]
 
 
 def run_inner_loop(
@@ -81,28 +107,44 @@ def run_inner_loop(
     update: LocalSGD,
     denoise: Denoise,
     epochs: int = 1,
+    ranks: Ranks | None = None,
 ) -> Written:
-    """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`)."""
-    losses, norms, num_tokens = [], [], 0
-    for _ in range(epochs):
-        for step in steps:
-            with torch.enable_grad():
-                values = fast.tensors()
-                per_sample, scored = loss(denoise, step, fast.num_samples)
+    """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
+
+    With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
+    rounding; losses and norms are then the joined batch's too.
+    """
+    losses, norms = [], []
+    if ranks is not None:
+        fast.replace([value.requires_grad_() for value in ranks.first(fast.tensors())])
+    # The one place where the device is waited for.
+    counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
+    states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
+    for index, (step, count, whole) in enumerate(states * epochs):
+        values = fast.tensors()
+        with torch.enable_grad():
+            positions = positions_of(step.is_scored, count)
+            target = loss.objective.target(denoise, step, positions)
+            # The backward pass too: it may run layers again, and they must drop the same inputs.
+            with fast.dropping(index):
+                found = loss.objective.values(denoise, step, positions, target)
+                per_sample = loss.reduce(found, positions, step, fast.num_samples, whole)
                 gradients = _gradients(per_sample, values)
-            norm = _global_norm(gradients)
-            is_sound = per_sample.detach().isfinite() & norm.isfinite()
-            updated = update.step([value.detach() for value in values], gradients, is_sound)
-            fast.replace([value.requires_grad_() for value in updated])
-            losses.append(per_sample.detach())
-            norms.append(norm)
-            num_tokens += scored
+        per_sample = per_sample.detach()
+        if ranks is not None:
+            per_sample, *gradients = ranks.sum([per_sample, *gradients])
+        norm = _global_norm(gradients)
+        is_sound = per_sample.isfinite() & norm.isfinite()
+        updated = update.step([value.detach() for value in values], gradients, is_sound)
+        fast.replace([value.requires_grad_() for value in updated])
+        losses.append(per_sample)
+        norms.append(norm)
     stacked = torch.stack(losses)
     return Written(
         losses=stacked,
         grad_norms=torch.stack(norms),
         num_skipped=(~(stacked.isfinite() & torch.stack(norms).isfinite())).sum(0),
-        num_tokens=num_tokens,
+        num_tokens=sum(counts) * epochs,
     )
 
 

@@ -8,17 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdlm.diffusion.losses import cross_entropy
+from memdlm.diffusion.losses import nats_of
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Logits, Positions
+from memdlm.types import Denoise, Logits, Positions, Project
 
 
 class Objective(ABC):
-    """An inner objective. Teachers are the same model with the current fast weights, without gradient."""
+    """An inner objective: what to follow, and how far from it a prediction is."""
 
     @abstractmethod
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Return [N] values at `positions` of `step`."""
+    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+        """Return what to follow at `positions`, [N] or [N, D], a constant.
+
+        Teachers are the same model with the current fast weights, without gradient.
+        """
+
+    @abstractmethod
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return [N], how far the prediction at each of `positions` of `step` is from `target`."""
 
 
 @final
@@ -26,17 +33,22 @@ class Objective(ABC):
 class CrossEntropy(Objective):
     """Cross-entropy to the true tokens, in nats (ce)."""
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Predict the true tokens."""
-        return cross_entropy(denoise.logits(step.ids, positions), step.clean.flatten()[positions])
+    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+        """Return the true tokens."""
+        return step.clean.flatten()[positions]
+
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return denoise.read(step.ids, positions, nats_of(target))
 
 
-def _log_probabilities(
-    denoise: Denoise, step: TrajectoryStep, positions: Positions, tau: float
-) -> tuple[Logits, Logits]:
+def _teacher_features(denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
     with torch.no_grad():
-        teacher = F.log_softmax(_wide(denoise.logits(step.next_ids, positions)) / tau, dim=-1)
-    return teacher, F.log_softmax(_wide(denoise.logits(step.ids, positions)) / tau, dim=-1)
+        return denoise.features(step.next_ids, positions)
+
+
+def _log_probabilities(features: Tensor, project: Project, tau: float) -> Logits:
+    return F.log_softmax(_wide(project(features)) / tau, dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -50,10 +62,20 @@ class ForwardKL(Objective):
 
     distill_temperature: float = 1.0
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Follow the teacher's distribution one reveal later."""
-        teacher, student = _log_probabilities(denoise, step, positions, self.distill_temperature)
-        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+        """Return the teacher's features one reveal later."""
+        return _teacher_features(denoise, step, positions)
+
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Follow the teacher's distribution."""
+
+        def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
+            with torch.no_grad():
+                teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
+            student = _log_probabilities(features, project, self.distill_temperature)
+            return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+        return denoise.read(step.ids, positions, readout)
 
 
 @final
@@ -63,10 +85,20 @@ class ReverseKL(Objective):
 
     distill_temperature: float = 1.0
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+        """Return the teacher's features one reveal later."""
+        return _teacher_features(denoise, step, positions)
+
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Stay where the teacher has mass."""
-        teacher, student = _log_probabilities(denoise, step, positions, self.distill_temperature)
-        return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+
+        def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
+            with torch.no_grad():
+                teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
+            student = _log_probabilities(features, project, self.distill_temperature)
+            return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
+
+        return denoise.read(step.ids, positions, readout)
 
 
 @final
@@ -76,11 +108,14 @@ class HiddenDistillation(Objective):
 
     distill_hidden_type: str = "mse"
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Return the mean squared difference over channels, or 1 - cosine similarity."""
+    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
+        """Return the teacher's hidden states one reveal later."""
         with torch.no_grad():
-            teacher = _wide(denoise.hidden(step.next_ids, positions))
-        student = _wide(denoise.hidden(step.ids, positions))
+            return denoise.hidden(step.next_ids, positions)
+
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return the mean squared difference over channels, or 1 - cosine similarity."""
+        student, teacher = _wide(denoise.hidden(step.ids, positions)), _wide(target)
         if self.distill_hidden_type == "cosine":
             return 1 - F.cosine_similarity(student, teacher, dim=-1)
         return (student - teacher).square().mean(-1)

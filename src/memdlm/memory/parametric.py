@@ -1,10 +1,13 @@
 """A model's parametric memory: write a text into fast weights, read it through any call, leave no trace."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
@@ -12,11 +15,14 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
-from memdlm.memory.sites import find_sites
+from memdlm.memory.ranks import Ranks
+from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
-from memdlm.models.wrappers import unwrap_parallel
+from memdlm.models.patching import recomputed
+from memdlm.models.prefix import Prefix, SharedPrefix
+from memdlm.models.wrappers import unwrap, unwrap_parallel
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
 
@@ -30,7 +36,8 @@ class ParametricMemory:
         # here the model is bit for bit what it was
 
     Nothing is added to the model: `state_dict()`, `parameters()` and the training mode never change. One block can
-    be open per memory at a time. Raises ConfigError when a target names no projection of the model.
+    be open per memory at a time. `process_group` holds the ranks that `mem_sync_inner` joins (None: all). Raises
+    ConfigError when a target names no projection of the model.
     """
 
     def __init__(
@@ -42,10 +49,12 @@ class ParametricMemory:
         schedule: Schedule | None = None,
         right_shift_logits: bool = False,
         attention_pattern: AttentionPattern | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.config = MemoryConfig() if config is None else config
         self.model, self.mask_token_id = unwrap_parallel(model), mask_token_id
         self.schedule = Linear() if schedule is None else schedule
+        self.process_group = process_group
         self.right_shift_logits, self.attention_pattern = right_shift_logits, attention_pattern
         self.strategy = self.config.strategy()
         self.update = self.config.update()
@@ -57,7 +66,9 @@ class ParametricMemory:
         )
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
         self.fast = FastWeights(sites, self.config.adapter())
+        self._first, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
         self._is_open = False
+        self._prefix: SharedPrefix | None = None
 
     @contextmanager
     def write(
@@ -69,6 +80,7 @@ class ParametricMemory:
         *,
         anchor: Corrupted | None = None,
         is_padding: PositionSet | None = None,
+        is_alone: bool = False,
     ) -> Iterator[Written]:
         """Write `input_ids` [B, L]; inside the block every call of the model reads the result.
 
@@ -77,57 +89,72 @@ class ParametricMemory:
         `anchor` is the noised batch that will be read (training); without one, each learnable token is masked with
         probability `mem_prompt_mask_ratio` (inference). With a memory per row, row i of any later call reads memory
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
-        fast weights and the masks: one for the batch or one per row; None: a fixed one.
+        fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
+        ranks must write at the same time, unless the write `is_alone`.
 
         Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
         """
         _check_ids(input_ids, labels)
+        _warn_if_long(self.model, input_ids.shape[1])
         randomness = derive("memdlm.write", 0) if generator is None else generator
-        clean = input_ids
-        is_maskable = maskable_positions(input_ids if labels is None else labels, attention_mask)
-        if is_padding is not None and self.config.pad_unmask_mode != "none":
-            is_maskable = is_maskable & ~is_padding
         per_sample = self.config.per_sample is not False
-        denoise = ModelDenoiser(
-            self.model,
-            attention_mask=attention_mask,
-            attention_pattern=self.attention_pattern,
-            right_shift_logits=self.right_shift_logits,
-        )
+        # In training, the outer loss continues from what the write computed below the fast weights.
+        is_read_with_gradient = anchor is not None and torch.is_grad_enabled()
         with self._opened():
-            self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample))
+            # Gradients are needed even where the caller switched them off; the block itself is left as it is.
+            with torch.inference_mode(False), torch.enable_grad():
+                clean, labels, mask = _usable(input_ids), _usable(labels), _usable(attention_mask)
+                is_maskable = maskable_positions(clean if labels is None else labels, mask)
+                if is_padding is not None and self.config.pad_unmask_mode != "none":
+                    is_maskable = is_maskable & ~is_padding
+                self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample))
+
+                def draw() -> Tensor:
+                    return uniform(clean.shape, randomness, clean.device)
+
+                start = self._anchor(clean, is_maskable, anchor, draw)
             with self.fast.attached():
-                # Gradients are needed even where the caller switched them off; the block itself is left as it is.
                 with torch.inference_mode(False), torch.enable_grad():
-                    written = self._write(clean, is_maskable, anchor, denoise, randomness)
+                    written = self._write(start, mask, draw, is_read_with_gradient, is_alone)
                 yield written if per_sample else _joined(written)
 
-    def _write(
-        self,
-        clean: Ids,
-        is_maskable: PositionSet,
-        noised: Corrupted | None,
-        denoise: ModelDenoiser,
-        randomness: Randomness,
-    ) -> Written:
-        def draw() -> Tensor:
-            return uniform(clean.shape, randomness, clean.device)
+    @property
+    def prefix(self) -> Prefix | None:
+        """Inside a block: what calls on the anchor may continue from, see `ModelDenoiser`; None: nothing.
 
-        anchor = self._anchor(clean, is_maskable, noised, draw)
+        If gradients were enabled when the block was entered with an `anchor`, they flow through it.
+        """
+        return None if self._prefix is None else self._prefix.connected()
+
+    def _write(
+        self, anchor: Anchor, mask: Tensor | None, draw: Draw, is_read_with_gradient: bool, is_alone: bool
+    ) -> Written:
         steps = trajectory(
             self.strategy.path(anchor, draw),
             anchor,
             mask_token_id=self.mask_token_id,
             scored=self.config.inner_loss_mask_mode,
         )
-        written = run_inner_loop(
-            steps,
-            fast=self.fast,
-            loss=self.loss,
-            update=self.update,
-            denoise=denoise,
-            epochs=self.config.num_inner_epochs,
+        if self._first > 0:
+            self._prefix = SharedPrefix(self._first, anchor=anchor.ids if is_read_with_gradient else None)
+        denoise = ModelDenoiser(
+            self.model,
+            attention_mask=mask,
+            attention_pattern=self.attention_pattern,
+            right_shift_logits=self.right_shift_logits,
+            prefix=self._prefix,
+            is_constant=True,
         )
+        with recomputed(self._adapted if self.config.inner_gradient_checkpointing else ()):
+            written = run_inner_loop(
+                steps,
+                fast=self.fast,
+                loss=self.loss,
+                update=self.update,
+                denoise=denoise,
+                epochs=self.config.num_inner_epochs,
+                ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
+            )
         # What is read is a constant: no gradient reaches the fast weights (first order).
         self.fast.replace([value.detach() for value in self.fast.tensors()])
         return written
@@ -137,9 +164,11 @@ class ParametricMemory:
             ratio = self.config.prompt_mask_ratio
             is_masked = is_maskable & (draw() < ratio)
             t = torch.full(clean.shape[:1], ratio, device=clean.device)
-        else:
-            is_masked, t = noised.is_masked & is_maskable, noised.t
-        return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
+            return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
+        is_masked = noised.is_masked & is_maskable
+        # Waits for the device, before the loop: a write that leaves out some of the anchor's masks sees another text.
+        ids = noised.ids if bool(is_masked.equal(noised.is_masked)) else None
+        return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=ids)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -150,7 +179,7 @@ class ParametricMemory:
             yield
         finally:
             self.fast.erase()
-            self._is_open = False
+            self._prefix, self._is_open = None, False
 
 
 def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:
@@ -168,6 +197,21 @@ def _joined(written: Written) -> Written:
         num_skipped=written.num_skipped[0],
         num_tokens=written.num_tokens,
     )
+
+
+def _usable(tensor: Tensor | None) -> Any:
+    """Return `tensor`, or a copy that autograd accepts if it was made in inference mode."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
+
+
+def _warn_if_long(model: nn.Module, length: int) -> None:
+    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    if places is not None and length > places:
+        warnings.warn(
+            f"input_ids has {length} tokens, but the model was trained on {places} positions "
+            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces.",
+            stacklevel=4,
+        )
 
 
 def _check_ids(input_ids: Ids, labels: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.experts import Experts
+from memdlm.models.structure import blocks_of
 from memdlm.models.wrappers import unwrap
 
 
@@ -43,6 +44,13 @@ def first_adapted_layer(num_layers: int, fraction: float) -> int:
     return start
 
 
+def adapted_blocks(model: nn.Module, fraction: float) -> tuple[int, list[nn.Module]]:
+    """Return the index of the first adapted block of `model`, and the blocks from there on."""
+    blocks = blocks_of(unwrap(model))
+    start = first_adapted_layer(len(blocks), fraction)
+    return start, blocks[start:]
+
+
 def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> tuple[Site, ...]:
     """Return the sites named by `targets` in the last `fraction` of the blocks of `model`, in model order.
 
@@ -52,13 +60,12 @@ def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> t
     """
     network = unwrap(model)
     published = type(network).published_module_name if isinstance(network, MaskedDiffusionLM) else str
-    layers = _layers(network)
+    _, layers = adapted_blocks(model, fraction)
     names = {module: name for name, module in network.named_modules()}
-    start = first_adapted_layer(len(layers), fraction)
     sites: list[Site] = []
     available: dict[str, None] = {}
     aliases: dict[str, None] = {}
-    for layer in layers[start:]:
+    for layer in layers:
         for site in _candidates(layer, names[layer]):
             leaf = site.path.rsplit(".", 1)[-1]
             available[leaf] = None
@@ -69,23 +76,10 @@ def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> t
     for target in targets:
         if target not in available and target not in aliases:
             raise ConfigError(
-                f"mem_inner_target_modules names {target!r}, which is no projection of the {len(layers) - start} "
+                f"mem_inner_target_modules names {target!r}, which is no projection of the {len(layers)} "
                 f"adapted blocks. They have: {', '.join(available)}.{did_you_mean(target, available)}"
             )
     return tuple(sites)
-
-
-def _layers(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks: those of our families, else the longest list of equal modules."""
-    backbone = getattr(network, "model", None)
-    layers = getattr(backbone, "layers", None)
-    if isinstance(layers, nn.ModuleList):
-        return list(layers)
-    lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
-    same = [each for each in lists if len({type(item) for item in each}) == 1]
-    if not same:
-        raise ConfigError(f"{type(network).__name__} has no list of equal blocks to put fast weights into.")
-    return max(same, key=len)
 
 
 def _candidates(layer: nn.Module, prefix: str) -> list[Site]:

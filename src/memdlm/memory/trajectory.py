@@ -29,6 +29,8 @@ class Anchor:
     """[B, L] the anchor's own masks."""
     t: Times
     """[B] the time the anchor was noised at; at inference the nominal mask ratio."""
+    ids: Ids | None = None
+    """[B, L] the noised text itself, if there is one: the state with the anchor's masks is then this very tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +111,8 @@ class AnchorConsistent(Strategy):
         for steps_left in range(self.num_inner_steps - 1, 0, -1):
             extra = num_masked - num_anchor
             num_masked = num_masked - (extra + steps_left - 1).div(steps_left, rounding_mode="floor")
-            masked.append(place < num_masked[:, None])
+            # The last state is the anchor itself, so that what is known of the one serves the other.
+            masked.append(anchor.is_masked if steps_left == 1 else place < num_masked[:, None])
         t = [_share(each, anchor.is_maskable) for each in masked]
         return Path(masked, [*masked[1:], None], t)
 
@@ -177,17 +180,24 @@ SCORED = ("student_masked", "newly_revealed")
 
 
 def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -> list[TrajectoryStep]:
-    """Fill a path with tokens."""
+    """Fill a path with tokens. Equal sets give the same tensor of ids: a teacher's text is the next state's."""
+    filled = {} if anchor.ids is None else {id(anchor.is_masked): anchor.ids}
+
+    def fill(is_masked: PositionSet) -> Ids:
+        if id(is_masked) not in filled:
+            filled[id(is_masked)] = anchor.clean.masked_fill(is_masked, mask_token_id)
+        return filled[id(is_masked)]
+
     steps = []
     for is_masked, teacher, t in zip(path.masked, path.teacher, path.t, strict=True):
         later = torch.zeros_like(is_masked) if teacher is None else teacher
         steps.append(
             TrajectoryStep(
                 clean=anchor.clean,
-                ids=anchor.clean.masked_fill(is_masked, mask_token_id),
+                ids=fill(is_masked),
                 is_masked=is_masked,
                 is_scored=is_masked & ~later if scored == "newly_revealed" else is_masked,
-                next_ids=anchor.clean.masked_fill(later, mask_token_id),
+                next_ids=anchor.clean if teacher is None else fill(teacher),
                 t=t,
             )
         )

@@ -16,6 +16,8 @@ from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, k
 from memdlm.models.names import NameTable, to_ours, to_published
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.quantisation import is_four_bit
+from memdlm.models.readout import read_in_chunks
+from memdlm.types import Readout
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
@@ -69,12 +71,17 @@ class Backbone(DiffusionPreTrainedModel):
         position_ids: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         output_hidden_states: bool = False,
+        start_layer: int | None = None,
+        stop_layer: int | None = None,
     ) -> BaseModelOutput:
         """Run the layers.
 
         `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.masks`;
         `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
         entry i the output of layer i-1, and the last entry the final, normalised state.
+
+        The pass can be cut in two: with `stop_layer` it ends before that layer and `last_hidden_state` is that
+        layer's input; handed back as `inputs_embeds` with the same number as `start_layer`, it goes on from there.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
@@ -90,14 +97,15 @@ class Backbone(DiffusionPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         angles = self.rotary.angles(position_ids, hidden)
-        if self.after_embedding is not None:
+        if self.after_embedding is not None and start_layer is None:
             hidden = self.after_embedding(hidden, keep)
         states = [hidden]
-        for layer in self.layers:
+        for layer in self.layers[start_layer:stop_layer]:
             hidden = layer(hidden, self.rotary, angles, mask, keep)
             if output_hidden_states:
                 states.append(hidden)
-        hidden = self.norm(hidden)
+        if stop_layer is None:
+            hidden = self.norm(hidden)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
 
@@ -164,14 +172,20 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         attention_pattern: AttentionPattern | None = None,
         positions: Tensor | None = None,
         project: bool = True,
+        readout: Readout | None = None,
+        constant_projection: bool = False,
         output_hidden_states: bool = False,
+        start_layer: int | None = None,
+        stop_layer: int | None = None,
     ) -> MaskedLMOutput:
         """Predict tokens.
 
         `positions` [N] int64 (row * L + column) chooses what is predicted: logits are then [N, V], and nothing
         else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
-        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]). The other arguments
-        are those of `Backbone.forward`.
+        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
+        With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
+        `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. The other arguments are those of
+        `Backbone.forward`.
         """
         out = self.model(
             input_ids,
@@ -180,10 +194,17 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             position_ids=position_ids,
             attention_pattern=attention_pattern,
             output_hidden_states=output_hidden_states,
+            start_layer=start_layer,
+            stop_layer=stop_layer,
         )
         hidden = out.last_hidden_state
         if positions is not None:
             hidden = hidden.flatten(0, 1).index_select(0, positions)
-        if not project:
+        if readout is not None:
+            width = self.lm_head.weight.shape[0]
+            return MaskedLMOutput(
+                loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
+            )
+        if not project or stop_layer is not None:
             return MaskedLMOutput(hidden_states=(hidden,))
         return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)

@@ -1,10 +1,12 @@
 """Masked diffusion models of other families, called so that only chosen positions reach their vocabulary projection.
 
-BERT-like masked language models, and autoregressive decoders that were converted to look both ways.
+BERT-like masked language models, and autoregressive decoders that were converted to look both ways. A pass can be cut
+in two at a block, as in our families, without re-implementing any layer: the blocks that are not wanted hand on what
+they are given, and the network's own code around them (masks, positions, final norm) runs every time.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -14,6 +16,8 @@ from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask
+from memdlm.models.patching import patched
+from memdlm.models.structure import blocks_of
 from memdlm.types import Ids, Logits, Positions
 
 
@@ -37,6 +41,7 @@ class ForeignModel:
         takes = inspect.signature(network.forward).parameters
         # A cache that nobody reads would cost memory, and converted decoders make one by default.
         self.fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+        self._returned: Callable[[Tensor], Any] = _alone
 
     def logits(self, ids: Ids, positions: Positions, mask: Tensor | None, pattern: AttentionPattern | None) -> Logits:
         """Return [N, V] logits at `positions` of `ids` [B, L]."""
@@ -55,6 +60,52 @@ class ForeignModel:
             )
         states = self.body(**self._arguments(ids, mask, pattern)).last_hidden_state
         return states.flatten(0, 1).index_select(0, positions)
+
+    def below(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None, *, stop: int) -> Tensor:
+        """Return what block `stop`, which is not the first, would be given for `ids` [B, L]: [B, L, D]."""
+        blocks = blocks_of(self.network)
+        last, caught = blocks[stop - 1].forward, []
+
+        def observe(*args: Any, **kwargs: Any) -> Any:
+            out = last(*args, **kwargs)
+            self._returned = _alone if isinstance(out, Tensor) else _with(out[1:])
+            return out
+
+        def catch(*args: Any, **kwargs: Any) -> Any:
+            caught.append(_first(args, kwargs))
+            return self._returned(caught[0])
+
+        idle = dict.fromkeys(blocks[stop + 1 :], self._hand_on)
+        with patched({blocks[stop - 1]: observe, blocks[stop]: catch, **idle}):
+            # Through the wrappers: an outer adapter, for one, may have to prepare its layers for a call.
+            self._run_body(ids, mask, pattern)
+        return caught[0]
+
+    @contextmanager
+    def resumed(self, start: int, hidden: Tensor) -> Iterator[None]:
+        """Inside the block, calls on the ids that gave `hidden` ([B, L, D], from `below`) begin at block `start`."""
+        blocks = blocks_of(self.network)
+        own = blocks[start].forward
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                return own(hidden, *args[1:], **kwargs)
+            return own(**{**kwargs, next(iter(kwargs)): hidden})
+
+        with patched({**dict.fromkeys(blocks[:start], self._hand_on), blocks[start]: begin}):
+            yield
+
+    def _run_body(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None) -> None:
+        arguments = self._arguments(ids, mask, pattern)
+        if self.body is None:
+            self.model(**arguments)
+            return
+        none = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        with _only(self.body, none):
+            self.model(**arguments)
+
+    def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        return self._returned(_first(args, kwargs))
 
     def _arguments(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None) -> dict[str, Any]:
         if pattern is not None and not isinstance(pattern, Full):
@@ -81,3 +132,17 @@ def _only(body: nn.Module, positions: Positions) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments: they come first."""
+    hidden: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return hidden
+
+
+def _alone(hidden: Tensor) -> Any:
+    return hidden
+
+
+def _with(rest: tuple[Any, ...]) -> Callable[[Tensor], Any]:
+    return lambda hidden: (hidden, *rest)

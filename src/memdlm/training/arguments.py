@@ -92,11 +92,11 @@ class TrainingArguments(_Flags):
                         "add mem_enabled=True or leave it out."
                     )
             return None
-        config = from_flags(MemoryConfig, self, prefix="mem_")
-        # In training, as published: one memory per batch, and the outer loss's weight and norm inside.
-        return dataclasses.replace(
-            config,
-            per_sample=bool(config.per_sample),
-            loss_weight_type=config.loss_weight_type or self.loss_weight_type,
-            loss_norm_type=config.loss_norm_type or self.loss_norm_type,
-        )
+        options = {field.name: getattr(self, f"mem_{field.name}") for field in dataclasses.fields(MemoryConfig)}
+        # In training, as published: one memory per batch, the same on all ranks, and the outer loss's weight and norm.
+        options["per_sample"] = bool(options["per_sample"])
+        if options["sync_inner"] is None:
+            options["sync_inner"] = not options["per_sample"]
+        options["loss_weight_type"] = options["loss_weight_type"] or self.loss_weight_type
+        options["loss_norm_type"] = options["loss_norm_type"] or self.loss_norm_type
+        return MemoryConfig(**options)

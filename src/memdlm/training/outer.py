@@ -15,6 +15,7 @@ from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_po
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
@@ -89,11 +90,21 @@ def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
 
 
 @contextmanager
-def memory_of(memory: ParametricMemory, batch: Batch, *, pad_token_id: int, randomness: Randomness) -> Iterator[None]:
-    """Write the batch as `mem_write_source` says and leave the memory open for the block."""
+def memory_of(
+    memory: ParametricMemory,
+    batch: Batch,
+    *,
+    pad_token_id: int,
+    randomness: Randomness,
+    is_alone: bool = False,
+) -> Iterator[None]:
+    """Write the batch as `mem_write_source` says and leave the memory open for the block.
+
+    With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
+    """
     if memory.config.write_source == "prompt":
         ids, labels, mask = prompt_only(batch, pad_token_id)
-        with memory.write(ids, labels, mask, randomness):
+        with memory.write(ids, labels, mask, randomness, is_alone=is_alone):
             yield
     else:
         with memory.write(
@@ -103,6 +114,7 @@ def memory_of(memory: ParametricMemory, batch: Batch, *, pad_token_id: int, rand
             randomness,
             anchor=batch.noised,
             is_padding=batch.is_padding,
+            is_alone=is_alone,
         ):
             yield
 
@@ -114,7 +126,13 @@ def score(
     schedule: Schedule,
     weighting: str,
     right_shift_logits: bool = False,
+    prefix: Prefix | None = None,
 ) -> MaskedLoss:
-    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without)."""
-    denoise = ModelDenoiser(model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits)
+    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
+
+    `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
+    """
+    denoise = ModelDenoiser(
+        model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
+    )
     return masked_loss(denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting)

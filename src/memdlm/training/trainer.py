@@ -15,6 +15,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.adapter_files import reload_outer_adapter
 from memdlm.models.outer_adapters import adapter_config
+from memdlm.models.prefix import Prefix
 from memdlm.randomness import derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.noise import TIMES, UNIFORM, EvaluationNoise, add_noise
@@ -131,7 +132,7 @@ class MemDLMTrainer(Trainer):
                 self._count("nll", honest.bound, honest.counts)
             keys = (self.args.seed, "write", self.state.global_step, self.args.process_index, inputs[INDEX])
             self._open.enter_context(self._written(batch, derive(*keys)))
-            lost = self._score(model, batch)
+            lost = self._score(model, batch, self.memory.prefix)
             self._count("nll_memory", lost.bound, lost.counts)
         loss = normalise(
             lost.sums,
@@ -188,8 +189,8 @@ class MemDLMTrainer(Trainer):
         with_memory = torch.full_like(lost.bound, float("nan"))
         if self.memory is not None:
             randomness = derive("evaluation write", self.args.seed, self._evaluation_noise.row)
-            with self._written(batch, randomness), torch.no_grad():
-                with_memory = self._score(model, batch).bound
+            with torch.no_grad(), self._written(batch, randomness, is_alone=True):
+                with_memory = self._score(model, batch, self.memory.prefix).bound
         rows = torch.stack([lost.bound, with_memory, lost.counts.to(lost.bound.dtype)], dim=1).float()
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
 
@@ -214,19 +215,20 @@ class MemDLMTrainer(Trainer):
             spare_padding=self._spare_padding,
         )
 
-    def _score(self, model: nn.Module, batch: Batch) -> Any:
+    def _score(self, model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Any:
         return score(
             model,
             batch,
             schedule=self.schedule,
             weighting=self.args.loss_weight_type,
             right_shift_logits=self.args.right_shift_logits,
+            prefix=prefix,
         )
 
-    def _written(self, batch: Batch, randomness: torch.Generator) -> Any:
+    def _written(self, batch: Batch, randomness: torch.Generator, *, is_alone: bool = False) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
-        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness)
+        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness, is_alone=is_alone)
 
     # Logging --------------------------------------------------------------------------------------------------
 
