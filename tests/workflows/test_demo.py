@@ -1,0 +1,143 @@
+"""The demo: same seed same figures, checkpoints that load, Ctrl-C keeps what is finished and harms nothing earlier."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import memdlm.workflows.demo as demo
+from memdlm.data import KeyValueRecall
+from memdlm.errors import ConfigError, DataError
+from memdlm.evaluation import recall
+from memdlm.models import load_model, load_tokenizer
+from memdlm.workflows.demo import ARMS, DemoPlan, checkpoint_name, plan_for, run_demo
+from memdlm.workflows.display import Display
+
+PLAN = DemoPlan(
+    seeds=(0, 1),
+    task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2),
+    train_length=8,
+    num_train=24,
+    num_eval=6,
+    steps=12,
+    batch_size=4,
+    num_evals=2,
+    answer_steps=2,
+)
+FILES = {"report.json", "report.html", "accuracy_by_length.png", "training_curves.png", "exposure_bias.png"}
+
+
+def quiet():
+    return Display(Console(file=io.StringIO()))
+
+
+def figures(report):
+    """Everything but times."""
+    found = json.loads(json.dumps(report))
+    found.pop("seconds")
+    for model in found["models"]:
+        model.pop("seconds")
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(PLAN, out, quiet(), "memdlm demo")
+
+
+def test_everything_is_left_in_the_folder(finished):
+    out, report = finished
+    assert {path.name for path in out.iterdir()} == FILES | {"checkpoints"}
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    rows = {(row["model"], row["seed"]) for row in report["models"]}
+    assert rows == {(arm, seed) for arm in ARMS for seed in PLAN.seeds}
+    cells = {(row["model"], row["seed"], row["memory"], row["length"]) for row in report["accuracy"]}
+    assert len(cells) == len(report["accuracy"]) == 2 * len(rows) * len(PLAN.lengths)
+    assert len(report["exposure_bias"]) == 2 * len(rows)
+    assert report["seconds"]["total"] > 0
+
+
+def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
+    torch.rand(3)
+    again = run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    assert figures(again) == figures(finished[1])
+    other = run_demo(dataclasses.replace(PLAN, seeds=(5,)), tmp_path, quiet(), "memdlm demo")
+    mine = [row["curve"]["loss"] for row in other["models"]]
+    assert mine != [row["curve"]["loss"] for row in finished[1]["models"]][: len(mine)]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_checkpoints_load_and_give_the_reported_accuracy(finished, arm):
+    out, report = finished
+    folder = out / "checkpoints" / checkpoint_name(arm, 0)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    length = PLAN.lengths[-1]
+    samples = PLAN.task.records(PLAN.num_eval, length, seed="demo test")
+    found = recall(model, tokenizer, samples, steps=PLAN.answer_steps, seed=0).accuracy
+    keys = {"model": arm, "seed": 0, "memory": False, "length": length}
+    row = next(row for row in report["accuracy"] if keys.items() <= row.items())
+    assert found == row["accuracy"]
+
+
+def interrupt_second_model(monkeypatch):
+    train, calls = demo._train, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(demo, "_train", interrupted)
+
+
+def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch):
+    interrupt_second_model(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["model"] for row in report["models"]] == ["MDLM"]
+    assert "Interrupted" in report["notes"][-1]
+    assert load_model(tmp_path / "checkpoints" / "mdlm-seed0") is not None
+
+
+def test_an_interrupt_does_not_replace_an_earlier_report(tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text("earlier")
+    interrupt_second_model(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    assert (tmp_path / "report.json").read_text() == "earlier"
+    assert json.loads((tmp_path / "interrupted" / "report.json").read_text())["models"]
+
+
+def test_threads_are_given_back(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(demo, "_make_data", fail)
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="broken"):
+        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    assert torch.get_num_threads() == before
+
+
+def test_a_bad_seed_and_a_folder_under_a_file_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--seed must be at least 0, got -2"):
+        plan_for(-2, quick=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="is, or lies under, a file"):
+        run_demo(PLAN, tmp_path / "file" / "x", quiet(), "memdlm demo")
+
+
+@pytest.mark.slow
+def test_the_quick_demo_is_reproducible_and_learns_something(tmp_path):
+    plan = plan_for(0, quick=True)
+    first, second = (run_demo(plan, tmp_path / name, quiet(), "memdlm demo --quick --seed 0") for name in "ab")
+    assert figures(first) == figures(second)
+    for row in first["accuracy"]:
+        if row["length"] == plan.train_length:
+            assert row["accuracy"] > 3 * plan.task.chance
