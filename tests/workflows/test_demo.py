@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_checkpoints_load_and_give_the_reported_accuracy(finished, arm):
     keys = {"model": arm, "seed": 0, "memory": False, "length": length}
     row = next(row for row in report["accuracy"] if keys.items() <= row.items())
     assert found == row["accuracy"]
+
+
+def test_the_readmes_example_runs_on_the_demos_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(finished[0])
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
 
 
 def interrupt_second_model(monkeypatch):
