@@ -230,7 +230,7 @@ def _one_model(
                     }
                 )
     with display.bar("exposure bias", f"{name}: exposure bias", 2) as advance:
-        texts = encode_samples(data.tokenizer, data.by_length[plan.lengths[-1]])
+        texts = encode_samples(data.tokenizer, data.by_length[plan.lengths[-1]][: plan.num_eval // 2])
         batch = pad_texts(texts, data.tokenizer.pad_token_id, model.device)
         for index, (is_on, memory) in enumerate(memories.items()):
             measured = exposure_bias(
