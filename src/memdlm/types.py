@@ -30,6 +30,23 @@ Project: TypeAlias = Callable[[Tensor], Tensor]
 Readout: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
 """(features [n, D], which of the N positions they are, project) -> [n] values, each of its own position alone."""
 
+
+class LogitReadout(ABC):
+    """A `Readout` that is a function of the logits and knows its own derivative."""
+
+    def __call__(self, features: Tensor, chosen: slice, project: Project) -> Tensor:
+        """Project, then read."""
+        return self.values(project(features), chosen)
+
+    @abstractmethod
+    def values(self, logits: Tensor, chosen: slice) -> Tensor:
+        """Return [n] values for `logits` [n, V]."""
+
+    @abstractmethod
+    def consume(self, logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
+        """Return (values [n], their derivative by `logits` [n, V], in the place of `logits`); records no graph."""
+
+
 IGNORE_INDEX = -100
 """The label of a position that is never masked and never scored."""
 

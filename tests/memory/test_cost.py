@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from memdlm.diffusion import Linear, masked_loss, normalise, positions_of
-from memdlm.diffusion.losses import nats_of
+from memdlm.diffusion.losses import Nats
 from memdlm.memory import OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.models import ModelDenoiser, readout
 from memdlm.models.prefix import SharedPrefix
@@ -174,9 +174,9 @@ def test_a_constant_projection_is_projected_once_and_a_learned_one_again(monkeyp
     targets = torch.randint(0, V, (10,), generator=rng(1))
     for is_constant, expected in ((True, [4, 4, 2]), (False, [4, 4, 2] * 2)):
         calls.clear()
-        read_in_chunks(nats_of(targets), hidden, head, V, is_constant=is_constant).sum().backward()
+        read_in_chunks(Nats(targets), hidden, head, V, is_constant=is_constant).sum().backward()
         assert sorted(calls) == sorted(expected)
-    values = read_in_chunks(nats_of(targets), hidden, head, V, is_constant=True)
+    values = read_in_chunks(Nats(targets), hidden, head, V, is_constant=True)
     (gradient,) = torch.autograd.grad(values.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -190,7 +190,7 @@ def test_a_second_derivative_passes_through_recomputed_chunks(monkeypatch):
     second = []
     for limit in (10**9, 2 * V):
         monkeypatch.setattr(readout, "MAX_LOGITS", limit)
-        values = read_in_chunks(nats_of(targets), hidden, lambda h: h @ weight.T, V)
+        values = read_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V)
         (gradient,) = torch.autograd.grad(values.square().sum(), hidden, create_graph=True)
         second.append(torch.autograd.grad(gradient.square().sum(), (hidden, weight)))
     assert_close(second[1], second[0])
@@ -241,3 +241,18 @@ def test_a_masked_loss_reads_only_masked_positions():
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(tuple(out.shape)))
     masked_loss(ModelDenoiser(model), batch.clean, batch.noised, batch.is_maskable, schedule=Linear())
     assert seen == [(positions_of(batch.noised.is_masked).numel(), V)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_the_derivative_taken_on_the_spot_is_autograd_s(dtype, tolerance):
+    weight = torch.randn(V, 8, generator=rng(2)).to(dtype)
+    targets = torch.randint(0, V, (10,), generator=rng(1))
+    results = []
+    for is_constant in (False, True):
+        hidden = torch.randn(10, 8, generator=rng()).to(dtype).requires_grad_()
+        values = read_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V, is_constant=is_constant)
+        factors = torch.linspace(0.1, 2, 10, dtype=values.dtype)
+        results.append((values, *torch.autograd.grad((values * factors).sum(), hidden)))
+    assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)

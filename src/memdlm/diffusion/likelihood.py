@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from memdlm.diffusion.losses import nats_of, row_sums
+from memdlm.diffusion.losses import Nats, row_sums
 from memdlm.diffusion.masking import positions_of
 from memdlm.errors import ConfigError, DataError
 from memdlm.types import Denoise, Ids, PositionSet
@@ -61,7 +61,7 @@ def monte_carlo_nll(
 def weighted_nll(denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Tensor, *, mask_token_id: int) -> Tensor:
     """Return [B]: cross-entropy at the masked positions, summed per row, divided by the `share` [B] masked."""
     positions = positions_of(is_masked)
-    nats = denoise.read(clean.masked_fill(is_masked, mask_token_id), positions, nats_of(clean.flatten()[positions]))
+    nats = denoise.read(clean.masked_fill(is_masked, mask_token_id), positions, Nats(clean.flatten()[positions]))
     return row_sums(nats, positions, clean.shape) / share
 
 

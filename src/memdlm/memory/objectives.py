@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdlm.diffusion.losses import nats_of
+from memdlm.diffusion.losses import Nats
 from memdlm.memory.trajectory import TrajectoryStep
 from memdlm.types import Denoise, Logits, Positions, Project
 
@@ -39,7 +39,7 @@ class CrossEntropy(Objective):
 
     def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Return the cross-entropy."""
-        return denoise.read(step.ids, positions, nats_of(target))
+        return denoise.read(step.ids, positions, Nats(target))
 
 
 def _teacher_features(denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from memdlm.types import Project, Readout
+from memdlm.types import LogitReadout, Project, Readout
 
 MAX_LOGITS = 2**26
 """Logits (numbers) up to which nothing is chunked when chunks have to be recomputed."""
@@ -31,7 +31,8 @@ def read_in_chunks(
     """
     count = hidden.shape[0]
     limit = MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS
-    if count * vocab_size <= limit:
+    is_written = is_constant and torch.is_grad_enabled() and isinstance(readout, LogitReadout) and count > 0
+    if count * vocab_size <= limit and not is_written:
         return readout(hidden, slice(0, count), project)
     rows = max(1, limit // vocab_size)
     chunks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
@@ -52,8 +53,14 @@ class _RowGradients(torch.autograd.Function):
         for chunk in chunks:
             with torch.enable_grad():
                 rows = hidden[chunk].detach().requires_grad_()
-                found = readout(rows, chunk, project)
-                (gradient,) = torch.autograd.grad(found.sum(), rows)
+                # A view, because torch's counters and module trackers refuse a leaf as a module's input here.
+                if isinstance(readout, LogitReadout):
+                    logits = project(rows.view_as(rows))
+                    found, arriving = readout.consume(logits, chunk)
+                    (gradient,) = torch.autograd.grad(logits, rows, arriving)
+                else:
+                    found = readout(rows.view_as(rows), chunk, project)
+                    (gradient,) = torch.autograd.grad(found.sum(), rows)
             values.append(found.detach())
             gradients.append(gradient)
         ctx.save_for_backward(torch.cat(gradients))

@@ -1,0 +1,375 @@
+"""What a memory costs: a training step with and without it, and writes of 512 to 8192 tokens.
+
+    python benchmarks/memory.py [--quick] [--out benchmarks/results/memory.json]
+
+Medium mixture of experts (107 M parameters, float32, random weights), one thread, seconds of process CPU time (the
+machine may be shared), medians over interleaved repetitions. Each write is compared with its floor, the parts that the
+mathematics asks for, each timed in the same run, and with a plain transcription of the method (`benchmarks/plain.py`),
+whose losses must agree. Peak memory is the growth of a fresh process's resident set.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from plain import forget, loop_experts
+from plain import write as plain_write
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from memdlm.diffusion import Corrupted, Linear, normalise, positions_of
+from memdlm.diffusion.losses import Nats
+from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
+from memdlm.memory.trajectory import Anchor
+from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
+from memdlm.models.readout import read_in_chunks
+from memdlm.training import Batch, score
+
+MASK, LENGTHS = 32767, (512, 1024, 2048, 4096, 8192)
+
+
+def medium() -> torch.nn.Module:
+    config = LLaDAMoEConfig(
+        vocab_size=32768,
+        hidden_size=512,
+        expert_intermediate_size=256,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=16384,
+    )
+    return build_model(config, seed=0).eval()
+
+
+def ids_of(rows: int, length: int) -> Tensor:
+    return torch.randint(0, 32000, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+# Training steps ------------------------------------------------------------------------------------------------
+
+
+def training_batch() -> Batch:
+    """2 x 512 tokens at the mean noise, t = 0.25 and 0.75."""
+    clean, t = ids_of(2, 512), torch.tensor([0.25, 0.75])
+    is_masked = torch.rand(clean.shape, generator=generator()) < t[:, None]
+    return Batch(
+        clean=clean,
+        labels=clean,
+        attention_mask=None,
+        is_padding=None,
+        is_maskable=torch.ones_like(is_masked),
+        noised=Corrupted(clean.masked_fill(is_masked, MASK), is_masked, t),
+    )
+
+
+def backward(model: torch.nn.Module, batch: Batch, **options: Any) -> None:
+    lost = score(model, batch, schedule=Linear(), weighting="scheduler", **options)
+    normalise(lost.sums, lost.counts, "token").squeeze().backward()
+
+
+def training_steps(model: torch.nn.Module, *, update: bool = True) -> dict[str, Callable[[], None]]:
+    """One step each, without and with memory; `update`: with gradient clipping and AdamW."""
+    batch = training_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def finish() -> None:
+        if update:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        optimizer.zero_grad()
+
+    def with_memory(**options: Any) -> Callable[[], None]:
+        config = MemoryConfig(per_sample=False, loss_weight_type="scheduler", **options)
+        memory = ParametricMemory(model, config, mask_token_id=MASK)
+
+        def step() -> None:
+            with memory.write(batch.clean, generator=generator(), anchor=batch.noised):
+                backward(model, batch, prefix=memory.prefix)
+            finish()
+
+        return step
+
+    def without_memory() -> None:
+        backward(model, batch)
+        finish()
+
+    return {
+        "mdlm": without_memory,
+        "memdlm": with_memory(),
+        "memdlm_no_checkpointing": with_memory(inner_gradient_checkpointing=False),
+    }
+
+
+# Writes --------------------------------------------------------------------------------------------------------
+
+
+def states_of(memory: ParametricMemory, clean: Tensor) -> list[TrajectoryStep]:
+    g = generator()
+    draw = lambda: torch.rand(clean.shape, generator=g)
+    is_maskable = torch.ones_like(clean, dtype=torch.bool)
+    is_masked = draw() < memory.config.prompt_mask_ratio
+    anchor = Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=torch.full((1,), 0.2))
+    return trajectory(memory.strategy.path(anchor, draw), anchor, mask_token_id=MASK, scored="student_masked")
+
+
+def writes(
+    model: torch.nn.Module, looped: torch.nn.Module, loops: list[Any], length: int
+) -> dict[str, Callable[[], Any]]:
+    clean = ids_of(1, length)
+    memory = ParametricMemory(model, MemoryConfig(), mask_token_id=MASK)
+    steps = states_of(memory, clean)
+    memory.fast.reset(1, generator())
+    start = {
+        name.split(".")[-2]: value[:, 0].detach() for name, value in memory.fast.named().items() if "lora_A" in name
+    }
+
+    def library() -> list[float]:
+        with memory.write(clean, generator=generator()) as written:
+            return written.losses[:, 0].tolist()
+
+    def plain() -> list[float]:
+        losses = plain_write(looped, loops, clean, [step.is_masked for step in steps], start, MASK)
+        forget(loops)
+        return losses
+
+    return {"library": library, "plain": plain}
+
+
+def same_losses(model: torch.nn.Module, looped: torch.nn.Module, loops: list[Any]) -> float:
+    """Largest relative difference of the two writes' losses on the same states from the same start."""
+    clean = ids_of(1, 256)
+    memory = ParametricMemory(model, MemoryConfig(), mask_token_id=MASK)
+    steps = states_of(memory, clean)
+    memory.fast.reset(1, generator())
+    start = {
+        name.split(".")[-2]: value[:, 0].detach() for name, value in memory.fast.named().items() if "lora_A" in name
+    }
+    theirs = plain_write(looped, loops, clean, [step.is_masked for step in steps], start, MASK)
+    forget(loops)
+    with memory.fast.attached():
+        ours = run_inner_loop(
+            steps, fast=memory.fast, loss=memory.loss, update=memory.update, denoise=ModelDenoiser(model)
+        )
+    memory.fast.erase()
+    return max(abs(a - b) / b for a, b in zip(ours.losses[:, 0].tolist(), theirs, strict=True))
+
+
+def floor_parts(model: torch.nn.Module, length: int) -> dict[str, Callable[[], Any]]:
+    """What a write must compute: frozen blocks of each state, adapted block there and back, scored logits and dX."""
+    clean = ids_of(1, length)
+    memory = ParametricMemory(model, MemoryConfig(), mask_token_id=MASK)
+    steps = states_of(memory, clean)
+    memory.fast.reset(1, generator())
+    first = len(model.model.layers) - 1
+    with torch.no_grad():
+        hidden = model(steps[0].ids, stop_layer=first).hidden_states[-1]
+
+    def frozen() -> None:
+        with torch.no_grad():
+            for step in steps:
+                model(step.ids, stop_layer=first)
+
+    def adapted() -> None:
+        with memory.fast.attached():
+            for _ in steps:
+                out = model.model(inputs_embeds=hidden, start_layer=first).last_hidden_state
+                torch.autograd.grad(out.sum(), memory.fast.tensors())
+
+    def scored() -> None:
+        for step in steps:
+            positions = positions_of(step.is_scored)
+            rows = hidden.flatten(0, 1)[positions].requires_grad_().clone()
+            readout = Nats(clean.flatten()[positions])
+            values = read_in_chunks(readout, rows, model.lm_head, model.lm_head.weight.shape[0], is_constant=True)
+            torch.autograd.grad(values.sum(), rows)
+
+    return {"frozen": frozen, "adapted": adapted, "scored": scored}
+
+
+# Measuring -----------------------------------------------------------------------------------------------------
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repetitions: int, *, warm: bool = True) -> dict[str, float]:
+    """Median seconds of process CPU time of each call; the calls take turns, so that noise meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values() if warm else ():
+        call()
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - begin)
+    return {name: round(statistics.median(each), 4) for name, each in seconds.items()}
+
+
+def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Operations of a grouped product: every row, or every column, of the first factor meets one matrix."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def flops(call: Callable[[], Any]) -> int:
+    """Operations of matrix products (grouped ones too) and attention."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+def child(job: str, length: int) -> None:
+    """Print the growth of this fresh process's peak resident set, in MB, over one call."""
+    if job in ("library", "plain"):
+        model = medium()
+        loops = loop_experts(model) if job == "plain" else []
+        model.requires_grad_(False)
+        if job == "plain":
+            call = plain_call(model, loops, length)
+        else:
+            memory = ParametricMemory(model, MemoryConfig(), mask_token_id=MASK)
+
+            def call() -> None:
+                with memory.write(ids_of(1, length), generator=generator()):
+                    pass
+
+        with torch.no_grad():
+            model(ids_of(1, 16))
+    else:
+        model = medium()
+        call = training_steps(model)[job]
+        backward(model, training_batch_of(16))
+        model.zero_grad()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def training_batch_of(length: int) -> Batch:
+    whole = training_batch()
+    cut = slice(0, length)
+    return Batch(
+        clean=whole.clean[:, cut],
+        labels=whole.labels[:, cut],
+        attention_mask=None,
+        is_padding=None,
+        is_maskable=whole.is_maskable[:, cut],
+        noised=Corrupted(whole.noised.ids[:, cut], whole.noised.is_masked[:, cut], whole.noised.t),
+    )
+
+
+def plain_call(model: torch.nn.Module, loops: list[Any], length: int) -> Callable[[], Any]:
+    """The plain write, in a process that never ran the library's."""
+    clean, g = ids_of(1, length), generator()
+    experts = loops[-1].experts
+    start = {
+        name: torch.rand(16, 32, experts.sizes(name)[0], generator=g) * 0.08 - 0.04
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+    u = torch.rand(clean.shape, generator=g)
+    return lambda: plain_write(model, loops, clean, [u < 0.3, u < 0.2], start, MASK)
+
+
+def peak_mb(job: str, length: int = 512, runs: int = 3) -> float:
+    """Median over fresh processes."""
+    command = [sys.executable, __file__, "--child", job, "--length", str(length)]
+    grown = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(runs)]
+    return round(statistics.median(grown), 1)
+
+
+def machine() -> dict[str, Any]:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "load_average": os.getloadavg(),
+    }
+
+
+def measure(lengths: tuple[int, ...], repetitions: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"machine": machine(), "repetitions": repetitions}
+    model = medium()
+    for kind, update in (("training_step", True), ("forward_and_backward", False)):
+        steps = training_steps(model, update=update)
+        seconds = interleaved(steps, repetitions)
+        counted = {name: flops(call) for name, call in steps.items()}
+        results[kind] = {
+            name: {
+                "cpu_s": seconds[name],
+                "gflop": round(counted[name] / 1e9, 1),
+                "time_over_mdlm": round(seconds[name] / seconds["mdlm"], 3),
+                "flop_over_mdlm": round(counted[name] / counted["mdlm"], 3),
+            }
+            for name in steps
+        }
+        print(kind, json.dumps(results[kind]), flush=True)
+        model.zero_grad()
+    results["training_step_peak_mb"] = {name: peak_mb(name) for name in steps}
+    model.requires_grad_(False)
+    looped = medium().requires_grad_(False)
+    loops = loop_experts(looped)
+    results["largest_relative_loss_difference"] = same_losses(model, looped, loops)
+    results["write"] = {}
+    for length in lengths:
+        parts = floor_parts(model, length)
+        calls = {**writes(model, looped, loops, length), **parts}
+        is_short = length <= 1024
+        seconds = interleaved(calls, repetitions if is_short else 1, warm=is_short)
+        floor = sum(seconds[name] for name in parts)
+        counted = {name: flops(call) for name, call in calls.items()} if is_short else {}
+        peak = {name: peak_mb(name, length, runs=3 if is_short else 1) for name in ("library", "plain")}
+        results["write"][length] = {
+            "cpu_s": seconds,
+            "floor_cpu_s": round(floor, 4),
+            "over_floor": round(seconds["library"] / floor, 3),
+            "over_plain": round(seconds["library"] / seconds["plain"], 3),
+            "gflop": {name: round(each / 1e9, 1) for name, each in counted.items()},
+            "peak_mb": peak,
+            "peak_over_plain": round(peak["library"] / peak["plain"], 3),
+        }
+        print(length, json.dumps(results["write"][length]), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="512 and 1024 tokens, one repetition")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, default=512, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        child(options.child, options.length)
+        return
+    lengths, repetitions = ((512, 1024), 1) if options.quick else (LENGTHS, options.repetitions)
+    results = measure(lengths, repetitions)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
