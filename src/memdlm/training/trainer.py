@@ -145,6 +145,8 @@ class MemDLMTrainer(Trainer):
         return loss.squeeze(0) * self.args.world_size
 
     def _is_logged_step(self) -> bool:
+        if self.args.logging_strategy == "no":
+            return False
         interval = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
         step = self.state.global_step + 1
         return step % max(1, interval) == 0 or (step == 1 and self.args.logging_first_step)
