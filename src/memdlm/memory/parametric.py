@@ -155,6 +155,8 @@ class ParametricMemory:
                 epochs=self.config.num_inner_epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
             )
+        if self._prefix is not None:
+            self._prefix.keep(anchor.ids)
         # What is read is a constant: no gradient reaches the fast weights (first order).
         self.fast.replace([value.detach() for value in self.fast.tensors()])
         return written

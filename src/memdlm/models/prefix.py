@@ -70,9 +70,9 @@ class SharedPrefix(Prefix):
         """Return the view through which an outer loss continues from this prefix."""
         return ConnectedPrefix(self)
 
-    def forget(self) -> None:
-        """Let go of everything."""
-        self._known.clear()
+    def keep(self, ids: Ids | None) -> None:
+        """Let go of every state but the one of `ids`."""
+        self._known = [(state, hidden) for state, hidden in self._known if state.ids is ids]
 
 
 @final
