@@ -10,11 +10,11 @@ whose losses must agree. Peak memory is the growth of a fresh process's resident
 
 import argparse
 import datetime
+import gc
 import json
 import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -256,9 +256,18 @@ def child(job: str, length: int) -> None:
         call = training_steps(model)[job]
         backward(model, training_batch_of(16))
         model.zero_grad()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_mb("VmRSS", reset=True)
     call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident_mb("VmHWM") - before)
+
+
+def resident_mb(field: str, *, reset: bool = False) -> float:
+    """A line of /proc/self/status (Linux), in MB; `reset` lets the high-water mark start from here."""
+    if reset:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
 
 
 def training_batch_of(length: int) -> Batch:
@@ -307,7 +316,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(lengths: tuple[int, ...], repetitions: int) -> dict[str, Any]:
+def measure(lengths: tuple[int, ...], repetitions: int, out: Path) -> None:
+    """Measure everything; what is known so far is in `out` at any time."""
     results: dict[str, Any] = {"machine": machine(), "repetitions": repetitions}
     model = medium()
     for kind, update in (("training_step", True), ("forward_and_backward", False)):
@@ -349,7 +359,7 @@ def measure(lengths: tuple[int, ...], repetitions: int) -> dict[str, Any]:
             "peak_over_plain": round(peak["library"] / peak["plain"], 3),
         }
         print(length, json.dumps(results["write"][length]), flush=True)
-    return results
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -365,9 +375,8 @@ def main() -> None:
         child(options.child, options.length)
         return
     lengths, repetitions = ((512, 1024), 1) if options.quick else (LENGTHS, options.repetitions)
-    results = measure(lengths, repetitions)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    measure(lengths, repetitions, options.out)
     print(f"written to {options.out}")
 
 
