@@ -41,6 +41,9 @@ class Canvas:
     response_ends: Tensor
     """[B] int64 on the CPU: where what was asked for ends; a whole block may reach further."""
 
+    most_new: int
+    """The tokens asked for per row; of an infilling, those of a block."""
+
     @property
     def is_there(self) -> PositionSet:
         """[B, T] true before each row's end."""
@@ -102,6 +105,7 @@ def response_canvas(
         pattern=pattern,
         prompt_lengths=prompts,
         response_ends=ends,
+        most_new=new,
     )
 
 
@@ -126,11 +130,12 @@ def infill_canvas(
         pattern=pattern,
         prompt_lengths=torch.zeros_like(lengths),
         response_ends=lengths,
+        most_new=block,
     )
 
 
-def reveal_for(canvas: Canvas, config: GenerationConfig, *, num_tokens: int) -> Reveal:
-    """Return how many tokens a step commits; `num_tokens` is the most a row has to fill."""
+def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
+    """Return how many tokens a step commits. `steps` are shared out among the blocks; unset: one a token."""
     is_block_causal = isinstance(canvas.pattern, BlockCausal)
     threshold = THRESHOLD if config.threshold is None and is_block_causal else config.threshold
     if config.factor is not None:
@@ -143,10 +148,10 @@ def reveal_for(canvas: Canvas, config: GenerationConfig, *, num_tokens: int) -> 
         return AtLeast(threshold=threshold, num_to_transfer=config.num_to_transfer or 1)
     steps = config.steps_per_block
     if steps is None:
-        default = canvas.block_size * len(canvas.blocks) if threshold is not None else num_tokens
-        steps = math.ceil((config.steps or default) / len(canvas.blocks))
+        steps = canvas.block_size if config.steps is None else math.ceil(config.steps / len(canvas.blocks))
     if threshold is not None:
-        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, num_tokens))
+        # As published: no more steps than tokens were asked for.
+        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, canvas.most_new))
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
     return Scheduled(steps=steps, is_stochastic=bool(config.stochastic_transfer))

@@ -56,9 +56,6 @@ class Job:
         canvas, config = self.canvas, self.config
         stable = None if config.stable_steps is None else StableAnswer(config.stable_steps)
         stop = EosStop((self.special.eos,), canvas.is_response) if self.stops and config.eos_early_stop else None
-        most = int((canvas.response_ends - canvas.prompt_lengths).max())
-        if not self.stops:
-            most = int(canvas.is_open.sum(-1).max())
         with nullcontext() if self.memory is None else self._written(self.memory):
             yield from denoise_canvas(
                 self._denoiser(),
@@ -66,7 +63,7 @@ class Job:
                 canvas.is_open,
                 canvas.blocks,
                 rule=rule_for(canvas, config, self.special),
-                reveal=reveal_for(canvas, config, num_tokens=most),
+                reveal=reveal_for(canvas, config),
                 edit=edit_for(config),
                 stop=stop,
                 stable=stable,
