@@ -78,16 +78,16 @@ def edited(denoise, ids, prompt, length, block, *, threshold, editing, post_step
     return canvases
 
 
-EDITS = dict(
-    new=st.integers(1, 9),
-    block=st.integers(1, 5),
-    seed=st.integers(0, 40),
-    scale=st.sampled_from([0.3, 1.0, 3.0]),
-    threshold=st.sampled_from([0.2, 0.5, 0.9]),
-    editing=st.sampled_from([0.0, 0.4, 0.8]),
-    post_steps=st.integers(0, 3),
-    fewest=st.integers(1, 3),
-)
+EDITS = {
+    "new": st.integers(1, 9),
+    "block": st.integers(1, 5),
+    "seed": st.integers(0, 40),
+    "scale": st.sampled_from([0.3, 1.0, 3.0]),
+    "threshold": st.sampled_from([0.2, 0.5, 0.9]),
+    "editing": st.sampled_from([0.0, 0.4, 0.8]),
+    "post_steps": st.integers(0, 3),
+    "fewest": st.integers(1, 3),
+}
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,7 +95,7 @@ EDITS = dict(
 def test_token_editing_is_the_published_loop(prompt, new, block, seed, scale, threshold, editing, post_steps, fewest):
     denoise = Sharp(seed, scale)
     ids, is_open, blocks = canvas_of([prompt], new, block, seed)
-    limits = dict(threshold=threshold, editing=editing, post_steps=post_steps, fewest=fewest)
+    limits = {"threshold": threshold, "editing": editing, "post_steps": post_steps, "fewest": fewest}
     theirs = edited(denoise, ids[0], prompt, ids.shape[1], block, **limits)
     ours = list(
         denoise_canvas(
@@ -118,7 +118,7 @@ def test_edited_rows_do_not_depend_on_each_other(
 ):
     denoise = Sharp(seed, scale)
     ids, is_open, blocks = canvas_of(prompts, new, block, seed)
-    limits = dict(threshold=threshold, editing=editing, post_steps=post_steps, fewest=fewest)
+    limits = {"threshold": threshold, "editing": editing, "post_steps": post_steps, "fewest": fewest}
     final = ids
     for step in denoise_canvas(
         denoise,

@@ -17,7 +17,7 @@ from memdlm.models import BlockCausal, Full, ModelDenoiser
 from tiny import CONFIGS, V, rng, tiny
 
 FIRST_WORD = 5
-DRAWN = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+DRAWN = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 
 
 @lru_cache
