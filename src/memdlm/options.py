@@ -78,11 +78,20 @@ def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]
         flags.append(
             (
                 prefix + field.name,
-                hints[field.name],
+                _as_list(hints[field.name]),
                 dataclasses.field(default=field.default, metadata=metadata),
             )
         )
     return flags
+
+
+def _as_list(hint: Any) -> Any:
+    """Return list[X] for tuple[X, ...] (or None): a flag with several values is a list to the parser."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for member in members:
+        if get_origin(member) is tuple:
+            return list[get_args(member)[0]]  # type: ignore[misc]
+    return hint
 
 
 def flag_class(config_class: type) -> type:

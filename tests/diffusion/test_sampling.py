@@ -13,6 +13,7 @@ from memdlm.diffusion import (
     COMMITS,
     ClassifierFree,
     Rule,
+    Scheduled,
     absolute_blocks,
     blocks_after_prompt,
     denoise_canvas,
@@ -100,7 +101,12 @@ def test_drawing_without_a_generator_is_refused():
     with pytest.raises(ConfigError, match="stochastic_transfer"):
         list(
             denoise_canvas(
-                Table(), ids, is_open, [is_open], steps_per_block=2, rule=Rule(mask_token_id=MASK), stochastic=True
+                Table(),
+                ids,
+                is_open,
+                [is_open],
+                reveal=Scheduled(steps=2, is_stochastic=True),
+                rule=Rule(mask_token_id=MASK),
             )
         )
 

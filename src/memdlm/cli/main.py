@@ -13,6 +13,8 @@ COMMANDS = {
     "info": "describe a model, and where its fast weights would sit and how large they are",
     "train": "train a model from a recipe file and/or flags",
     "generate": "decode a response to a prompt, with or without memory",
+    "infill": "fill the mask tokens of a text",
+    "chat": "hold a conversation in the terminal",
     "merge": "fold an outer adapter into its base model",
 }
 """Sub-commands; each is a module of this package with `main(argv) -> int`."""

@@ -34,7 +34,10 @@ class DataclassParser(_OneLine, HfArgumentParser):
         HfArgumentParser.__init__(self, types, **kwargs)
 
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
-        """Return one instance per dataclass. Raises ConfigError for an unknown key of `recipe`, naming the nearest."""
+        """Return one instance per dataclass, then, if arguments were added by hand, a namespace of those.
+
+        Raises ConfigError for an unknown key of `recipe`, naming the nearest.
+        """
         known = [action.dest for action in self._actions]
         for key in recipe:
             if key not in known:
@@ -47,10 +50,12 @@ class DataclassParser(_OneLine, HfArgumentParser):
         if unrecognised:
             self.error(f"unrecognized arguments: {' '.join(unrecognised)}")
         parsed = self.parse_args_into_dataclasses(args=list(argv))
-        return tuple(
+        count = len(self._configs)
+        built = tuple(
             from_flags(config, each) if is_config(config) else each
-            for config, each in zip(self._configs, parsed, strict=True)
+            for config, each in zip(self._configs, parsed[:count], strict=True)
         )
+        return (*built, *parsed[count:])
 
     def _typed(self, key: str, value: Any) -> Any:
         """Bring a YAML value to the type the flag would have (1e-4 is a string to YAML)."""

@@ -1,5 +1,7 @@
 """Masked diffusion on plain tensors and a denoiser: schedules, noising, loss, likelihood, and the reverse loop."""
 
+from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
+from memdlm.diffusion.choice import COMMITS, Commit, LowConfidence, RandomOrder, Rule, make_commit
 from memdlm.diffusion.guidance import ClassifierFree
 from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll, weighted_nll
 from memdlm.diffusion.losses import (
@@ -13,39 +15,39 @@ from memdlm.diffusion.losses import (
     weight_of,
 )
 from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
-from memdlm.diffusion.reveal import reveal_counts
-from memdlm.diffusion.sampling import (
-    COMMITS,
-    Commit,
-    LowConfidence,
-    RandomOrder,
-    Rule,
-    Step,
-    absolute_blocks,
-    blocks_after_prompt,
-    denoise_canvas,
-    make_commit,
-)
+from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled, reveal_counts
+from memdlm.diffusion.sampling import Edit, Step, denoise_canvas
 from memdlm.diffusion.schedules import SCHEDULES, Cosine, Linear, Schedule, make_schedule
+from memdlm.diffusion.stopping import EosStop, StableAnswer
 
 __all__ = [
     "COMMITS",
     "NORMS",
     "SCHEDULES",
     "WEIGHTINGS",
+    "Above",
+    "AtLeast",
     "ClassifierFree",
     "Commit",
     "Corrupted",
     "Cosine",
+    "Edit",
+    "EosStop",
+    "Even",
+    "Factor",
     "Likelihood",
     "Linear",
     "LowConfidence",
     "MaskedLoss",
     "RandomOrder",
+    "Reveal",
     "Rule",
     "Schedule",
+    "Scheduled",
+    "StableAnswer",
     "Step",
     "absolute_blocks",
+    "absolute_blocks_from",
     "blocks_after_prompt",
     "corrupt",
     "cross_entropy",

@@ -11,15 +11,25 @@ from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet
 class ClassifierFree(Denoise):
     """logits = u + (scale + 1) (c - u), where u is predicted with the `is_given` tokens masked."""
 
-    def __init__(self, denoise: Denoise, is_given: PositionSet, *, mask_token_id: int, scale: float) -> None:
+    def __init__(
+        self,
+        denoise: Denoise,
+        is_given: PositionSet,
+        *,
+        mask_token_id: int,
+        scale: float,
+        free: Denoise | None = None,
+    ) -> None:
         self.denoise, self.is_given = denoise, is_given
+        # A denoiser that remembers what it has seen needs a twin for the text without its prompt.
+        self.free = denoise if free is None else free
         self.mask_token_id, self.scale = mask_token_id, scale
 
     def logits(self, ids: Ids, positions: Positions) -> Logits:
         """Return guided logits [N, V]; costs two passes."""
         is_given = self.is_given.repeat_interleave(ids.shape[0] // self.is_given.shape[0], dim=0)
         conditional = self.denoise.logits(ids, positions)
-        free = self.denoise.logits(ids.masked_fill(is_given, self.mask_token_id), positions)
+        free = self.free.logits(ids.masked_fill(is_given, self.mask_token_id), positions)
         return free + (self.scale + 1) * (conditional - free)
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:

@@ -1,10 +1,122 @@
-"""How many masked tokens each denoising step commits."""
+"""How many masked tokens each denoising step commits: fixed schedules, and rules that look at the confidence."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import final
 
 import torch
 from torch import Tensor
 
-from memdlm.diffusion.schedules import Schedule
+from memdlm.diffusion.schedules import Linear, Schedule
 from memdlm.errors import ConfigError
+from memdlm.randomness import Randomness
+
+
+class Reveal(ABC):
+    """Decides how many of a row's predictions, surest first, a step commits."""
+
+    @abstractmethod
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Return [B, S] int64 on the CPU: what row i commits in step j of a block that opens with `num_open` [B].
+
+        S bounds the steps; the quotas of a row add up to `num_open` or more.
+        """
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Return [B]: how many to commit, given `confidence` [B, W] in falling order, -inf where nothing is open."""
+        return quota
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduled(Reveal):
+    """The noise schedule run backwards in `steps` steps (dLLM), see `reveal_counts`."""
+
+    steps: int
+    schedule: Schedule = field(default_factory=Linear)
+    is_stochastic: bool = False
+    """Draw the counts instead of rounding their expectation."""
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Spread the open tokens."""
+        if self.is_stochastic and generator is None:
+            raise ConfigError("stochastic_transfer draws how many tokens a step commits: pass a generator.")
+        draws = generator if self.is_stochastic else None
+        return reveal_counts(num_open, self.steps, schedule=self.schedule, generator=draws)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Even(Reveal):
+    """Equal shares, what is left over going to the first steps (LLaDA)."""
+
+    steps: int
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Spread the open tokens."""
+        step = torch.arange(self.steps)
+        left = num_open.cpu()[:, None]
+        quotas = left // self.steps + (step < left % self.steps).long()
+        return quotas[:, : int((quotas > 0).sum(1).max()) if quotas.numel() else 0]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Above(Reveal):
+    """Whatever is surer than `threshold`, but no fewer than an even share of `block_size` (LLaDA2.x)."""
+
+    threshold: float
+    block_size: int
+    steps: int
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Share out a whole block, however much of it is open: the larger shares come first."""
+        steps = min(self.steps, self.block_size)
+        share = self.block_size // steps + (torch.arange(steps) < self.block_size % steps).long()
+        return share.expand(num_open.shape[0], -1)
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Count the sure ones."""
+        return (confidence > self.threshold).sum(-1).maximum(quota)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AtLeast(Reveal):
+    """Whatever is surer than `threshold`, but no fewer than `num_to_transfer` (LLaDA2.1)."""
+
+    threshold: float
+    num_to_transfer: int = 1
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Return the same number for as many steps as it can take."""
+        return _as_long_as_it_takes(num_open, self.num_to_transfer)
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Count the sure ones."""
+        return (confidence > self.threshold).sum(-1).maximum(quota)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factor(Reveal):
+    """The r-th surest if its confidence is at least 1 - factor / (r + 1), and always the surest (Fast-dLLM)."""
+
+    factor: float
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Return 1 for as many steps as it can take."""
+        return _as_long_as_it_takes(num_open, 1)
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Count; the bound rises with r while the confidence falls, so those that pass come first."""
+        rank = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device, dtype=confidence.dtype)
+        return (confidence >= 1 - self.factor / (rank + 1)).sum(-1).maximum(quota)
+
+
+def _as_long_as_it_takes(num_open: Tensor, per_step: int) -> Tensor:
+    most = int(num_open.max()) if num_open.numel() else 0
+    return torch.full((num_open.shape[0], -(-most // per_step)), per_step)
 
 
 def reveal_counts(
@@ -12,13 +124,13 @@ def reveal_counts(
     steps: int,
     *,
     schedule: Schedule,
-    generator: torch.Generator | None = None,
+    generator: Randomness | None = None,
 ) -> Tensor:
     """Spread each row's masked tokens over `steps`: [B] -> [B, S'], S' <= steps, int64 on the CPU.
 
     At step j a masked token survives with probability `schedule.stay_masked((S-j-1)/S, (S-j)/S)`; the expected
-    number of the others, rounded half to even, is revealed (with a `generator`: a binomial draw). Steps that
-    would reveal nothing are dropped, since the network is not told the time: skipping them is exact. Every
+    number of the others, rounded half to even, is revealed (with a `generator`, or one per row: a binomial draw). Steps
+    that would reveal nothing are dropped, since the network is not told the time: skipping them is exact. Every
     row's total equals its number of masks.
     """
     if steps < 1:
@@ -27,10 +139,7 @@ def reveal_counts(
     columns = []
     for step in range(steps):
         reveal = 1 - schedule.stay_masked((steps - step - 1) / steps, (steps - step) / steps)
-        if generator is None:
-            count = (left * reveal).round()
-        else:
-            count = torch.binomial(left, torch.full_like(left, reveal), generator=generator)
+        count = (left * reveal).round() if generator is None else _binomial(left, reveal, generator)
         count = count.minimum(left)
         left = left - count
         columns.append(count)
@@ -40,3 +149,12 @@ def reveal_counts(
     counts = counts.gather(1, order)
     width = int((counts > 0).sum(1).max()) if counts.numel() else 0
     return counts[:, :width]
+
+
+def _binomial(total: Tensor, probability: float, generator: Randomness) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return torch.binomial(total, torch.full_like(total, probability), generator=generator)
+    each = torch.full((1,), probability, dtype=total.dtype)
+    return torch.cat(
+        [torch.binomial(one[None], each, generator=own) for one, own in zip(total, generator, strict=True)]
+    )

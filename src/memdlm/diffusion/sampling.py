@@ -1,92 +1,40 @@
 """The reverse process: one loop that fills the open positions of a canvas, block by block, step by step.
 
-The loop owns the control flow. What varies is a small object: which token and how sure (`Commit`), or data: the
-blocks, the number of tokens per step. A step sees the whole canvas but predicts only the open positions of its
-block; the mask token is never predicted, so nothing is left open.
+The loop owns the control flow. What varies is a small object: which token and how sure (`Rule`), how many a step
+commits (`Reveal`), whether committed tokens may change (`Edit`), when a row is finished (`EosStop`); or data: the
+blocks. A step sees the whole canvas but predicts only positions of its block; the mask token is never predicted, so
+nothing is left open, and every block takes a bounded number of steps.
+
+Rows share nothing but the pace: a row without open positions in the current block is not asked for, so the denoiser
+need not run it. Equally sure predictions are committed in the order of their columns (postponed ones excepted).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from memdlm.diffusion.choice import Rule
 from memdlm.diffusion.masking import positions_of
-from memdlm.diffusion.reveal import reveal_counts
-from memdlm.diffusion.schedules import Linear, Schedule
-from memdlm.errors import ConfigError, unknown
-from memdlm.types import Denoise, Ids, Logits, PositionSet
-
-
-class Commit(ABC):
-    """How sure a prediction is; the surest are committed first."""
-
-    @abstractmethod
-    def confidence(self, logits: Logits, token: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return [N] confidences of `token` [N] under `logits` [N, V]."""
+from memdlm.diffusion.reveal import Reveal, Scheduled
+from memdlm.diffusion.stopping import EosStop, StableAnswer
+from memdlm.errors import ConfigError
+from memdlm.randomness import Randomness
+from memdlm.types import Denoise, Ids, PositionSet
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class LowConfidence(Commit):
-    """The probability of the predicted token, in float32 so that bf16 ties cannot decide: the unsure stay masked."""
-
-    def confidence(self, logits: Logits, token: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return softmax(logits) at `token`."""
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return wide.gather(-1, token[:, None]).squeeze(1).sub(wide.logsumexp(-1)).exp()
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class RandomOrder(Commit):
-    """Uniform noise: tokens are committed in random order."""
-
-    def confidence(self, logits: Logits, token: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Return U[0, 1) draws."""
-        if generator is None:
-            raise ConfigError("remasking 'random' draws the order: pass a generator.")
-        return torch.rand(token.shape, generator=generator, device=generator.device).to(token.device)
-
-
-COMMITS: dict[str, type[Commit]] = {"low_confidence": LowConfidence, "random": RandomOrder}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
-    """How a step turns logits into committed tokens."""
+class Edit:
+    """Token editing (LLaDA2.1): a committed token of the current block is replaced by a surer, different prediction.
 
-    mask_token_id: int
-    commit: Commit = field(default_factory=LowConfidence)
-    temperature: float = 0.0
-    """0: the most likely token; otherwise a sample from softmax(logits / temperature)."""
-    suppress: tuple[int, ...] = ()
-    """Tokens that are never predicted."""
-    postpone: tuple[int, ...] = ()
-    """Tokens whose confidence counts as 0: they are committed only when nothing else is left."""
+    A full block is looked at again until nothing changes, at most `max_post_steps` times.
+    """
 
-    def choose(self, logits: Logits, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return (token [N], confidence [N]) for `logits` [N, V]."""
-        if self.suppress:
-            logits = logits.index_fill(-1, self._ids(self.suppress, logits), float("-inf"))
-        allowed = logits.index_fill(-1, self._ids((self.mask_token_id,), logits), float("-inf"))
-        token = _gumbel(allowed, self.temperature, generator).argmax(-1)
-        if self.postpone:
-            logits = logits.index_fill(-1, self._ids(self.postpone, logits), float("-inf"))
-        return token, self.commit.confidence(logits, token, generator)
-
-    @staticmethod
-    def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.tensor(ids, device=like.device)
-
-
-def make_commit(name: str) -> Commit:
-    """Return the commit rule called `name` (`remasking`); raises ConfigError with the possible names."""
-    if name not in COMMITS:
-        raise ConfigError(unknown("remasking:", name, COMMITS))
-    return COMMITS[name]()
+    threshold: float = 0.9
+    max_post_steps: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +47,10 @@ class Step:
     """[B, T] true where the step committed a token."""
     num_scored: int
     """Positions that reached the vocabulary projection."""
+    confidence: Tensor
+    """[B, T] of the predictions, -inf where nothing was predicted."""
+    is_edited: PositionSet
+    """[B, T] true where the step replaced a token."""
 
 
 def denoise_canvas(
@@ -107,74 +59,127 @@ def denoise_canvas(
     is_open: PositionSet,
     blocks: Sequence[PositionSet],
     *,
-    steps_per_block: int,
     rule: Rule,
-    schedule: Schedule | None = None,
-    stochastic: bool = False,
-    generator: torch.Generator | None = None,
+    steps_per_block: int | None = None,
+    reveal: Reveal | None = None,
+    edit: Edit | None = None,
+    stop: EosStop | None = None,
+    stable: StableAnswer | None = None,
+    generator: Randomness | None = None,
 ) -> Iterator[Step]:
     """Fill the open positions of `ids` [B, T], one block after the other, and yield after every step.
 
-    `blocks` are position sets; a block's open tokens are spread over at most `steps_per_block` steps by
-    `reveal_counts` (drawn, if `stochastic`). Rows may differ in everything: prompt length, block, open tokens.
-    Runs without gradient.
+    `blocks` are position sets; rows may differ in everything: prompt length, block, open tokens. How many tokens a
+    step commits is `reveal`'s to say, or the linear schedule's in `steps_per_block` steps. Runs without gradient.
     """
-    if stochastic and generator is None:
-        raise ConfigError("stochastic_transfer draws how many tokens a step commits: pass a generator.")
-    schedule = Linear() if schedule is None else schedule
+    if (reveal is None) == (steps_per_block is None):
+        raise ConfigError("pass exactly one of reveal and steps_per_block.")
+    reveal = Scheduled(steps=steps_per_block or 1) if reveal is None else reveal
+    loop = _Loop(denoise, rule, reveal, edit, stop, stable, generator)
+    left = is_open
     for block in blocks:
-        in_block = is_open & block
-        counts = reveal_counts(
-            in_block.sum(-1), steps_per_block, schedule=schedule, generator=generator if stochastic else None
-        )
-        for count, most in zip(counts.unbind(1), counts.amax(0).tolist() if counts.numel() else (), strict=True):
-            ids, is_new, scored = _step(denoise, ids, in_block, count.to(ids.device), most, rule, generator)
-            in_block, is_open = in_block & ~is_new, is_open & ~is_new
-            yield Step(ids, is_new, scored)
+        for step, still_open in loop.fill(ids, left, block):
+            ids, left = step.ids, still_open
+            yield step
+        if stop is not None and edit is not None:
+            left = left & ~stop.finished(ids, left)[:, None]
 
 
-@torch.no_grad()
-def _step(
-    denoise: Denoise,
-    ids: Ids,
-    in_block: PositionSet,
-    count: Tensor,
-    most: int,
-    rule: Rule,
-    generator: torch.Generator | None,
-) -> tuple[Ids, PositionSet, int]:
-    """Commit the `count` [B] (at most `most`) surest predictions of each row among the open positions [B, T]."""
-    positions = positions_of(in_block & (count > 0)[:, None])
-    token, confidence = rule.choose(denoise.logits(ids, positions), generator)
-    sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
-    # Exact ties fall as torch.topk lets them, as in the published code (postponed tokens all tie, at 0).
-    surest = sure.topk(most, dim=-1).indices
-    wanted = torch.arange(most, device=ids.device) < count[:, None]
-    is_new = torch.zeros_like(in_block).scatter(1, surest, wanted) & in_block
-    predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
-    return torch.where(is_new, predicted, ids), is_new, positions.numel()
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    denoise: Denoise
+    rule: Rule
+    reveal: Reveal
+    edit: Edit | None
+    stop: EosStop | None
+    stable: StableAnswer | None
+    generator: Randomness | None
+
+    def fill(self, ids: Ids, is_open: PositionSet, block: PositionSet) -> Iterator[tuple[Step, PositionSet]]:
+        """Fill one block; yields every step with what is still open after it."""
+        region = is_open & block
+        quotas = self.reveal.quotas(region.sum(-1), self.generator)
+        zero = torch.zeros_like(quotas[:, :1].sum(1))
+        extra = 0 if self.edit is None else 1 + self.edit.max_post_steps
+        review = _Review(region, self.edit)
+        streak = _Streak(ids, self.stable)
+        for index in range(quotas.shape[1] + extra):
+            in_block = is_open & block
+            is_scored = in_block if self.edit is None else review.scored(in_block)
+            # Waits for the device to learn which positions: a step's work depends on what the last one decided.
+            positions = positions_of(is_scored)
+            if positions.numel() == 0:
+                return
+            quota = quotas[:, index] if index < quotas.shape[1] else zero
+            step = self._step(ids, is_scored, in_block, positions, quota.to(ids.device), streak)
+            review.seen(in_block, step.is_edited)
+            ids, is_open = step.ids, is_open & ~step.is_new
+            if self.stop is not None and self.edit is None:
+                is_open = is_open & ~self.stop.finished(ids, is_open)[:, None]
+            yield step, is_open
+
+    @torch.no_grad()
+    def _step(
+        self,
+        ids: Ids,
+        is_scored: PositionSet,
+        in_block: PositionSet,
+        positions: Tensor,
+        quota: Tensor,
+        streak: "_Streak",
+    ) -> Step:
+        rows = positions // ids.shape[1]
+        token, confidence = self.rule.choose(self.denoise.logits(ids, positions), self.generator, rows)
+        predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
+        sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
+        candidates = sure.masked_fill(~in_block, float("-inf"))
+        # The stable sort settles ties by column, whoever else is in the batch.
+        ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
+        count = streak.count(predicted, in_block, self.reveal.count(ranked, quota))
+        if self.rule.postpone:
+            # Postponed tokens all tie, at 0; published code lets torch.topk decide, and so do we.
+            order = candidates.topk(min(int(count.max()), ids.shape[1]), dim=-1).indices
+        wanted = torch.arange(order.shape[1], device=ids.device) < count[:, None]
+        is_new = torch.zeros_like(in_block).scatter(1, order, wanted) & in_block
+        is_edited = torch.zeros_like(is_new)
+        if self.edit is not None:
+            is_edited = is_scored & ~in_block & (sure > self.edit.threshold) & (predicted != ids)
+        return Step(torch.where(is_new | is_edited, predicted, ids), is_new, positions.numel(), sure, is_edited)
 
 
-def _gumbel(logits: Logits, temperature: float, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits
-    if generator is None:
-        raise ConfigError(f"temperature {temperature} draws tokens: pass a generator.")
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device, dtype=torch.float64)
-    noise = -torch.log(-torch.log(uniform.to(logits.device)))
-    return logits.double() / temperature + noise
+class _Review:
+    """Which rows look at a block again under token editing."""
+
+    def __init__(self, region: PositionSet, edit: Edit | None) -> None:
+        self.region, self.edit = region, edit
+        self.is_reviewing = region.any(-1)
+        self.post = torch.zeros_like(self.is_reviewing, dtype=torch.int64)
+
+    def scored(self, in_block: PositionSet) -> PositionSet:
+        """Return what the next step predicts: all of the block that is not prompt, in rows that go on."""
+        assert self.edit is not None
+        self.post = self.post + (~in_block.any(-1)).long()
+        self.is_reviewing = self.is_reviewing & (self.post <= self.edit.max_post_steps)
+        return self.region & self.is_reviewing[:, None]
+
+    def seen(self, in_block: PositionSet, is_edited: PositionSet) -> None:
+        """End the rows whose full block the step left as it was."""
+        self.is_reviewing = self.is_reviewing & (in_block.any(-1) | is_edited.any(-1))
 
 
-def blocks_after_prompt(prompt_lengths: Tensor, length: int, max_new_tokens: int, block_size: int) -> list[PositionSet]:
-    """Cut each row's response into blocks that start at its own prompt end: a list of [B, length] sets."""
-    column = torch.arange(length, device=prompt_lengths.device)[None]
-    offset = column - prompt_lengths[:, None]
-    inside = (offset >= 0) & (offset < max_new_tokens)
-    starts = range(0, max_new_tokens, block_size)
-    return [inside & (offset >= start) & (offset < start + block_size) for start in starts]
+class _Streak:
+    """How long each row's predictions have not changed."""
 
+    def __init__(self, ids: Ids, stable: StableAnswer | None) -> None:
+        self.stable = stable
+        self.before = ids
+        self.length = torch.zeros_like(ids[:, 0])
 
-def absolute_blocks(batch: int, length: int, block_size: int, device: torch.device) -> list[PositionSet]:
-    """Cut the columns into blocks that start at column 0: a list of [B, length] sets."""
-    column = torch.arange(length, device=device)[None].expand(batch, -1)
-    return [(column >= start) & (column < start + block_size) for start in range(0, length, block_size)]
+    def count(self, predicted: Ids, in_block: PositionSet, count: Tensor) -> Tensor:
+        """Return `count` [B], or everything in rows that have been stable for long enough."""
+        if self.stable is None:
+            return count
+        is_same = ((predicted == self.before) | ~in_block).all(-1)
+        self.length = torch.where(is_same, self.length + 1, 0)
+        self.before = predicted
+        return torch.where(self.length >= self.stable.steps, in_block.shape[1], count)

@@ -1,38 +1,150 @@
-"""The options of generation and infilling, under the names users know."""
+"""The options of generation and infilling, under the names users know; None is the family's default."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
-from memdlm.diffusion.sampling import COMMITS
-from memdlm.errors import ConfigError
+from memdlm.diffusion.choice import COMMITS
+from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
+
+CACHES = ("exact", "none", "approximate")
+SCHEDULES = ("dllm", "llada")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How a response is decoded (the MDLM sampler).
+    """How a response is decoded.
 
-    The response is cut into blocks of `block_size` from the end of the prompt, filled one after the other;
-    `steps` denoising steps are shared out among the blocks.
+    LLaDA and LLaDA-MoE: the response is cut into blocks of `block_size` from the end of the prompt, filled one after
+    the other; `steps` denoising steps are shared out among the blocks. LLaDA2.x: blocks are absolute columns, do not
+    see later ones, and a step commits what is surer than `threshold`, or else an even share of the block;
+    with `editing_threshold` committed tokens may still be replaced (LLaDA2.1). Values of None become the default.
     """
 
     max_new_tokens: int | None = option(128, "Length of the response; unset: what max_length leaves.", minimum=1)
     max_length: int | None = option(None, "Length of prompt and response, if max_new_tokens is unset.", minimum=1)
-    block_size: int | None = option(None, "Tokens decoded together; unset: the whole response.", minimum=1)
+    block_size: int | None = option(
+        None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1
+    )
     steps: int | None = option(None, "Denoising steps in all; unset: one per token.", minimum=1)
-    temperature: float = option(0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0)
-    remasking: str = option("low_confidence", "Which predictions are kept.", choices=tuple(COMMITS))
-    stochastic_transfer: bool = option(False, "Draw how many tokens a step commits instead of spreading evenly.")
-    cfg_scale: float = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0)
-    cfg_keep_tokens: tuple[int, ...] = option((), "Prompt tokens that guidance never masks.")
-    suppress_tokens: tuple[int, ...] = option((), "Tokens that are never predicted.")
-    begin_suppress_tokens: tuple[int, ...] = option((), "Tokens that are committed only when nothing else is left.")
-    right_shift_logits: bool = option(False, "The network predicts position i at i - 1.")
+    steps_per_block: int | None = option(None, "Denoising steps of a block, instead of steps.", minimum=1)
+    temperature: float | None = option(0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0)
+    top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
+    top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
+    remasking: str | None = option("low_confidence", "Which predictions are kept.", choices=tuple(COMMITS))
+    threshold: float | None = option(
+        None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
+    )
+    factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0)
+    num_to_transfer: int | None = option(None, "With threshold or editing: the fewest a step commits.", minimum=1)
+    editing_threshold: float | None = option(
+        None, "Replace committed tokens by predictions surer than this (LLaDA2.1).", minimum=0, maximum=1
+    )
+    max_post_steps: int | None = option(16, "With editing: how often a full block is looked at again.", minimum=0)
+    transfer_schedule: str | None = option("dllm", "Fixed numbers: where what is left over goes.", choices=SCHEDULES)
+    stochastic_transfer: bool | None = option(False, "Draw how many tokens a step commits instead of spreading evenly.")
+    stable_steps: int | None = option(
+        None, "Commit the rest of a block once predictions are the same for so many steps.", minimum=1
+    )
+    cfg_scale: float | None = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0)
+    cfg_keep_tokens: tuple[int, ...] | None = option((), "Prompt tokens that guidance never masks.")
+    suppress_tokens: tuple[int, ...] | None = option((), "Tokens that are never predicted.")
+    begin_suppress_tokens: tuple[int, ...] | None = option(
+        (), "Tokens that are committed only when nothing else is left."
+    )
+    begin_suppress: str | None = option(
+        "postpone", "forbid: begin_suppress_tokens are never predicted.", choices=("postpone", "forbid")
+    )
+    right_shift_logits: bool | None = option(False, "The network predicts position i at i - 1.")
+    eos_early_stop: bool | None = option(True, "Stop a row once it is known up to its first EOS; the text is the same.")
+    cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
+    cache_refresh: int | None = option(8, "With the approximate cache: steps until all is recomputed.", minimum=1)
+    cache_scope: str | None = option(
+        "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
+    )
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.default is not None and field.name != "max_new_tokens":
+                object.__setattr__(self, field.name, field.default)
         for name in ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         validate(self)
         if self.max_new_tokens is None and self.max_length is None:
             raise ConfigError("max_new_tokens and max_length are both unset; set one of them.")
-        if self.cfg_keep_tokens and self.cfg_scale == 0:
-            raise ConfigError("cfg_keep_tokens has no effect without guidance; set cfg_scale above 0 or leave it out.")
+        for is_wrong, message in self._conflicts():
+            if is_wrong:
+                raise ConfigError(message)
+
+    def _conflicts(self) -> list[tuple[bool, str]]:
+        """Options that cannot take effect beside each other."""
+        is_paced = self.steps is not None or self.steps_per_block is not None
+        is_free = self.editing_threshold is not None or self.num_to_transfer is not None or self.factor is not None
+        looks = self.threshold is not None or is_free
+        return [
+            (
+                bool(self.cfg_keep_tokens) and self.cfg_scale == 0,
+                "cfg_keep_tokens has no effect without guidance; set cfg_scale above 0 or leave it out.",
+            ),
+            (
+                self.steps is not None and self.steps_per_block is not None,
+                "steps and steps_per_block say the same; leave one of them out.",
+            ),
+            (
+                is_paced and is_free,
+                "steps and steps_per_block have no effect with editing_threshold, num_to_transfer or factor, which "
+                "take as many steps as they need; leave them out.",
+            ),
+            (
+                self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),
+                "factor replaces threshold and num_to_transfer; leave one side out.",
+            ),
+            (
+                looks and (bool(self.stochastic_transfer) or self.transfer_schedule != "dllm"),
+                "stochastic_transfer and transfer_schedule have no effect where confidences decide how many tokens "
+                "are committed (threshold, factor, editing_threshold, num_to_transfer); leave them out.",
+            ),
+            (
+                looks and self.remasking == "random",
+                "remasking 'random' draws confidences, which threshold, factor and editing_threshold would compare; "
+                "use low_confidence with them.",
+            ),
+            (
+                bool(self.stochastic_transfer) and self.transfer_schedule == "llada",
+                "stochastic_transfer belongs to transfer_schedule 'dllm'; leave one of them out.",
+            ),
+            (
+                self.begin_suppress == "forbid" and not self.begin_suppress_tokens,
+                "begin_suppress has no effect without begin_suppress_tokens; name some.",
+            ),
+        ]
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "GenerationConfig":
+        """Return the preset called `name` with some options changed; raises ConfigError with the possible names."""
+        if name not in PRESETS:
+            raise ConfigError(unknown("preset:", name, PRESETS))
+        return PRESETS[name](**changes)
+
+    @classmethod
+    def llada_quality(cls, **changes: Any) -> "GenerationConfig":
+        """LLaDA and LLaDA-MoE: blocks of 32, one token a step."""
+        return cls(**{"block_size": 32, "max_new_tokens": 256} | changes)
+
+    @classmethod
+    def llada21_quality(cls, **changes: Any) -> "GenerationConfig":
+        """LLaDA2.1, as its authors recommend for quality."""
+        return cls(**{"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_new_tokens": 512} | changes)
+
+    @classmethod
+    def llada21_speed(cls, **changes: Any) -> "GenerationConfig":
+        """LLaDA2.1, as its authors recommend for speed."""
+        return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
+
+
+PRESETS: dict[str, Callable[..., GenerationConfig]] = {
+    "llada_quality": GenerationConfig.llada_quality,
+    "llada21_quality": GenerationConfig.llada21_quality,
+    "llada21_speed": GenerationConfig.llada21_speed,
+}

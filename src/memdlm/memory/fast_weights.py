@@ -30,6 +30,7 @@ class FastWeights:
         self._values: dict[str, tuple[Tensor, ...]] = {}
         self._dropout: InputDropout | None = None
         self._is_dropping = False
+        self._some: tuple[tuple[int, ...], dict[str, tuple[Tensor, ...]]] | None = None
 
     def reset(self, num_samples: int, randomness: Randomness) -> None:
         """Start anew for `num_samples` samples: what is read adds nothing until it is updated."""
@@ -43,7 +44,7 @@ class FastWeights:
 
     def erase(self) -> None:
         """Forget everything."""
-        self.num_samples, self._values, self._dropout = 0, {}, None
+        self.num_samples, self._values, self._dropout, self._some = 0, {}, None, None
 
     @contextmanager
     def dropping(self, update: int) -> Iterator[None]:
@@ -63,6 +64,26 @@ class FastWeights:
             return None
         return self._dropout.factors(path, count, x)
 
+    @contextmanager
+    def of_samples(self, samples: Tensor) -> Iterator[None]:
+        """Hold only the values of `samples` [n] inside the block; with one memory for all rows nothing changes."""
+        if self.num_samples == 1:
+            yield
+            return
+        values, number, key = self._values, self.num_samples, tuple(samples.tolist())
+        if self._some is None or self._some[0] != key:
+            chosen = {
+                path: tuple(tensor.index_select(-3, samples.to(tensor.device)) for tensor in tensors)
+                for path, tensors in values.items()
+            }
+            # Decoding asks for the same rows many times in a row.
+            self._some = key, chosen
+        self._values, self.num_samples = self._some[1], len(key)
+        try:
+            yield
+        finally:
+            self._values, self.num_samples = values, number
+
     def tensors(self) -> list[Tensor]:
         """Return all values, site by site in the adapter's order."""
         return [tensor for site in self.sites for tensor in self._values[site.path]]
@@ -75,6 +96,7 @@ class FastWeights:
     def replace(self, tensors: Sequence[Tensor]) -> None:
         """Put new values in the place of all old ones, in the order of `tensors()`."""
         width = len(self.adapter.names)
+        self._some = None
         for index, site in enumerate(self.sites):
             self._values[site.path] = tuple(tensors[index * width : (index + 1) * width])
 
@@ -132,7 +154,10 @@ class _ExpertReader(ExpertAdditions):
 
     def __init__(self, fast: FastWeights, sites: Sequence[Site]) -> None:
         self.fast, self.paths = fast, {site.projection: site.path for site in sites}
-        self.num_samples = fast.num_samples
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        return self.fast.num_samples
 
     def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         if projection not in self.paths:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +117,10 @@ class ParametricMemory:
                 with torch.inference_mode(False), torch.enable_grad():
                     written = self._write(start, mask, draw, is_read_with_gradient, is_alone)
                 yield written if per_sample else _joined(written)
+
+    def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
+        """Inside an open block: let calls on the texts `rows` [R] alone read their memories."""
+        return self.fast.of_samples(rows)
 
     @property
     def prefix(self) -> Prefix | None:

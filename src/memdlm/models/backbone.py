@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError
 from memdlm.models.adapter_files import save_outer_adapter
+from memdlm.models.key_values import KeyValueWindow, Reading
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
 from memdlm.models.names import NameTable, to_ours, to_published
@@ -48,10 +49,12 @@ class Backbone(DiffusionPreTrainedModel):
         padding_index: int | None = None,
         window: int | None = None,
         after_embedding: Callable[[int], nn.Module] | None = None,
+        mixes_positions: bool = False,
     ) -> None:
         """Create the modules; called once by the family's `__init__`.
 
-        The embedding of `padding_index` gets no gradient.
+        The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only place
+        where positions meet.
         """
         width = self.config.hidden_size
         self.embed_tokens = nn.Embedding(vocab_size, width, padding_index)
@@ -59,6 +62,8 @@ class Backbone(DiffusionPreTrainedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.rotary, self.window = rotary, window
+        self.is_cacheable = window is None and not mixes_positions
+        """Whether the keys and values of a finished block stay valid under a block-causal pattern."""
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -73,6 +78,8 @@ class Backbone(DiffusionPreTrainedModel):
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
+        window: KeyValueWindow | None = None,
+        queries: Tensor | None = None,
     ) -> BaseModelOutput:
         """Run the layers.
 
@@ -82,26 +89,38 @@ class Backbone(DiffusionPreTrainedModel):
 
         The pass can be cut in two: with `stop_layer` it ends before that layer and `last_hidden_state` is that
         layer's input; handed back as `inputs_embeds` with the same number as `start_layer`, it goes on from there.
+
+        Decoding narrows it down: with a `window` the ids are some columns of a canvas, which attend to the keys and
+        values the window's cache holds as well (what may be seen is then the window's to say, and only networks that
+        are `is_cacheable` can do it); with `queries` [B, n] the last layer's output is that of these places alone:
+        `last_hidden_state` is [B, n, D].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = keep_mask(attention_mask)
-        mask = attention_scores_mask(
-            attention_mask,
-            hidden,
-            pattern=Full() if attention_pattern is None else attention_pattern,
-            window=self.window,
-            additive=self.config._attn_implementation == "eager",
-        )
+        if window is None:
+            mask = attention_scores_mask(
+                attention_mask,
+                hidden,
+                pattern=Full() if attention_pattern is None else attention_pattern,
+                window=self.window,
+                additive=self.config._attn_implementation == "eager",
+            )
+        else:
+            mask = window.is_visible
         if position_ids is None:
-            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            position_ids = places if window is None else window.columns
         angles = self.rotary.angles(position_ids, hidden)
         if self.after_embedding is not None and start_layer is None:
             hidden = self.after_embedding(hidden, keep)
         states = [hidden]
         for layer in self.layers[start_layer:stop_layer]:
-            hidden = layer(hidden, self.rotary, angles, mask, keep)
+            narrowed = queries if layer is self.layers[-1] else None
+            # Without it the call is what checkpointing and patched layers have always seen.
+            more = () if window is None and narrowed is None else (Reading(window, narrowed),)
+            hidden = layer(hidden, self.rotary, angles, mask, keep, *more)
             if output_hidden_states:
                 states.append(hidden)
         if stop_layer is None:
@@ -177,6 +196,8 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
+        window: KeyValueWindow | None = None,
+        queries: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict tokens.
 
@@ -185,7 +206,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
         With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
         `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. The other arguments are those of
-        `Backbone.forward`.
+        `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
         """
         out = self.model(
             input_ids,
@@ -196,6 +217,8 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             output_hidden_states=output_hidden_states,
             start_layer=start_layer,
             stop_layer=stop_layer,
+            window=window,
+            queries=queries,
         )
         hidden = out.last_hidden_state
         if positions is not None:

@@ -33,6 +33,8 @@ class Family:
     """Configurations that give the family further model types."""
     mask_token: str
     eot_token: str
+    is_block_causal: bool = False
+    """Decoded in absolute blocks that do not see later ones (LLaDA2.x)."""
     chat_template: str | None = None
     """Replaces the tokenizer's own; None leaves that."""
     conversions: tuple[Any, ...] = ()
@@ -93,6 +95,7 @@ LLADA2 = Family(
     backbone_class=LLaDA2MoeModel,
     lm_class=LLaDA2MoeModelLM,
     other_configs=(LLaDA21MoeConfig, LLaDA2Moe21Config),
+    is_block_causal=True,
     mask_token="<|mask|>",
     eot_token="<|role_end|>",
     conversions=(*renamings(LLaDA2MoeModelLM.published_names), *stacked_experts()),

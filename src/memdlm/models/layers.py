@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from memdlm.models.key_values import Reading, at, rows_at
+
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which norms, rotations and routing are computed: float32, or float64 if given that."""
@@ -114,19 +116,36 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, shape.qk_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` returned."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        reading: Reading | None = None,
+    ) -> Tensor:
+        """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` returned.
+
+        With a `reading`, over its window too, and only for its queries.
+        """
         shape = self.shape
+        queries = None if reading is None else reading.queries
         if shape.fused:
             query, key, value = self.query_key_value(x).split(self.widths, dim=-1)
+            query = at(query, queries)
         else:
-            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            query, key, value = self.q_proj(at(x, queries)), self.k_proj(x), self.v_proj(x)
         if shape.clip_qkv is not None:
             query, key, value = (each.clamp(-shape.clip_qkv, shape.clip_qkv) for each in (query, key, value))
         query, key, value = (each.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for each in (query, key, value))
         if shape.qk_norm_eps is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotary.rotate(query, *angles), rotary.rotate(key, *angles)
+        query = rotary.rotate(query, *(rows_at(each, queries) for each in angles))
+        key = rotary.rotate(key, *angles)
+        if reading is not None and reading.window is not None:
+            key, value = reading.window.join(self.layer_idx, key, value)
+        if mask is not None:
+            mask = rows_at(mask, queries)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation,  # type: ignore[attr-defined]
             eager_attention,

@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
+from memdlm.models.key_values import Reading, at
 from memdlm.models.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary
 from memdlm.models.published import PublishedConfig
 
@@ -144,9 +145,11 @@ class LLaDALayer(GradientCheckpointingLayer):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
         keep: Tensor | None,
+        reading: Reading | None = None,
     ) -> Tensor:
-        """Run one layer on [B, L, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, angles, mask)
+        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
+        queries = None if reading is None else reading.queries
+        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

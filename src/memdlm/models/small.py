@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
+from memdlm.models.key_values import Reading, at
 from memdlm.models.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, SelfInitialising
 
 
@@ -115,12 +116,14 @@ class SmallDLMLayer(GradientCheckpointingLayer):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | None,
         keep: Tensor | None,
+        reading: Reading | None = None,
     ) -> Tensor:
-        """Run one layer on [B, L, D]."""
+        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
+        queries = None if reading is None else reading.queries
         inner = self.input_layernorm(x)
         if self.mixing is not None:
             inner = self.mixing(inner, keep)
-        x = x + self.self_attn(inner, rotary, angles, mask)
+        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, reading)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -141,6 +144,7 @@ class SmallDLMModel(Backbone):
             padding_index=config.pad_token_id,
             window=config.sliding_window,
             after_embedding=TokenMixing if config.token_mixing else None,
+            mixes_positions=config.token_mixing,
         )
 
 

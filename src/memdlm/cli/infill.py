@@ -1,0 +1,41 @@
+"""`memdlm infill --model MODEL "text with <|mask|> tokens"`: load, fill, print."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from memdlm.cli.decoding import decoding_parser, parse
+from memdlm.inference import filled, infill_job
+from memdlm.models import Full
+from memdlm.randomness import derive
+from memdlm.workflows.decoding import Tally, decode, load
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print every text with its mask tokens filled, and on standard error what it took."""
+    parser = decoding_parser("infill", "Fill the mask tokens of each text.")
+    parser.add_argument("texts", nargs="+", help="texts with the tokenizer's mask token, or what --blank says, in them")
+    parser.add_argument("--blank", default=None, help="what stands for one mask token in the texts, for example _")
+    parser.add_argument("--both_sides", action="store_true", help="full attention, also where blocks hide what follows")
+    options, config, memory, (given,) = parse(parser, argv)
+    setup = load(options, memory)
+    texts = given.texts
+    if given.blank is not None:
+        texts = [text.replace(given.blank, setup.tokenizer.mask_token) for text in texts]
+    job = infill_job(
+        setup.model,
+        setup.tokenizer,
+        texts,
+        config,
+        memory=setup.memory if options.mem_enabled else None,
+        generator=[derive("memdlm infill", options.seed, index) for index in range(len(texts))],
+        attention_pattern=Full() if given.both_sides else None,
+    )
+    result, seconds = decode(job, filled, setup.tokenizer, console=Console(stderr=True), trace=options.trace)
+    for text in result.texts:
+        print(text)
+    tally = Tally()
+    tally.add(result, seconds)
+    print(tally.line(), file=sys.stderr)
+    return 0

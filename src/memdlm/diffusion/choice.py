@@ -1,0 +1,142 @@
+"""Logits -> tokens: filters, temperature, which tokens are ruled out, and how sure a prediction is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from memdlm.errors import ConfigError, unknown
+from memdlm.randomness import Randomness
+from memdlm.types import Logits
+
+Draw: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""(trailing shape, dtype) -> [N, *shape] draws from U[0, 1), one line per scored position."""
+
+
+class Commit(ABC):
+    """How sure a prediction is; the surest are committed first."""
+
+    @abstractmethod
+    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+        """Return [N] confidences of `token` [N] under `logits` [N, V]."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class LowConfidence(Commit):
+    """The probability of the predicted token, in float32 so that bf16 ties cannot decide: the unsure stay masked."""
+
+    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+        """Return softmax(logits) at `token`."""
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return wide.gather(-1, token[:, None]).squeeze(1).sub(wide.logsumexp(-1)).exp()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class RandomOrder(Commit):
+    """Uniform noise: tokens are committed in random order."""
+
+    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+        """Return U[0, 1) draws."""
+        if draw is None:
+            raise ConfigError("remasking 'random' draws the order: pass a generator.")
+        return draw((), torch.float32).to(token.device)
+
+
+COMMITS: dict[str, type[Commit]] = {"low_confidence": LowConfidence, "random": RandomOrder}
+
+
+def make_commit(name: str) -> Commit:
+    """Return the commit rule called `name` (`remasking`); raises ConfigError with the possible names."""
+    if name not in COMMITS:
+        raise ConfigError(unknown("remasking:", name, COMMITS))
+    return COMMITS[name]()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """How a step turns logits into tokens and confidences. The mask token is never chosen."""
+
+    mask_token_id: int
+    commit: Commit = field(default_factory=LowConfidence)
+    temperature: float = 0.0
+    """0: the most likely token; otherwise a sample from softmax(logits / temperature)."""
+    top_k: int | None = None
+    """Only the k likeliest tokens (and what ties with the last of them) count."""
+    top_p: float | None = None
+    """Only the likeliest tokens whose predecessors hold at most this much probability count."""
+    suppress: tuple[int, ...] = ()
+    """Tokens that are never predicted."""
+    postpone: tuple[int, ...] = ()
+    """Tokens whose confidence counts as 0: they are committed only when nothing else is left."""
+    is_tempered: bool = False
+    """Confidences are read at the sampling temperature (LLaDA2.x) instead of at 1 (LLaDA)."""
+
+    def choose(
+        self, logits: Logits, generator: Randomness | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (token [N], confidence [N]) for `logits` [N, V].
+
+        With one generator per row, `rows` [N] says whose each line is (ascending): a row's draws are then those it
+        would get alone. Raises ConfigError when something must be drawn and there is no generator.
+        """
+        draw = None if generator is None else _drawer(generator, rows, logits.shape[0])
+        if self.suppress:
+            logits = logits.index_fill(-1, _ids(self.suppress, logits), float("-inf"))
+        scaled = logits / self.temperature if self.is_tempered and self.temperature > 0 else logits
+        allowed = scaled.index_fill(-1, _ids((self.mask_token_id,), logits), float("-inf"))
+        heat = 1.0 if self.is_tempered and self.temperature > 0 else self.temperature
+        token = _gumbel(self._filtered(allowed), heat, draw).argmax(-1)
+        if self.postpone:
+            scaled = scaled.index_fill(-1, _ids(self.postpone, logits), float("-inf"))
+        # The mask token keeps its share of the probability, as published: a prediction beside it is less sure.
+        return token, self.commit.confidence(self._filtered(scaled), token, draw)
+
+    def _filtered(self, logits: Logits) -> Logits:
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+            is_beyond = ranked.cumsum(-1) - ranked > self.top_p
+            logits = logits.masked_fill(torch.zeros_like(is_beyond).scatter(-1, order, is_beyond), float("-inf"))
+        return logits
+
+
+def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(ids, device=like.device)
+
+
+def _drawer(generator: Randomness, rows: Tensor | None, count: int) -> Draw:
+    if isinstance(generator, torch.Generator):
+        return lambda shape, dtype: torch.rand(
+            (count, *shape), generator=generator, device=generator.device, dtype=dtype
+        )
+    if rows is None:
+        raise ConfigError("generator: one per row was given, but not which row each position belongs to.")
+    owners, sizes = rows.cpu().unique_consecutive(return_counts=True)
+    lines = list(zip(owners.tolist(), sizes.tolist(), strict=True))
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # Row by row, because every row has its own stream of numbers.
+        parts = [
+            torch.rand((size, *shape), generator=generator[owner], device=generator[owner].device, dtype=dtype)
+            for owner, size in lines
+        ]
+        return torch.cat(parts) if parts else torch.empty((0, *shape), dtype=dtype)
+
+    return draw
+
+
+def _gumbel(logits: Logits, temperature: float, draw: Draw | None) -> Tensor:
+    if temperature == 0:
+        return logits
+    if draw is None:
+        raise ConfigError(f"temperature {temperature} draws tokens: pass a generator.")
+    uniform = draw((logits.shape[-1],), torch.float64)
+    noise = -torch.log(-torch.log(uniform.to(logits.device)))
+    return logits.double() / temperature + noise

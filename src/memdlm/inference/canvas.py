@@ -1,0 +1,190 @@
+"""Prompts -> a canvas to be filled: what is open, in which blocks, and how many tokens a step commits."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
+from memdlm.diffusion.choice import Rule, make_commit
+from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled
+from memdlm.diffusion.sampling import Edit
+from memdlm.errors import ConfigError, DataError
+from memdlm.inference.config import GenerationConfig
+from memdlm.inference.prompts import SpecialIds, pad
+from memdlm.models.families import family_of
+from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.wrappers import unwrap
+from memdlm.types import Ids, PositionSet
+
+BLOCK, THRESHOLD = 32, 0.95
+"""What block-causal families are decoded with by default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Canvas:
+    """A batch to be filled."""
+
+    ids: Ids
+    """[B, T], with mask tokens at the open positions."""
+    lengths: Tensor
+    """[B] int64 on the CPU: where each row ends; what follows is not there."""
+    is_open: PositionSet
+    blocks: list[PositionSet]
+    block_size: int
+    pattern: AttentionPattern
+    prompt_lengths: Tensor
+    """[B] int64 on the CPU."""
+    response_ends: Tensor
+    """[B] int64 on the CPU: where what was asked for ends; a whole block may reach further."""
+
+    most_new: int
+    """The tokens asked for per row; of an infilling, those of a block."""
+
+    @property
+    def is_there(self) -> PositionSet:
+        """[B, T] true before each row's end."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths.to(self.ids.device)[:, None]
+
+    @property
+    def is_response(self) -> PositionSet:
+        """[B, T] true where the answer stands."""
+        column = torch.arange(self.ids.shape[1], device=self.ids.device)
+        first, last = (each.to(self.ids.device)[:, None] for each in (self.prompt_lengths, self.response_ends))
+        return (column >= first) & (column < last)
+
+
+def pattern_for(model: nn.Module, config: GenerationConfig, asked: AttentionPattern | None) -> AttentionPattern:
+    """Return who sees whom while decoding: what the caller says, else the family's way.
+
+    Raises ConfigError when a block-causal pattern and `block_size` disagree.
+    """
+    if asked is None:
+        family = family_of(getattr(unwrap(model), "config", None))
+        is_block_causal = family is not None and family.is_block_causal
+        return BlockCausal(config.block_size or BLOCK) if is_block_causal else Full()
+    if isinstance(asked, BlockCausal) and config.block_size not in (None, asked.block):
+        raise ConfigError(
+            f"block_size {config.block_size} and attention_pattern {asked} disagree; tokens that are decoded together "
+            "are those of one block. Leave block_size out."
+        )
+    return asked
+
+
+def response_canvas(
+    rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
+) -> Canvas:
+    """Lay out prompts with room for their responses. Raises ConfigError when `max_length` leaves no room."""
+    longest = max(row.numel() for row in rows)
+    new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 0) - longest
+    if new < 1:
+        raise ConfigError(f"max_length {config.max_length} leaves no room after a prompt of {longest} tokens.")
+    prompts = torch.tensor([row.numel() for row in rows])
+    ends = prompts + new
+    block = pattern.block if isinstance(pattern, BlockCausal) else min(config.block_size or new, new)
+    lengths = -(-ends // block) * block if isinstance(pattern, BlockCausal) else ends
+    length = int(lengths.max())
+    _warn_if_long(model, int(ends.max()))
+    ids, _ = pad(rows, special.eos, length)
+    column = torch.arange(length)
+    is_open = (column >= prompts[:, None]) & (column < lengths[:, None])
+    if isinstance(pattern, BlockCausal):
+        blocks = absolute_blocks_from(prompts, length, new, block)
+    else:
+        blocks = blocks_after_prompt(prompts, length, new, block)
+    device = next(model.parameters()).device
+    return Canvas(
+        ids=ids.masked_fill(is_open, special.mask).to(device),
+        lengths=lengths,
+        is_open=is_open.to(device),
+        blocks=[each.to(device) for each in blocks],
+        block_size=block,
+        pattern=pattern,
+        prompt_lengths=prompts,
+        response_ends=ends,
+        most_new=new,
+    )
+
+
+def infill_canvas(
+    rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
+) -> Canvas:
+    """Lay out texts with mask tokens in them. Raises DataError for one without."""
+    for index, row in enumerate(rows):
+        if not bool((row == special.mask).any()):
+            raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
+    device = next(model.parameters()).device
+    ids, lengths = pad(rows, special.eos)
+    _warn_if_long(model, ids.shape[1])
+    ids = ids.to(device)
+    block = pattern.block if isinstance(pattern, BlockCausal) else config.block_size or ids.shape[1]
+    return Canvas(
+        ids=ids,
+        lengths=lengths,
+        is_open=ids == special.mask,
+        blocks=absolute_blocks(ids.shape[0], ids.shape[1], block, device),
+        block_size=block,
+        pattern=pattern,
+        prompt_lengths=torch.zeros_like(lengths),
+        response_ends=lengths,
+        most_new=block,
+    )
+
+
+def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
+    """Return how many tokens a step commits. `steps` are shared out among the blocks; unset: one a token."""
+    is_block_causal = isinstance(canvas.pattern, BlockCausal)
+    threshold = THRESHOLD if config.threshold is None and is_block_causal else config.threshold
+    if config.factor is not None:
+        return Factor(factor=config.factor)
+    if config.editing_threshold is not None or config.num_to_transfer is not None:
+        if threshold is None:
+            raise ConfigError(
+                "editing_threshold and num_to_transfer need to know what is sure enough to be committed; set threshold."
+            )
+        return AtLeast(threshold=threshold, num_to_transfer=config.num_to_transfer or 1)
+    steps = config.steps_per_block
+    if steps is None:
+        steps = canvas.block_size if config.steps is None else math.ceil(config.steps / len(canvas.blocks))
+    if threshold is not None:
+        # As published: no more steps than tokens were asked for.
+        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, canvas.most_new))
+    if config.transfer_schedule == "llada":
+        return Even(steps=steps)
+    return Scheduled(steps=steps, is_stochastic=bool(config.stochastic_transfer))
+
+
+def rule_for(canvas: Canvas, config: GenerationConfig, special: SpecialIds) -> Rule:
+    """Return how logits become tokens."""
+    forbids = config.begin_suppress == "forbid"
+    begin = config.begin_suppress_tokens or ()
+    return Rule(
+        mask_token_id=special.mask,
+        commit=make_commit(config.remasking or "low_confidence"),
+        temperature=config.temperature or 0.0,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        suppress=(*(config.suppress_tokens or ()), *(begin if forbids else ())),
+        postpone=() if forbids else begin,
+        is_tempered=isinstance(canvas.pattern, BlockCausal),
+    )
+
+
+def edit_for(config: GenerationConfig) -> Edit | None:
+    """Return whether committed tokens may change."""
+    if config.editing_threshold is None:
+        return None
+    return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps or 0)
+
+
+def _warn_if_long(model: nn.Module, length: int) -> None:
+    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    if places is not None and length > places:
+        warnings.warn(
+            f"prompt and response have {length} tokens, but the model was trained on {places} positions "
+            "(max_position_embeddings): those beyond are extrapolated. Shorten the prompt or max_new_tokens.",
+            stacklevel=5,
+        )

@@ -1,0 +1,106 @@
+"""A model as the denoiser of one canvas: only asked rows run, and only asked positions reach the vocabulary."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
+from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
+from memdlm.models.wrappers import unwrap
+from memdlm.types import Denoise, Ids, Logits, Positions
+
+OfRows: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
+"""Makes the network read the memories of some rows of the canvas alone."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """What decoding asked of the network."""
+
+    passes: int = 0
+    positions: int = 0
+
+
+@final
+class CanvasDenoiser(Denoise):
+    """Predicts positions of a canvas [B, T] whose row i ends before `lengths[i]`; columns beyond are not there.
+
+    Rows in which nothing is asked do not run. Of our families the last layer computes only what is asked; other
+    networks, and those with shifted logits, run whole rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: View,
+        *,
+        pattern: AttentionPattern | None,
+        right_shift_logits: bool = False,
+        meter: Meter | None = None,
+        of_rows: OfRows | None = None,
+    ) -> None:
+        self.model, self.view, self.pattern = model, view, pattern
+        self.right_shift_logits = right_shift_logits
+        self.meter = Meter() if meter is None else meter
+        self.of_rows = of_rows
+        self.is_ours = isinstance(unwrap(model), MaskedDiffusionLM)
+
+    def logits(self, ids: Ids, positions: Positions) -> Logits:
+        """Return [N, V] logits of the tokens at `positions` of the canvas `ids` [B, T]."""
+        asked = Asked.of(positions, ids.shape[1], right_shift=self.right_shift_logits and self.is_ours)
+        part = self.view.plan(asked)
+        columns = part.columns
+        rows = contiguous(asked.rows, ids.device)
+        shown = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1).to(ids.device))
+        self.meter.passes += 1
+        self.meter.positions += shown.numel()
+        is_part = self.of_rows is not None and asked.rows.numel() < ids.shape[0]
+        with self.of_rows(asked.rows) if self.of_rows is not None and is_part else nullcontext():
+            found = self._ours(shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
+        self.view.done(asked, part)
+        return found
+
+    def hidden(self, ids: Ids, positions: Positions) -> Tensor:
+        """Decoding needs no hidden states."""
+        raise NotImplementedError("a canvas denoiser gives logits; use ModelDenoiser for hidden states.")
+
+    def _ours(self, shown: Ids, asked: Asked, part: Pass) -> Logits:
+        queries, places = asked.queries(part.first)
+        window = self.view.window(asked, part, shown.device)
+        masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if window is None else {}
+        out = self.model(
+            input_ids=shown, queries=queries.to(shown.device), positions=places.to(shown.device), window=window, **masks
+        )
+        logits: Logits = out.logits
+        return logits
+
+    def _foreign(self, shown: Ids, asked: Asked, part: Pass) -> Logits:
+        denoise = ModelDenoiser(
+            self.model,
+            attention_mask=self._keep(part, shown),
+            attention_pattern=self.pattern,
+            right_shift_logits=self.right_shift_logits,
+        )
+        places = asked.row_of * shown.shape[1] + asked.columns - part.first[asked.row_of]
+        return denoise.logits(shown, places.to(shown.device))
+
+    @staticmethod
+    def _keep(part: Pass, shown: Ids) -> Tensor | None:
+        """Return [R, W] bool, or None where nothing is padding: a mask would only cost the fast attention path."""
+        if part.start is not None:
+            return None
+        return (part.columns < part.last[:, None]).to(shown.device)
+
+
+def lengths_of(is_there: Tensor) -> Tensor:
+    """Return [B] int64 on the CPU: how many columns of each row are there."""
+    return is_there.sum(-1).cpu().to(torch.int64)
+
+
+__all__ = ["CanvasDenoiser", "Meter", "OfRows", "Whole", "lengths_of"]

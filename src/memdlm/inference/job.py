@@ -1,0 +1,180 @@
+"""One decoding, prepared: a canvas, a denoiser for it, and the memory that is open while it is filled."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.diffusion.guidance import ClassifierFree
+from memdlm.diffusion.sampling import Step, denoise_canvas
+from memdlm.diffusion.stopping import EosStop, StableAnswer
+from memdlm.inference.canvas import (
+    Canvas,
+    edit_for,
+    infill_canvas,
+    pattern_for,
+    response_canvas,
+    reveal_for,
+    rule_for,
+)
+from memdlm.inference.config import GenerationConfig
+from memdlm.inference.denoiser import CanvasDenoiser, Meter
+from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, pad, special_ids
+from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
+from memdlm.memory.inner_loop import Written
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.wrappers import unwrap
+from memdlm.randomness import Randomness, derive
+from memdlm.types import IGNORE_INDEX, Denoise
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `steps` runs; `meter` counts while it does."""
+
+    model: nn.Module
+    config: GenerationConfig
+    special: SpecialIds
+    rows: list[Tensor]
+    """What was given, [P] ids each."""
+    canvas: Canvas
+    memory: ParametricMemory | None
+    randomness: Randomness
+    meter: Meter
+    stops: bool
+    """Whether end tokens may finish a row."""
+
+    def steps(self) -> Iterator[Step]:
+        """Write the memory, if there is one, and fill the canvas; yields after every denoising step."""
+        canvas, config = self.canvas, self.config
+        stable = None if config.stable_steps is None else StableAnswer(config.stable_steps)
+        stop = EosStop((self.special.eos,), canvas.is_response) if self.stops and config.eos_early_stop else None
+        with nullcontext() if self.memory is None else self._written(self.memory):
+            yield from denoise_canvas(
+                self._denoiser(),
+                canvas.ids,
+                canvas.is_open,
+                canvas.blocks,
+                rule=rule_for(canvas, config, self.special),
+                reveal=reveal_for(canvas, config),
+                edit=edit_for(config),
+                stop=stop,
+                stable=stable,
+                generator=self.randomness,
+            )
+
+    def _denoiser(self) -> Denoise:
+        canvas, config = self.canvas, self.config
+        if not config.cfg_scale:
+            return self._plain()
+        is_given = canvas.is_there & ~canvas.is_open
+        if config.cfg_keep_tokens:
+            is_given &= ~torch.isin(canvas.ids, torch.tensor(config.cfg_keep_tokens, device=canvas.ids.device))
+        return ClassifierFree(
+            self._plain(), is_given, mask_token_id=self.special.mask, scale=config.cfg_scale, free=self._plain()
+        )
+
+    def _plain(self) -> CanvasDenoiser:
+        return CanvasDenoiser(
+            self.model,
+            _view(self.model, self.canvas, self.config),
+            pattern=self.canvas.pattern if isinstance(unwrap(self.model), MaskedDiffusionLM) else None,
+            right_shift_logits=bool(self.config.right_shift_logits),
+            meter=self.meter,
+            of_rows=None if self.memory is None else self.memory.of_rows,
+        )
+
+    def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
+        """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
+        device = self.canvas.ids.device
+        ids, lengths = pad(self.rows, self.special.eos)
+        ids, lengths = ids.to(device), lengths.to(device)
+        is_real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        labels = ids.masked_fill(~is_real | (ids == self.special.mask), IGNORE_INDEX)
+        return memory.write(ids, labels, None if bool(is_real.all()) else is_real, self.randomness)
+
+
+def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
+    """Return how much each pass recomputes: as little as gives the same tokens, unless asked to approximate."""
+    network, pattern, length = unwrap(model), canvas.pattern, canvas.ids.shape[1]
+    is_cacheable = isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
+    if not is_cacheable or config.right_shift_logits:
+        return Whole(canvas.lengths)
+    if isinstance(pattern, BlockCausal):
+        if config.cache == "none":
+            return UpToBlock(canvas.lengths, pattern.block)
+        return FinishedBlocks(canvas.lengths, pattern.block, length)
+    if config.cache == "approximate" and isinstance(pattern, Full):
+        return Approximate(
+            canvas.lengths, length, refresh=config.cache_refresh or 8, scope=config.cache_scope or "dual"
+        )
+    return Whole(canvas.lengths)
+
+
+def response_job(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig | None = None,
+    *,
+    memory: ParametricMemory | None = None,
+    generator: Randomness | None = None,
+    attention_pattern: AttentionPattern | None = None,
+) -> Job:
+    """Prepare responses to `prompts`; the arguments are those of `generate`."""
+    config = GenerationConfig() if config is None else config
+    special = special_ids(tokenizer)
+    rows = encode_prompts(tokenizer, prompts)
+    canvas = response_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
+    return _job(model, config, special, rows, canvas, memory, generator, stops=True)
+
+
+def infill_job(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[Prompt],
+    config: GenerationConfig | None = None,
+    *,
+    memory: ParametricMemory | None = None,
+    generator: Randomness | None = None,
+    attention_pattern: AttentionPattern | None = None,
+) -> Job:
+    """Prepare the filling of mask tokens in `sequences`; the arguments are those of `infill`."""
+    config = GenerationConfig() if config is None else config
+    special = special_ids(tokenizer)
+    rows = encode_prompts(tokenizer, sequences)
+    canvas = infill_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
+    return _job(model, config, special, rows, canvas, memory, generator, stops=False)
+
+
+def _job(
+    model: nn.Module,
+    config: GenerationConfig,
+    special: SpecialIds,
+    rows: list[Tensor],
+    canvas: Canvas,
+    memory: ParametricMemory | None,
+    generator: Randomness | None,
+    *,
+    stops: bool,
+) -> Job:
+    # One per row, all alike: every row gets the numbers it would get alone.
+    randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
+    return Job(
+        model=model,
+        config=config,
+        special=special,
+        rows=rows,
+        canvas=canvas,
+        memory=memory,
+        randomness=randomness,
+        meter=Meter(),
+        stops=stops,
+    )

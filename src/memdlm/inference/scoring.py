@@ -1,0 +1,58 @@
+"""How likely a model finds a continuation."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.diffusion.likelihood import Likelihood, monte_carlo_nll
+from memdlm.errors import ConfigError
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
+from memdlm.randomness import derive
+
+
+def score(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    target_ids: Tensor,
+    num_samples: int = 128,
+    *,
+    memory: ParametricMemory | None = None,
+    generator: torch.Generator | None = None,
+    mask_token_id: int | None = None,
+    batch_size: int = 16,
+    right_shift_logits: bool = False,
+    attention_pattern: AttentionPattern | None = None,
+) -> Likelihood:
+    """Bound -log p(target | prompt) in nats by Monte Carlo, with `.stderr`; a `memory` writes the prompt first.
+
+    `prompt_ids` [P] and `target_ids` [T] are 1-D; `right_shift_logits` is that of `GenerationConfig`. The mask token
+    comes from `mask_token_id`, the memory, or the model's configuration; ConfigError when none of them has it.
+    `attention_pattern` None is full attention, as published for every family.
+    """
+    mask = mask_token_id
+    if mask is None:
+        mask = memory.mask_token_id if memory is not None else getattr(model.config, "mask_token_id", None)
+    if mask is None:
+        raise ConfigError(
+            "mask_token_id: the model's configuration has none; pass mask_token_id=tokenizer.mask_token_id."
+        )
+    generator = derive("memdlm.score", 0) if generator is None else generator
+    device = next(model.parameters()).device
+    prompt_ids, target_ids = prompt_ids.to(device), target_ids.to(device)
+    writes = memory is not None and prompt_ids.numel() > 0
+    with (
+        memory.write(prompt_ids[None], generator=generator) if memory is not None and writes else nullcontext(),
+        torch.no_grad(),
+    ):
+        return monte_carlo_nll(
+            ModelDenoiser(model, attention_pattern=attention_pattern, right_shift_logits=right_shift_logits),
+            prompt_ids,
+            target_ids,
+            mask_token_id=int(mask),
+            num_samples=num_samples,
+            batch_size=min(batch_size, num_samples),
+            generator=generator,
+        )

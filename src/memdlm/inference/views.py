@@ -1,0 +1,204 @@
+"""Which columns of a canvas a decoding pass recomputes, and what of the rest it attends to.
+
+B rows of a canvas   T its columns   R rows of one pass   W columns of one pass   N asked positions
+Bookkeeping lives on the CPU: a step starts by learning its positions from the device anyway.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from memdlm.models.key_values import KeyValues, KeyValueWindow
+from memdlm.types import Positions
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The positions a step predicts, row by row."""
+
+    rows: Tensor
+    """[R] the canvas rows they lie in, ascending."""
+    row_of: Tensor
+    """[N] index into `rows`."""
+    place_of: Tensor
+    """[N] how many positions of the same row come before."""
+    columns: Tensor
+    """[N]."""
+
+    @classmethod
+    def of(cls, positions: Positions, length: int, *, right_shift: bool = False) -> "Asked":
+        """Sort out `positions` of a canvas with `length` columns."""
+        flat = positions.cpu()
+        rows, row_of, counts = (flat // length).unique_consecutive(return_inverse=True, return_counts=True)
+        place_of = torch.arange(flat.numel()) - (counts.cumsum(0) - counts)[row_of]
+        columns = flat % length
+        return cls(rows, row_of, place_of, (columns - 1).clamp_min(0) if right_shift else columns)
+
+    def per_row(self, reduce: str) -> Tensor:
+        """Return [R]: the first ("amin") or last ("amax") asked column of every row."""
+        start = torch.zeros(self.rows.numel(), dtype=torch.int64)
+        return start.scatter_reduce(0, self.row_of, self.columns, reduce, include_self=False)
+
+    def queries(self, first: Tensor) -> tuple[Tensor, Positions]:
+        """Return ([R, n] columns counted from `first` [R], [N] the asked positions in that grid)."""
+        width = int(self.place_of.max()) + 1
+        grid = torch.zeros(self.rows.numel(), width, dtype=torch.int64)
+        grid[self.row_of, self.place_of] = self.columns - first[self.row_of]
+        return grid, self.row_of * width + self.place_of
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The columns one pass of the network takes: of every row, `first` [R] up to `last` [R]."""
+
+    first: Tensor
+    last: Tensor
+
+    @property
+    def width(self) -> int:
+        """W, the most columns of a row."""
+        return int((self.last - self.first).max())
+
+    @property
+    def columns(self) -> Tensor:
+        """[R, W], also beyond `last`."""
+        return self.first[:, None] + torch.arange(self.width)
+
+    @property
+    def start(self) -> int | None:
+        """The first column, if all rows take the same ones."""
+        is_same = bool((self.first == self.first[0]).all() and (self.last == self.last[0]).all())
+        return int(self.first[0]) if is_same else None
+
+
+class View(ABC):
+    """How much of a canvas is recomputed. Belongs to one canvas and one state of the network (one memory)."""
+
+    @abstractmethod
+    def plan(self, asked: Asked) -> Pass:
+        """Return the pass that answers a question."""
+
+    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow | None:
+        """Return what else the pass attends to; None: nothing, it sees all it needs."""
+        return None
+
+    def done(self, asked: Asked, part: Pass) -> None:
+        """Note that the pass has been made; a view that keeps nothing has nothing to note."""
+        return None
+
+
+@final
+class Whole(View):
+    """Every row from its first column to its end, every time: exact for any pattern."""
+
+    def __init__(self, lengths: Tensor) -> None:
+        self.lengths = lengths
+
+    def plan(self, asked: Asked) -> Pass:
+        """Take whole rows."""
+        last = self.lengths[asked.rows]
+        return Pass(torch.zeros_like(last), last)
+
+
+@final
+class UpToBlock(View):
+    """Every row up to the end of its current block, every time: exact for a block-causal pattern."""
+
+    def __init__(self, lengths: Tensor, block: int) -> None:
+        self.lengths, self.block = lengths, block
+
+    def plan(self, asked: Asked) -> Pass:
+        """Take the columns up to the block's end."""
+        last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
+        return Pass(torch.zeros_like(last), last)
+
+
+@final
+class FinishedBlocks(View):
+    """Keys and values of finished blocks are kept: exact for a block-causal pattern, where later tokens cannot change
+    them. The pass that first sees a block takes what was finished before it along: the prompt, then one block each."""
+
+    def __init__(self, lengths: Tensor, block: int, length: int) -> None:
+        self.lengths, self.block = lengths, block
+        self.cache = KeyValues(lengths.numel(), length)
+        self._kept = torch.zeros_like(lengths)
+
+    def plan(self, asked: Asked) -> Pass:
+        """Take what is not kept, up to the block's end."""
+        last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
+        return Pass(self._kept[asked.rows], last)
+
+    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow:
+        """See one's own block and those before it."""
+        columns, end = part.columns, int(part.last.max())
+        visible = None
+        if part.start is None or part.width > self.block:
+            own = columns if part.start is None else columns[:1]
+            seen = torch.arange(end, device=device)
+            visible = (seen // self.block) <= (own.to(device)[:, :, None] // self.block)
+            if part.start is None:
+                visible &= seen < part.last.to(device)[:, None, None]
+            visible = visible[:, None]
+        return _window(self.cache, asked, part, end, visible, device)
+
+    def done(self, asked: Asked, part: Pass) -> None:
+        """Keep all blocks but the current one."""
+        self._kept[asked.rows] = asked.per_row("amax") // self.block * self.block
+
+
+@final
+class Approximate(View):
+    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps. In between
+    only the current block ("dual"), or all from its start on ("prefix"), is recomputed. Not exact: in a bidirectional
+    network the other positions' states change a little with every token."""
+
+    def __init__(self, lengths: Tensor, length: int, *, refresh: int, scope: str) -> None:
+        self.lengths, self.refresh, self.scope = lengths, refresh, scope
+        self.cache = KeyValues(lengths.numel(), length)
+        self._first, self._last = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        self._age = 0
+
+    def plan(self, asked: Asked) -> Pass:
+        """Take whole rows when a block begins or the kept values have aged, else the block."""
+        first, last = asked.per_row("amin"), asked.per_row("amax") + 1
+        is_new = (first < self._first[asked.rows]) | (last > self._last[asked.rows])
+        ends = self.lengths[asked.rows]
+        if bool(is_new.any()) or self._age >= self.refresh:
+            self._first[asked.rows] = torch.where(is_new, first, self._first[asked.rows])
+            self._last[asked.rows] = torch.where(is_new, last, self._last[asked.rows])
+            self._age = 0
+            return Pass(torch.zeros_like(ends), ends)
+        return Pass(self._first[asked.rows], ends if self.scope == "prefix" else self._last[asked.rows])
+
+    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow:
+        """See all of the row."""
+        ends = self.lengths[asked.rows]
+        end = int(ends.max())
+        is_even = bool((ends == end).all())
+        visible = None
+        if not is_even:
+            visible = (torch.arange(end, device=device) < ends.to(device)[:, None])[:, None, None, :]
+        return _window(self.cache, asked, part, end, visible, device)
+
+    def done(self, asked: Asked, part: Pass) -> None:
+        """Age."""
+        self._age += 1
+
+
+def _window(
+    cache: KeyValues, asked: Asked, part: Pass, end: int, visible: Tensor | None, device: torch.device
+) -> KeyValueWindow:
+    columns = part.columns
+    columns = columns.where(columns < part.last[:, None], torch.tensor(cache.length))
+    return KeyValueWindow(cache, contiguous(asked.rows, device), columns.to(device), part.start, end, visible)
+
+
+def contiguous(rows: Tensor, device: torch.device) -> slice | Tensor:
+    """Return `rows` [R] as a slice if they follow each other, else as an index on `device`."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == rows.numel() else rows.to(device)

@@ -1,0 +1,82 @@
+"""Keys and values of a canvas that is decoded piece by piece: computed once, attended to by later passes.
+
+B rows of a canvas   T its columns   R rows of one pass   W columns of one pass
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+class KeyValues:
+    """Room for every layer's keys and values of a canvas [B, T], filled through `KeyValueWindow`s."""
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.batch, self.length = batch, length
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (key, value) buffers [B, H, T + 1, P] of a layer; the last column takes what no one reads."""
+        if layer not in self._layers:
+            shape = (self.batch, like.shape[1], self.length + 1, like.shape[3])
+            # Zeros, not whatever is there: a hidden NaN would still reach the output as 0 * NaN.
+            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[layer]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KeyValueWindow:
+    """One pass over some columns of some rows: it replaces their keys and values and attends to the first `end`."""
+
+    cache: KeyValues
+    rows: slice | Tensor
+    """Which of the B rows the R rows of the pass are, ascending; a slice costs no copy."""
+    columns: Tensor
+    """[R, W] int64, which column each of the pass's positions is; `cache.length` for those that are padding."""
+    start: int | None
+    """The first column, if the columns are the same consecutive ones in all rows; None: they are not."""
+    end: int
+    is_visible: Tensor | None
+    """[R or 1, 1, W, end] bool, true where a position of the pass may see a column; None: everywhere."""
+
+    def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the pass's `key` and `value` [R, H, W, P]; return what it attends to, [R, H, end, P]."""
+        found = []
+        for buffer, new in zip(self.cache.of(layer, key), (key, value), strict=True):
+            if self.start is not None:
+                buffer[self.rows, :, self.start : self.start + new.shape[2]] = new
+            else:
+                buffer.transpose(1, 2)[self._row_index(new.device), self.columns] = new.transpose(1, 2)
+            found.append(buffer[self.rows, :, : self.end])
+        return found[0], found[1]
+
+    def _row_index(self, device: torch.device) -> Tensor:
+        every = torch.arange(self.cache.batch, device=device)
+        return every[self.rows][:, None]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How decoding narrows a layer's pass down."""
+
+    window: KeyValueWindow | None = None
+    queries: Tensor | None = None
+    """[R, n] int64: the only places of the pass whose output is needed (of the last layer); None: all."""
+
+
+def at(x: Tensor, places: Tensor | None) -> Tensor:
+    """Return `x` [R, W, D] at `places` [R, n]: [R, n, D]; None: all of it."""
+    return x if places is None else x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def rows_at(x: Tensor, places: Tensor | None) -> Tensor:
+    """Return `x` [R or 1, H, W or 1, K] at `places` [R, n] of its third dimension."""
+    if places is None or x.shape[2] == 1:
+        return x
+    index = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.expand(places.shape[0], -1, -1, -1).gather(2, index)

@@ -1,0 +1,135 @@
+"""A model, a memory and options from the command line, and a decoding that shows itself while it runs."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.diffusion.sampling import Step
+from memdlm.errors import ConfigError
+from memdlm.files import replace_files
+from memdlm.inference import Generation, Job
+from memdlm.inference.prompts import visible
+from memdlm.inference.trace import Trace
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models import load_model, load_tokenizer
+from memdlm.options import option, validate
+from memdlm.types import Ids
+
+OPEN = "\u2591"
+"""What stands for a token that is still masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """What is decoded with."""
+
+    model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
+    adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
+    dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
+    device: str | None = option(None, "For example cuda; unset: the CPU.")
+    load_in_4bit: bool = option(False, "Quantise the model's weights.")
+    mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
+    seed: int = option(0, "Of memories and samples.")
+    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.model is None:
+            raise ConfigError("--model is missing: name a folder or a hub repository.")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the options name, loaded."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    memory: ParametricMemory
+
+
+def load(options: DecodingOptions, memory: MemoryConfig) -> Setup:
+    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written)."""
+    name = str(options.model)
+    model = load_model(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        load_in_4bit=options.load_in_4bit,
+        adapter=options.adapter,
+    )
+    tokenizer = load_tokenizer(name)
+    return Setup(model, tokenizer, ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id))
+
+
+@dataclass(slots=True)
+class Tally:
+    """What decoding took, summed over answers."""
+
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: Generation, seconds: float) -> None:
+        """Count one result."""
+        self.tokens += result.num_tokens
+        self.passes += result.num_forward_passes
+        self.seconds += seconds
+
+    def line(self) -> str:
+        """Say it in one line."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s, {self.passes} forward passes"
+
+
+Cut = Callable[[Job, Ids, PreTrainedTokenizerBase], Generation]
+"""`memdlm.inference.responses` or `filled`."""
+
+
+def decode(
+    job: Job, cut: Cut, tokenizer: PreTrainedTokenizerBase, *, console: Console, trace: str | None = None
+) -> tuple[Generation, float]:
+    """Run `job`, showing its first row as its tokens settle if `console` is a terminal; returns (result, seconds)."""
+    record = None if trace is None else Trace(job, tokenizer)
+    start, ids = time.perf_counter(), job.canvas.ids
+    with _shown(console) as show:
+        for step in job.steps():
+            ids = step.ids
+            if record is not None:
+                record.add(step)
+            if show is not None:
+                show(live_text(job, step, tokenizer))
+    seconds = time.perf_counter() - start
+    result = cut(job, ids, tokenizer)
+    if record is not None and trace is not None:
+        replace_files({Path(trace): record.page().encode()})
+    return result, seconds
+
+
+def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return the first row's response as it stands, with blanks for what is still masked."""
+    first, last = int(job.canvas.prompt_lengths[0]), int(job.canvas.response_ends[0])
+    row = visible(step.ids[0, first:last].cpu(), job.special.ends)
+    text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")
+    return Text(text)
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[Text], None] | None]:
+    if not console.is_terminal:
+        yield None
+        return
+    # Transient: the finished text is printed by the caller, whole and unwrapped.
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield partial(live.update, refresh=True)
