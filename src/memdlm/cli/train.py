@@ -8,21 +8,23 @@ import yaml
 
 from memdlm.cli.parsing import DataclassParser
 from memdlm.errors import ConfigError
+from memdlm.models.outer_adapters import LoRAOptions
 from memdlm.training.arguments import TrainingArguments
-from memdlm.workflows.train import DataOptions, ModelOptions, run_training
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.train import run_training
 
 
 def main(argv: Sequence[str]) -> int:
     """Train, and say where the result is."""
     parser = DataclassParser(
-        (ModelOptions, DataOptions, TrainingArguments),
+        (ModelOptions, LoRAOptions, DataOptions, RunOptions, TrainingArguments),
         prog="memdlm train",
         usage="memdlm train [RECIPE.yaml] [--option value ...]",
         description="Train a model; flags override the recipe, a flat YAML file of the same options.",
     )
     recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    model, data, arguments = parser.parse({} if recipe is None else read_recipe(Path(recipe)), rest)
-    print(run_training(model, data, arguments))
+    model, lora, data, run, arguments = parser.parse({} if recipe is None else read_recipe(Path(recipe)), rest)
+    print(run_training(model, data, arguments, lora, run))
     return 0
 
 
