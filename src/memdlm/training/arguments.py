@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS
@@ -72,7 +73,12 @@ class TrainingArguments(_Flags):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # Without any accelerator the CPU is the only choice; transformers would refuse bf16 instead.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"training arguments: {error}") from error
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns=True would drop labels; leave it False.")
         if self.label_smoothing_factor:
