@@ -25,7 +25,9 @@ class DiffusionConfig:
     right_shift_logits: bool = option(
         False, "The network predicts position i at i - 1 (converted from autoregressive)."
     )
-    stratified_times: bool = option(True, "Spread the times of an optimizer step evenly; each stays uniform.")
+    stratified_times: bool = option(
+        False, "Spread the times of an optimizer step evenly over its rows, on all ranks; each stays uniform."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -74,7 +76,8 @@ class TrainingArguments(_Flags):
 
     def __post_init__(self) -> None:
         # Without any accelerator the CPU is the only choice; transformers would refuse bf16 instead.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         try:
             super().__post_init__()
         except (ValueError, ImportError) as error:

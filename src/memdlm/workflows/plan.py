@@ -109,9 +109,9 @@ def sizes_of(plan: RunPlan, model: PreTrainedModel) -> Sizes:
 
 
 def _quantisable(model: nn.Module) -> int:
-    linear = sum(model.get_submodule(path).weight.numel() for path in linears_of_blocks(model))  # type: ignore[operator]
-    experts = (module for module in model.modules() if isinstance(module, Experts))
-    return linear + sum(parameter.numel() for module in experts for parameter in module.parameters())
+    linear = [model.get_submodule(f"{path}").get_parameter("weight") for path in linears_of_blocks(model)]
+    experts = [weight for module in model.modules() if isinstance(module, Experts) for weight in module.parameters()]
+    return sum(weight.numel() for weight in [*linear, *experts])
 
 
 def _fast_parameters(model: nn.Module, config: MemoryConfig) -> int:

@@ -6,11 +6,13 @@ from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
 from memdlm.data.encoding import Counts
+from memdlm.errors import ConfigError
 from memdlm.files import make_folder
 from memdlm.models.loading import load_model
 from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
+from memdlm.training.checkpoints import NEVER, prepare_output
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
@@ -32,9 +34,11 @@ def run_training(
     """
     lora = LoRAOptions() if lora_options is None else lora_options
     display = Display() if display is None else display
+    run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
     out = Path(arguments.output_dir)
     make_folder(out)
+    checkpoint = start_of(run, arguments, out)
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
     for split, counts in data.counts.items():
@@ -47,9 +51,27 @@ def run_training(
         data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model(str(out))
+    if checkpoint is not None:
+        display.say(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_final(out)
     return out
+
+
+def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:
+    """Return the checkpoint to go on from; `resume_from_checkpoint` is transformers' word for `resume` with a path.
+
+    Raises ConfigError when both are given and when `out` holds another run's checkpoints, CheckpointError for a
+    checkpoint that a run cannot go on from.
+    """
+    given = arguments.resume_from_checkpoint
+    if given is not None and run.resume != NEVER:
+        raise ConfigError(f"resume={run.resume!r} and resume_from_checkpoint={given!r} are both given; give one.")
+    resume = run.resume if given is None else str(given)
+    # One process looks and deletes; the others wait, and then see what it left.
+    with arguments.main_process_first(desc="output_dir"):
+        is_first = arguments.process_index == 0
+        return prepare_output(out, resume, overwrite=run.overwrite_output_dir and is_first)
 
 
 def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
