@@ -1,6 +1,7 @@
 """What a training run can be told: transformers' arguments, the diffusion options, and the memory's as mem_*."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,10 @@ else:
     )
 
 
+def _trackers() -> str:
+    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
 @dataclass
 class TrainingArguments(_Flags):
     """`transformers.TrainingArguments` plus the options of `DiffusionConfig` and, prefixed `mem_`, of `MemoryConfig`.
@@ -69,6 +74,10 @@ class TrainingArguments(_Flags):
 
     learning_rate: float = dataclasses.field(default=2e-5, metadata={"help": "Peak learning rate of the outer AdamW."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    report_to: str | list[str] | None = dataclasses.field(
+        default_factory=_trackers,
+        metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
+    )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
         metadata={"help": "Must stay off: the collator reads columns that the network does not."},

@@ -17,6 +17,8 @@ from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
+from memdlm.workflows.plan import RunPlan
+from memdlm.workflows.run_file import write_run_file
 
 
 def run_training(
@@ -51,6 +53,9 @@ def run_training(
         data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
         processing_class=tokenizer,
     )
+    if arguments.should_save:
+        plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
+        write_run_file(plan, data, checkpoint)
     if checkpoint is not None:
         display.say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
