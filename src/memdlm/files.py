@@ -53,3 +53,15 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise DataError(f"the folder {path} is, or lies under, a file. Name another folder.") from error
+
+
+def under_base(name: str | Path, variable: str) -> Path:
+    """Return where `name` is: itself if it exists or is absolute, else below the folder in environment `variable`.
+
+    A name that is in neither place is returned as it is, for the hub.
+    """
+    path, base = Path(name), os.environ.get(variable, "").strip()
+    if path.is_absolute() or path.exists() or not base:
+        return path
+    below = Path(base) / path
+    return below if below.exists() else path

@@ -96,7 +96,7 @@ def _as_list(hint: Any) -> Any:
 
 def flag_class(config_class: type) -> type:
     """Return a dataclass with `config_class`'s options in the form that `HfArgumentParser` reads."""
-    return dataclasses.make_dataclass(config_class.__name__, as_flags(config_class))
+    return dataclasses.make_dataclass(config_class.__name__, as_flags(config_class), kw_only=True)
 
 
 def is_config(config_class: type) -> bool:

@@ -11,6 +11,7 @@ from memdlm.errors import MemDLMError, unknown
 COMMANDS = {
     "demo": "the main job, offline: train, evaluate and compare small models, and write a report",
     "info": "describe a model, and where its fast weights would sit and how large they are",
+    "preprocess": "tokenize a dataset once, for many training runs",
     "train": "train a model from a recipe file and/or flags",
     "generate": "decode a response to a prompt, with or without memory",
     "infill": "fill the mask tokens of a text",

@@ -18,7 +18,8 @@ class _OneLine(argparse.ArgumentParser):
         if match:
             flags = [flag for action in self._actions for flag in action.option_strings]
             message = f"option {match[1]!r} is not known.{did_you_mean(match[1].split('=')[0], flags)}"
-        raise ConfigError(f"{message.rstrip('.')}. {self.prog} --help lists the options.")
+        end = "" if message.endswith("?") else "."
+        raise ConfigError(f"{message.rstrip('.')}{end} {self.prog} --help lists the options.")
 
 
 class Parser(_OneLine):

@@ -1,4 +1,4 @@
-"""`memdlm train [RECIPE.yaml] [--option value ...]`: parse, build, run."""
+"""`memdlm train [RECIPE.yaml ...] [--option value ...]`: parse, build, run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,21 +8,33 @@ import yaml
 
 from memdlm.cli.parsing import DataclassParser
 from memdlm.errors import ConfigError
+from memdlm.models.outer_adapters import LoRAOptions
 from memdlm.training.arguments import TrainingArguments
-from memdlm.workflows.train import DataOptions, ModelOptions, run_training
+from memdlm.workflows.display import Display
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.plan import RunPlan, describe_plan
+from memdlm.workflows.train import run_training
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train, and say where the result is."""
+    """Train, and say where the result is; with --dry_run, say what would be done."""
     parser = DataclassParser(
-        (ModelOptions, DataOptions, TrainingArguments),
+        (ModelOptions, LoRAOptions, DataOptions, RunOptions, TrainingArguments),
         prog="memdlm train",
-        usage="memdlm train [RECIPE.yaml] [--option value ...]",
-        description="Train a model; flags override the recipe, a flat YAML file of the same options.",
+        usage="memdlm train [RECIPE.yaml ...] [--option value ...]",
+        description="Train a model. Recipes are flat YAML files of the options below; later ones, and flags, override.",
     )
-    recipe, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    model, data, arguments = parser.parse({} if recipe is None else read_recipe(Path(recipe)), rest)
-    print(run_training(model, data, arguments))
+    count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
+    recipe: dict[str, Any] = {}
+    for path in argv[:count]:
+        recipe |= read_recipe(Path(path))
+    model, lora, data, run, arguments = parser.parse(recipe, argv[count:])
+    if run.dry_run:
+        print(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
+        return 0
+    out = run_training(model, data, arguments, lora, run)
+    if arguments.process_index == 0:
+        print(out)
     return 0
 
 

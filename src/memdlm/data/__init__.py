@@ -2,22 +2,31 @@
 
 from memdlm.data.chat import Encoded, encode_chat, encode_records
 from memdlm.data.collate import Collator, drop_untargeted
+from memdlm.data.encoding import EncodingOptions, TokenRows, fit
 from memdlm.data.records import read_records, write_jsonl
+from memdlm.data.sources import load_conversations
+from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.data.synthetic import TASKS, KeyValueRecall, Sample, Task, exact_match
 from memdlm.data.tokenizer import build_word_tokenizer
 
 __all__ = [
     "TASKS",
     "Collator",
+    "DatasetSpec",
     "Encoded",
+    "EncodingOptions",
     "KeyValueRecall",
     "Sample",
     "Task",
+    "TokenRows",
     "build_word_tokenizer",
     "drop_untargeted",
     "encode_chat",
     "encode_records",
     "exact_match",
+    "fit",
+    "load_conversations",
+    "parse_specs",
     "read_records",
     "write_jsonl",
 ]

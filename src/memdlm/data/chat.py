@@ -81,6 +81,8 @@ def _check(messages: Sequence[Mapping[str, str]], train_turns: str) -> None:
             raise DataError(f"message {index} needs 'role' and 'content', got {message!r}.")
         if message["role"] not in ROLES:
             raise DataError(f"message {index}: {unknown('role', message['role'], ROLES)}")
+        if not isinstance(message["content"], str):
+            raise DataError(f"message {index}: the content must be text, got {message['content']!r}.")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise DataError(f"the conversation has no assistant turn to learn from (roles: {', '.join(roles)}).")

@@ -189,10 +189,13 @@ class ParametricMemory:
 
 
 def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:
-    """One memory for the batch starts from one generator, even when every row draws its masks from its own."""
+    """One memory for the batch starts from one generator, even when every row draws its masks from its own.
+
+    It is a copy: a row's masks must not depend on whether it comes first (on a rank, or in a smaller batch).
+    """
     if per_sample or isinstance(randomness, torch.Generator):
         return randomness
-    return randomness[0]
+    return randomness[0].clone_state()
 
 
 def _joined(written: Written) -> Written:

@@ -97,6 +97,16 @@ def find_targets(model: PreTrainedModel, *, with_head: bool = False) -> dict[str
     return found
 
 
+def count_outer_lora(model: PreTrainedModel, options: LoRAOptions) -> int:
+    """Return how many parameters `add_outer_lora` would add; `model` may be on the meta device.
+
+    Raises ConfigError when a target names nothing.
+    """
+    targets = find_targets(model)
+    chosen = [targets[name] for name in _chosen(model, targets, options.target_modules)]
+    return options.r * sum(target.in_features + target.out_features for target in chosen)
+
+
 def add_outer_lora(
     model: PreTrainedModel, options: LoRAOptions | None = None, *, seed: int = 0, base: str | None = None
 ) -> PreTrainedModel:

@@ -1,9 +1,11 @@
 """What a training run can be told: transformers' arguments, the diffusion options, and the memory's as mem_*."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS
@@ -24,7 +26,9 @@ class DiffusionConfig:
     right_shift_logits: bool = option(
         False, "The network predicts position i at i - 1 (converted from autoregressive)."
     )
-    stratified_times: bool = option(True, "Spread the times of an optimizer step evenly; each stays uniform.")
+    stratified_times: bool = option(
+        False, "Spread the times of an optimizer step evenly over its rows, on all ranks; each stays uniform."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -56,6 +60,10 @@ else:
     )
 
 
+def _trackers() -> str:
+    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
 @dataclass
 class TrainingArguments(_Flags):
     """`transformers.TrainingArguments` plus the options of `DiffusionConfig` and, prefixed `mem_`, of `MemoryConfig`.
@@ -66,13 +74,23 @@ class TrainingArguments(_Flags):
 
     learning_rate: float = dataclasses.field(default=2e-5, metadata={"help": "Peak learning rate of the outer AdamW."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    report_to: str | list[str] | None = dataclasses.field(
+        default_factory=_trackers,
+        metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
+    )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
         metadata={"help": "Must stay off: the collator reads columns that the network does not."},
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # Without any accelerator the CPU is the only choice; transformers would refuse bf16 instead.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"training arguments: {error}") from error
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns=True would drop labels; leave it False.")
         if self.label_smoothing_factor:

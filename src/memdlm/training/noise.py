@@ -1,54 +1,71 @@
-"""The noise of training and evaluation: drawn per optimizer step, so that how a step is cut up changes nothing."""
+"""The noise of training and evaluation: each row's own, from (seed, epoch, row), so that nothing else changes it.
+
+Neither the number of ranks, nor how an optimizer step is cut up, nor an interruption, nor the rows that share a batch.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from memdlm.randomness import derive
+from memdlm.training.rows import SAMPLE
 
 TIMES, UNIFORM = "noise_times", "noise_uniform"
 """Batch entries [B] and [B, L]: U[0, 1) draws for the times and for the masks."""
+WRITE = "noise_write"
+"""Batch entry: the keys that the memory's draws of each row derive from."""
 
 GOLDEN = 0.6180339887498949
 """Fractional part of the golden ratio: multiples of it fill [0, 1) evenly at every length."""
 
 
-def add_noise(batches: Sequence[dict[str, Any]], *, keys: Sequence[int | str], stratified: bool) -> None:
-    """Put draws for one optimizer step into its `batches`, in place.
+def add_noise(
+    batches: Sequence[dict[str, Any]], *, seed: int, epoch: int, step: int, stratified: bool, world_size: int = 1
+) -> None:
+    """Put draws for this rank's `batches` of one optimizer step into them, in place.
 
-    One generator, derived from `keys`, draws for all rows of the step at its greatest length: one batch of four rows
-    and four batches of one (of equal length) get the same noise. `stratified` times are evenly spread over the step.
+    `stratified` times are evenly spread over the rows of the whole step, on all ranks: row i of the N (in an order
+    that depends on the step alone) gets U[i/N, (i+1)/N). All ranks must then take part.
     """
-    if not batches:
-        return
-    generator = derive(*keys)
-    rows = [len(batch["input_ids"]) for batch in batches]
-    total, width = sum(rows), max(batch["input_ids"].shape[1] for batch in batches)
-    times = torch.rand(total, generator=generator)
+    for batch in batches:
+        rows = [derive(seed, "noise", epoch, sample) for sample in batch[SAMPLE]]
+        # A loop over rows: each has a stream of its own, and drawing on the CPU overlaps with the device's work.
+        batch[TIMES] = torch.cat([torch.rand(1, generator=row) for row in rows])
+        width = batch["input_ids"].shape[1]
+        batch[UNIFORM] = torch.stack([torch.rand(width, generator=row) for row in rows])
+        batch[WRITE] = tuple(f"{seed}/write/{epoch}/{sample}" for sample in batch[SAMPLE])
     if stratified:
-        times = (torch.randperm(total, generator=generator) + times) / total
-    uniform = torch.rand(total, width, generator=generator)
+        _stratify(batches, derive(seed, "strata", step), world_size)
+
+
+def _stratify(batches: Sequence[dict[str, Any]], generator: torch.Generator, world_size: int) -> None:
+    own = [sample for batch in batches for sample in batch[SAMPLE]]
+    everyone = [own]
+    if world_size > 1:
+        everyone = [[] for _ in range(world_size)]
+        dist.all_gather_object(everyone, own)
+    rank = dist.get_rank() if world_size > 1 else 0
+    # Sorted by row, so that it does not matter which rank has which; a row may come twice.
+    places = sorted((sample, r, place) for r, samples in enumerate(everyone) for place, sample in enumerate(samples))
+    strata = torch.randperm(len(places), generator=generator).tolist()
+    mine = {place: strata[index] for index, (_, r, place) in enumerate(places) if r == rank}
     start = 0
-    for batch, count in zip(batches, rows, strict=True):
-        batch[TIMES] = times[start : start + count]
-        batch[UNIFORM] = uniform[start : start + count, : batch["input_ids"].shape[1]]
+    for batch in batches:
+        count = len(batch[SAMPLE])
+        stratum = torch.tensor([mine[place] for place in range(start, start + count)])
+        batch[TIMES] = (stratum + batch[TIMES]) / len(places)
         start += count
 
 
-class EvaluationNoise:
-    """The same noise at every evaluation: times from an even sequence, masks from a generator of their own."""
+def evaluation_noise(seed: int, samples: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return draws (times [B], masks [B, L]) for evaluation rows: always the same ones for a row.
 
-    def __init__(self, *keys: int | str) -> None:
-        self.generator = derive(*keys)
-        self.offset = torch.rand((), generator=self.generator, dtype=torch.float64).item()
-        self.row = 0
-
-    def next(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return draws (times [B], masks [B, L]) for the next rows, on the device of `ids` [B, L]."""
-        batch = ids.shape[0]
-        index = torch.arange(self.row, self.row + batch, dtype=torch.float64)
-        self.row += batch
-        times = torch.frac(self.offset + index * GOLDEN).float()
-        return times.to(ids.device), torch.rand(ids.shape, generator=self.generator).to(ids.device)
+    Times follow an even sequence over the dataset, so their mean weight hardly varies with its size.
+    """
+    offset = torch.rand((), generator=derive("evaluation", seed), dtype=torch.float64)
+    times = torch.frac(offset + torch.tensor(samples, dtype=torch.float64) * GOLDEN).float()
+    uniform = [torch.rand(shape[1], generator=derive("evaluation", seed, sample)) for sample in samples]
+    return times, torch.stack(uniform)

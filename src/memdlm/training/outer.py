@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memdlm.diffusion.losses import MaskedLoss, masked_loss
 from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions
 from memdlm.diffusion.schedules import Schedule
+from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.prefix import Prefix
@@ -97,15 +98,15 @@ def memory_of(
     pad_token_id: int,
     randomness: Randomness,
     is_alone: bool = False,
-) -> Iterator[None]:
-    """Write the batch as `mem_write_source` says and leave the memory open for the block.
+) -> Iterator[Written]:
+    """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
 
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
     if memory.config.write_source == "prompt":
         ids, labels, mask = prompt_only(batch, pad_token_id)
-        with memory.write(ids, labels, mask, randomness, is_alone=is_alone):
-            yield
+        with memory.write(ids, labels, mask, randomness, is_alone=is_alone) as written:
+            yield written
     else:
         with memory.write(
             batch.clean,
@@ -115,8 +116,8 @@ def memory_of(
             anchor=batch.noised,
             is_padding=batch.is_padding,
             is_alone=is_alone,
-        ):
-            yield
+        ) as written:
+            yield written
 
 
 def score(

@@ -1,28 +1,35 @@
 """`transformers.Trainer` for masked diffusion with parametric memory: its flags, its resume, its launchers."""
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
 
 from memdlm.diffusion.losses import normalise
 from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
+from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.adapter_files import reload_outer_adapter
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.prefix import Prefix
-from memdlm.randomness import derive
+from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
-from memdlm.training.noise import TIMES, UNIFORM, EvaluationNoise, add_noise
+from memdlm.training.checkpoints import SAVING, STATE, move_files, publish
+from memdlm.training.noise import TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
+from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
+from memdlm.training.tracking import Means, Speed, row_metrics, safe_exp
 
-TOKENS, ROWS, INDEX = "step_tokens", "step_rows", "step_index"
-"""Batch entries, scalars: what the whole optimizer step (all ranks) is divided by, and the batch's place in it."""
+TOKENS, ROWS = "step_tokens", "step_rows"
+"""Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
 
 class MemDLMTrainer(Trainer):
@@ -32,7 +39,9 @@ class MemDLMTrainer(Trainer):
     training and evaluation alike; `nll_memory`, the bound with the memory that training writes. With the published
     `mem_write_source=response` the memory has seen the labels it is scored on: compare models by `nll`, never by
     `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
-    same at every evaluation, and independent of training noise.
+    same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
+    memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
+    `grad_norm` is of the outer gradient alone.
 
     `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when there is
     neither.
@@ -57,7 +66,7 @@ class MemDLMTrainer(Trainer):
             )
         if kwargs.get("compute_metrics") is not None:
             raise ConfigError("compute_metrics: the trainer computes its own (nll, ppl); use a callback for others.")
-        super().__init__(model=model, args=args, compute_metrics=_nll_metrics, **kwargs)
+        super().__init__(model=model, args=args, compute_metrics=_row_metrics, **kwargs)
         if self.args.n_gpu > 1:
             raise ConfigError("nn.DataParallel is not supported; launch one process per GPU (accelerate launch).")
         # The loss below is already divided by the totals of the whole optimizer step.
@@ -70,8 +79,12 @@ class MemDLMTrainer(Trainer):
         self.memory = None if args.memory is None else self._new_memory(model)
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
         self._open = ExitStack()
-        self._sums: dict[str, Tensor] = {}
-        self._evaluation_noise = EvaluationNoise("evaluation", args.seed)
+        self._means, self._speed = Means(), Speed(self.model)
+        self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
+        self._epoch = 0
+        self._sampler: EpochSampler | None = None
+        self._saving = False
+        self.add_callback(_EpochCallback(self))
 
     def _new_memory(self, model: nn.Module) -> ParametricMemory:
         return ParametricMemory(
@@ -82,6 +95,36 @@ class MemDLMTrainer(Trainer):
             right_shift_logits=self.args.right_shift_logits,
         )
 
+    # Data -----------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Number the rows: their noise depends on it."""
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise ConfigError("train_dataset and eval_dataset need rows that can be asked for by number, not a stream.")
+        return super()._get_dataloader(Numbered(dataset), *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Visit rows in an order that depends on seed and epoch alone."""
+        rows = self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length"):
+            return super()._get_train_sampler(train_dataset)
+        lengths = lengths_of(rows, self.args.length_column_name) if strategy == "group_by_length" else None
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = EpochSampler(len(rows), seed, lengths=lengths, batch=batch)
+        return self._sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Visit rows in their order."""
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the rows and their noise; called at the start of every epoch."""
+        self._epoch = epoch
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+
     # Training -------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -89,8 +132,15 @@ class MemDLMTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """Collect the batches of one optimizer step; add its noise and its denominators to each."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        keys = (self.args.seed, "noise", self.state.global_step, self.args.process_index)
-        add_noise(batches, keys=keys, stratified=self.args.stratified_times)
+        add_noise(
+            batches,
+            seed=self.args.seed,
+            epoch=self._epoch,
+            step=self.state.global_step,
+            stratified=self.args.stratified_times,
+            world_size=self.args.world_size,
+        )
+        self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
         counted = [self._learnable(batch).sum() for batch in batches]
         totals = torch.stack(
             [
@@ -99,8 +149,8 @@ class MemDLMTrainer(Trainer):
             ]
         )
         tokens, rows = self.accelerator.reduce(totals, reduction="sum").unbind()
-        for index, batch in enumerate(batches):
-            batch.update({TOKENS: tokens, ROWS: rows, INDEX: index})
+        for batch in batches:
+            batch.update({TOKENS: tokens, ROWS: rows})
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -124,16 +174,16 @@ class MemDLMTrainer(Trainer):
         batch = self._noised(inputs, inputs[TIMES], inputs[UNIFORM])
         if self.memory is None:
             lost = self._score(model, batch)
-            self._count("nll", lost.bound, lost.counts)
+            self._means.add_rows("nll", lost.bound, lost.counts, batch.noised.t)
         else:
             if self._is_logged_step():
                 with torch.no_grad():
                     honest = self._score(self.memory.model, batch)
-                self._count("nll", honest.bound, honest.counts)
-            keys = (self.args.seed, "write", self.state.global_step, self.args.process_index, inputs[INDEX])
-            self._open.enter_context(self._written(batch, derive(*keys)))
+                self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
+            rows = [derive(key) for key in inputs[WRITE]]
+            self._count_write(self._open.enter_context(self._written(batch, rows)))
             lost = self._score(model, batch, self.memory.prefix)
-            self._count("nll_memory", lost.bound, lost.counts)
+            self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
         loss = normalise(
             lost.sums,
             lost.counts,
@@ -153,6 +203,50 @@ class MemDLMTrainer(Trainer):
 
     # Checkpoints ----------------------------------------------------------------------------------------------
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Say where checkpoints go: while one is written, into a folder of its own."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / SAVING) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside and move it to its place when all ranks are done: it is whole or absent."""
+        folder = Path(self._get_output_dir(trial))
+        growing, name = folder / SAVING, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(growing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == growing:
+            self.state.best_model_checkpoint = str(folder / Path(best).name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(growing / name / STATE))
+            publish(growing / name, folder / name)
+            growing.rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_final(self, folder: str | Path) -> None:
+        """Write weights (or the adapter) and tokenizer into `folder`, as safetensors; each file is whole or absent."""
+        growing = Path(folder) / f"{SAVING}-final"
+        if self.args.should_save:
+            shutil.rmtree(growing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(growing))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            move_files(growing, Path(folder))
+        self.accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Resume: an outer adapter reads its own file, whose experts transformers does not know."""
         target = self.model if model is None else model
@@ -170,11 +264,6 @@ class MemDLMTrainer(Trainer):
 
     # Evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate with the same noise as every time."""
-        self._evaluation_noise = EvaluationNoise("evaluation", self.args.seed, self.args.process_index)
-        return super().evaluation_loop(*args, **kwargs)
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -182,18 +271,20 @@ class MemDLMTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return (loss without memory, per-row [bound, bound with memory, count] as [B, 3], counts [B])."""
+        """Return (loss without memory, per-row [bound, bound with memory, count, time] as [B, 4], counts [B])."""
         inputs = self._prepare_inputs(inputs)
-        batch = self._noised(inputs, *self._evaluation_noise.next(inputs["input_ids"]))
+        drawn = evaluation_noise(self.args.seed, inputs[SAMPLE], inputs["input_ids"].shape)
+        batch = self._noised(inputs, *(each.to(inputs["input_ids"].device) for each in drawn))
         with torch.no_grad(), self.compute_loss_context_manager():
             lost = self._score(model, batch)
             loss = normalise(lost.sums, lost.counts, self.args.loss_norm_type).squeeze(0)
         with_memory = torch.full_like(lost.bound, float("nan"))
         if self.memory is not None:
-            randomness = derive("evaluation write", self.args.seed, self._evaluation_noise.row)
+            randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
                 with_memory = self._score(model, batch, self.memory.prefix).bound
-        rows = torch.stack([lost.bound, with_memory, lost.counts.to(lost.bound.dtype)], dim=1).float()
+        columns = (lost.bound, with_memory, lost.counts, batch.noised.t)
+        rows = torch.stack([column.to(lost.bound.dtype) for column in columns], dim=1).float()
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
 
     # Shared ---------------------------------------------------------------------------------------------------
@@ -227,39 +318,43 @@ class MemDLMTrainer(Trainer):
             prefix=prefix,
         )
 
-    def _written(self, batch: Batch, randomness: torch.Generator, *, is_alone: bool = False) -> Any:
+    def _written(self, batch: Batch, randomness: Randomness, *, is_alone: bool = False) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
         return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness, is_alone=is_alone)
 
     # Logging --------------------------------------------------------------------------------------------------
 
-    def _count(self, name: str, bounds: Tensor, counts: Tensor) -> None:
-        new = torch.stack([bounds.detach().double().sum(), counts.double().sum()])
-        self._sums[name] = self._sums[name] + new if name in self._sums else new
+    def _count_write(self, written: Written) -> None:
+        """Count what the inner updates started from, their gradients, and how large the fast weights became."""
+        if self.memory is None:
+            raise AssertionError("only called while memory is on")
+        for step, (loss, norm) in enumerate(zip(written.losses, written.grad_norms, strict=True), start=1):
+            self._means.add(f"inner_loss_{step}", loss.mean(), 1)
+            self._means.add(f"inner_grad_norm_{step}", norm.mean(), 1)
+        squares = [value.detach().double().square().sum() for value in self.memory.fast.tensors()]
+        self._means.add("fast_norm", torch.stack(squares).sum().sqrt(), 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the bounds since the last log to transformers' training figures."""
+        """Add the figures since the last log to transformers' training figures."""
         if "loss" in logs:
-            for name in ("nll", "nll_memory"):
-                if name in self._sums:
-                    total, count = self.accelerator.reduce(self._sums.pop(name), reduction="sum").tolist()
-                    logs[name] = total / max(1.0, count)
+            logs |= self._means.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
             if "nll" in logs:
-                logs["ppl"] = _exp(logs["nll"])
+                logs["ppl"] = safe_exp(logs["nll"])
+            logs |= self._speed.read(self.args.device)
         super().log(logs, *args, **kwargs)
 
 
-def _nll_metrics(predicted: EvalPrediction) -> dict[str, float]:
-    """Turn per-row sums [N, 3] into bounds per maskable token."""
-    rows = torch.from_numpy(predicted.predictions).double()
-    tokens = rows[:, 2].sum().clamp_min(1)
-    nll = (rows[:, 0].sum() / tokens).item()
-    metrics = {"nll": nll, "ppl": _exp(nll)}
-    if not rows[:, 1].isnan().any():
-        metrics["nll_memory"] = (rows[:, 1].sum() / tokens).item()
-    return metrics
+class _EpochCallback(TrainerCallback):
+    """Tells the trainer which epoch begins."""
+
+    def __init__(self, trainer: MemDLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass it on; after an interruption the state's epoch is a fraction further."""
+        self.trainer.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
 
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+def _row_metrics(predicted: EvalPrediction) -> dict[str, float]:
+    return row_metrics(torch.from_numpy(predicted.predictions))

@@ -1,6 +1,7 @@
 """Whole jobs that join the other packages: the demo, and a training run from files."""
 
 from memdlm.workflows.demo import DemoPlan, run_demo
-from memdlm.workflows.train import DataOptions, ModelOptions, run_training
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.train import run_training
 
-__all__ = ["DataOptions", "DemoPlan", "ModelOptions", "run_demo", "run_training"]
+__all__ = ["DataOptions", "DemoPlan", "ModelOptions", "RunOptions", "run_demo", "run_training"]

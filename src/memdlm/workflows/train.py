@@ -1,103 +1,104 @@
 """A training run from files: load, encode, train, save."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
 
-from memdlm.data.chat import TRAIN_TURNS, encode_records
-from memdlm.data.collate import SUPERVISE_PADDING, Collator, drop_untargeted
-from memdlm.data.records import read_records
-from memdlm.errors import ConfigError, DataError
+from transformers import PreTrainedModel
+
+from memdlm.data.collate import Collator
+from memdlm.data.encoding import Counts
+from memdlm.errors import ConfigError
 from memdlm.files import make_folder
 from memdlm.models.loading import load_model
+from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
 from memdlm.models.tokenizers import load_tokenizer
-from memdlm.options import option, validate
 from memdlm.training.arguments import TrainingArguments
+from memdlm.training.checkpoints import NEVER, prepare_output
 from memdlm.training.trainer import MemDLMTrainer
-
-TRUNCATIONS = ("filter", "right")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """What is trained."""
-
-    model: str = option(MISSING, "Folder or hub name of the model and its tokenizer.")
-    dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
-    attn_implementation: str | None = option(None, "sdpa or eager; unset: sdpa.")
-
-    def __post_init__(self) -> None:
-        validate(self)
+from memdlm.workflows.datasets import load_data
+from memdlm.workflows.display import Display
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
+from memdlm.workflows.plan import RunPlan
+from memdlm.workflows.run_file import write_run_file
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """What it is trained on."""
-
-    dataset_args: str = option(
-        MISSING, "A .jsonl, .json or .parquet file, or a saved dataset, with messages or prompt/response."
-    )
-    eval_dataset_args: str | None = option(None, "The same, for evaluation; unset: none.")
-    max_length: int = option(1024, "Longest row, in tokens.", minimum=1)
-    truncation: str = option(
-        "filter", "Rows longer than max_length are left out (filter) or keep their start (right).", choices=TRUNCATIONS
-    )
-    mask_prompt_loss: bool = option(True, "Never mask, and never score, what is not an answer.")
-    train_turns: str = option("last", "Which assistant turns are learned.", choices=TRAIN_TURNS)
-    supervise_padding: str = option(
-        "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
-    )
-
-    def __post_init__(self) -> None:
-        validate(self)
-
-
-def run_training(model_options: ModelOptions, data_options: DataOptions, arguments: TrainingArguments) -> Path:
+def run_training(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: TrainingArguments,
+    lora_options: LoRAOptions | None = None,
+    run_options: RunOptions | None = None,
+    display: Display | None = None,
+) -> Path:
     """Train as told and leave the final weights and tokenizer in `arguments.output_dir`, which is returned.
 
     Everything that can be wrong with the data is found before the first step. Raises DataError, ConfigError or
     CheckpointError.
     """
+    lora = LoRAOptions() if lora_options is None else lora_options
+    display = Display() if display is None else display
+    run = RunOptions() if run_options is None else run_options
+    refuse_idle(model_options, lora)
     out = Path(arguments.output_dir)
     make_folder(out)
-    tokenizer = load_tokenizer(model_options.model)
-    rows = _rows(data_options.dataset_args, data_options, tokenizer)
-    held_out = data_options.eval_dataset_args
-    if held_out is None and arguments.eval_strategy != "no":
-        raise ConfigError(
-            f"eval_strategy={arguments.eval_strategy!s} needs eval_dataset_args; name a dataset, or set it to no."
-        )
-    model = load_model(
-        model_options.model, dtype=model_options.dtype, attn_implementation=model_options.attn_implementation
-    )
+    checkpoint = start_of(run, arguments, out)
+    tokenizer = load_tokenizer(model_options.path)
+    data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
+    for split, counts in data.counts.items():
+        display.say(f"{split}: {describe(counts)}")
     trainer = MemDLMTrainer(
-        model,
+        make_model(model_options, lora, arguments.seed),
         arguments,
-        train_dataset=rows,
-        eval_dataset=None if held_out is None else _rows(held_out, data_options, tokenizer),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    trainer.save_model(str(out))
+    if arguments.should_save:
+        plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
+        write_run_file(plan, data, checkpoint)
+    if checkpoint is not None:
+        display.say(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_final(out)
     return out
 
 
-def _rows(path: str, options: DataOptions, tokenizer: Any) -> list[Mapping[str, list[int]]]:
-    encoded = encode_records(
-        read_records(path), tokenizer, train_turns=options.train_turns, mask_prompt_loss=options.mask_prompt_loss
+def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:
+    """Return the checkpoint to go on from; `resume_from_checkpoint` is transformers' word for `resume` with a path.
+
+    Raises ConfigError when both are given and when `out` holds another run's checkpoints, CheckpointError for a
+    checkpoint that a run cannot go on from.
+    """
+    given = arguments.resume_from_checkpoint
+    if given is not None and run.resume != NEVER:
+        raise ConfigError(f"resume={run.resume!r} and resume_from_checkpoint={given!r} are both given; give one.")
+    resume = run.resume if given is None else str(given)
+    # One process looks and deletes; the others wait, and then see what it left.
+    with arguments.main_process_first(desc="output_dir"):
+        is_first = arguments.process_index == 0
+        return prepare_output(out, resume, overwrite=run.overwrite_output_dir and is_first)
+
+
+def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
+    """Load what is trained: the whole model, or its base with an adapter on top."""
+    model = load_model(
+        options.path,
+        dtype=options.dtype,
+        load_in_4bit=options.load_in_4bit,
+        adapter=options.adapter,
+        attn_implementation=options.attn_implementation,
     )
-    rows: list[Mapping[str, list[int]]] = []
-    for each in encoded:
-        if len(each.input_ids) > options.max_length and options.truncation == "filter":
-            continue
-        length = options.max_length
-        rows.append({"input_ids": each.input_ids[:length], "labels": each.labels[:length]})
-    kept, _ = drop_untargeted(rows)
-    if not kept:
-        raise DataError(
-            f"dataset: of the {len(encoded)} rows of {path!r} none has a token to learn within max_length "
-            f"{options.max_length}; raise it."
-        )
-    return kept
+    return add_outer_lora(model, lora, seed=seed, base=options.path) if options.lora else model
+
+
+def describe(counts: Counts) -> str:
+    """Return the counts of a split in words; what is 0 is left out."""
+    words = [f"{counts.kept} of {counts.conversations} conversations are used"]
+    for number, what in (
+        (counts.too_long, "too long"),
+        (counts.shortened, "cut at their end"),
+        (counts.without_target, "with nothing to learn"),
+    ):
+        if number:
+            words.append(f"{number} {what}")
+    return ", ".join(words)

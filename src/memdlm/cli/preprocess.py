@@ -1,0 +1,23 @@
+"""`memdlm preprocess --model ... --dataset_args ... --output_dir ...`: tokenize a dataset once."""
+
+from collections.abc import Sequence
+
+from memdlm.cli.parsing import DataclassParser
+from memdlm.workflows.display import Display
+from memdlm.workflows.preprocess import PreprocessOptions, run_preprocessing
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the folder, and say what is in it."""
+    parser = DataclassParser(
+        (PreprocessOptions,), prog="memdlm preprocess", description="Tokenize a dataset once, for many training runs."
+    )
+    (options,) = parser.parse({}, argv)
+    manifest = run_preprocessing(options, Display())
+    for split, facts in manifest["splits"].items():
+        print(
+            f"{split}: {facts['rows']} conversations, {facts['tokens']} tokens, the longest {facts['longest']}; "
+            f"{facts['without_target']} with nothing to learn"
+        )
+    print(options.output_dir)
+    return 0

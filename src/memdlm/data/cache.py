@@ -1,0 +1,90 @@
+"""Rows to train on, by dataset name: from a preprocessed folder that fits, or encoded here."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.data.encoding import EncodingOptions
+from memdlm.data.preprocess import differences, known_folders, read_manifest, tokenizer_state
+from memdlm.data.records import read_directory
+from memdlm.data.sources import BASE_VARIABLE, limited, source_state
+from memdlm.data.specs import DatasetSpec, parse_specs
+from memdlm.errors import DataError
+from memdlm.files import under_base
+
+
+def load_preprocessed(
+    dataset_args: str, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions, root: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ({split: Dataset}, manifests by folder) of a mixture that `memdlm preprocess` has tokenized.
+
+    Each part of `dataset_args` is a preprocessed folder (limits apply to it), or the whole is what such a folder was
+    made from: then the folder is looked for below `root` and among those that were noted when they were written.
+    Raises DataError when none is found, and when tokenizer, chat template, options or data differ from the manifest's.
+    """
+    wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
+    folder = _made_from(dataset_args, wanted, root)
+    if folder is not None:
+        return read_directory(folder), {str(folder): read_manifest(folder)}
+    mixed: dict[str, list[Any]] = {}
+    manifests: dict[str, Any] = {}
+    for spec in parse_specs(dataset_args):
+        path = under_base(spec.name, BASE_VARIABLE)
+        if not path.is_dir() or read_manifest(path, optional=True) is None:
+            raise DataError(_not_found(dataset_args, spec, root))
+        manifests[str(path)] = _serving(path, wanted)
+        for split, rows in limited(read_directory(path), spec).items():
+            mixed.setdefault(split, []).append(rows)
+    return {split: _joined(parts) for split, parts in mixed.items()}, manifests
+
+
+def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> Path | None:
+    """Return the folder that was made from exactly these datasets and serves, or None when there is none at all."""
+    state = source_state(dataset_args)
+    close: list[str] = []
+    for folder in known_folders(root):
+        manifest = read_manifest(folder) or {}
+        # Relative names are relative to where a command runs: another file of the same name is another dataset.
+        if _names(manifest["sources"]) != _names(state):
+            continue
+        words = differences(manifest, {**wanted, "sources": state})
+        if not words:
+            return folder
+        close.append(f"{folder}: {'; '.join(words)}")
+    if close:
+        raise DataError(
+            f"load_preprocessed_data: {dataset_args!r} was preprocessed, but not for this run. {' | '.join(close)}. "
+            "Run memdlm preprocess again with this run's model and options."
+        )
+    return None
+
+
+def _names(sources: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    return [(source["spec"], source.get("path")) for source in sources]
+
+
+def _serving(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(folder) or {}
+    words = differences(manifest, wanted)
+    if words:
+        raise DataError(
+            f"load_preprocessed_data: {str(folder)!r} was made for something else. {'; '.join(words)}. "
+            "Run memdlm preprocess again with this run's model and options."
+        )
+    return manifest
+
+
+def _not_found(dataset_args: str, spec: DatasetSpec, root: Path) -> str:
+    return (
+        f"load_preprocessed_data: {spec.name!r} is no preprocessed folder, and none below {str(root)!r} or noted "
+        f"elsewhere was made from {dataset_args!r}. Write one: memdlm preprocess --model MODEL --dataset_args "
+        f"{dataset_args!r} --output_dir FOLDER."
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else importlib.import_module("datasets").concatenate_datasets(parts)

@@ -1,0 +1,181 @@
+"""Conversations -> rows of tokens, in parallel; and which of them a run of a given length can learn from."""
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any, final
+
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.data.chat import TRAIN_TURNS, encode_chat
+from memdlm.errors import DataError, MemDLMError
+from memdlm.options import option, validate
+from memdlm.types import IGNORE_INDEX
+
+TRUNCATIONS = ("filter", "right")
+CHUNK = 256
+"""Conversations that a worker encodes at a time."""
+COLUMNS = ("input_ids", "labels", "prompt_length", "length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """What of a conversation is learned."""
+
+    mask_prompt_loss: bool = option(True, "Never mask, and never score, what is not an answer.")
+    train_turns: str = option("last", "Which assistant turns are learned.", choices=TRAIN_TURNS)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What became of the conversations of a split."""
+
+    conversations: int
+    kept: int
+    too_long: int = 0
+    """Left out, longer than `max_length` (truncation=filter)."""
+    shortened: int = 0
+    """Kept, but cut at their right end to `max_length` (truncation=right)."""
+    without_target: int = 0
+    """Left out: nothing to learn, or nothing within `max_length`."""
+
+
+@final
+class TokenRows(Sequence[dict[str, list[int]]]):
+    """Rows with `input_ids` and `labels`, at most `max_length` tokens long; see `fit`."""
+
+    def __init__(self, rows: Sequence[Any], places: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
+        self.rows, self.places, self.max_length = rows, places, max_length
+        self.lengths = [min(length, max_length) for length in lengths]
+        """Tokens of every row, known without reading it."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one row."""
+        row = self.rows[self.places[index]]
+        return {name: row[name][: self.max_length] for name in ("input_ids", "labels")}
+
+
+def fit(
+    rows: Sequence[Any],
+    lengths: Sequence[int],
+    prompt_lengths: Sequence[int],
+    *,
+    max_length: int,
+    truncation: str,
+) -> tuple[TokenRows, Counts]:
+    """Choose the rows to train on, and count.
+
+    `filter` leaves out rows longer than `max_length` (the paper's choice); `right` keeps the first `max_length` tokens
+    of them, that is, cuts their right end off. A row without a target left is dropped: rows whose prompt fills
+    `max_length` would count and teach nothing. `lengths` and `prompt_lengths` are the rows' (in tokens).
+    """
+    places, too_long, shortened, empty = [], 0, 0, 0
+    for place, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
+        if length > max_length and truncation == "filter":
+            too_long += 1
+        elif prompt >= min(length, max_length):
+            empty += 1
+        else:
+            shortened += length > max_length
+            places.append(place)
+    counts = Counts(
+        conversations=len(lengths), kept=len(places), too_long=too_long, shortened=shortened, without_target=empty
+    )
+    return TokenRows(rows, places, [lengths[place] for place in places], max_length), counts
+
+
+def encode_one(
+    conversation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
+) -> dict[str, Any]:
+    """Return a row with COLUMNS; `prompt_length` is its length if nothing is learned."""
+    encoded = encode_chat(tokenizer, conversation["messages"], **dataclasses.asdict(options))
+    has_target = any(label != IGNORE_INDEX for label in encoded.labels)
+    length = len(encoded.input_ids)
+    return {
+        "input_ids": encoded.input_ids,
+        "labels": encoded.labels,
+        "prompt_length": encoded.prompt_length if has_target else length,
+        "length": length,
+    }
+
+
+def encode_chunk(
+    conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
+) -> list[dict[str, Any]]:
+    """Encode rows first, first + 1, ... of a split. Raises DataError that names the row."""
+    rows = []
+    for index, conversation in enumerate(conversations, start=first):
+        try:
+            rows.append(encode_one(conversation, tokenizer, options))
+        except MemDLMError as error:
+            raise DataError(f"row {index}: {error}") from error
+    return rows
+
+
+def encode_all(
+    conversations: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodingOptions,
+    *,
+    num_proc: int = 1,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Encode a split in memory, in order; `advance` is told how many are done."""
+    rows: list[dict[str, Any]] = []
+    starts = range(0, len(conversations), CHUNK)
+    for chunk in in_parallel(conversations, starts, CHUNK, tokenizer, options, num_proc):
+        rows += chunk
+        advance(len(rows))
+    return rows
+
+
+def in_parallel(
+    conversations: Sequence[dict[str, Any]],
+    starts: Sequence[int],
+    size: int,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodingOptions,
+    num_proc: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the encoded chunks of `size` conversations that begin at `starts`, in that order."""
+    if num_proc == 1 or len(starts) < 2:
+        for start in starts:
+            yield encode_chunk(conversations[start : start + size], start, tokenizer, options)
+        return
+    # Fresh processes: a copy of one that has run threads can hang.
+    context = multiprocessing.get_context("spawn")
+    workers = min(num_proc, len(starts))
+    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
+        waiting: list[Future[list[dict[str, Any]]]] = []
+        ahead = iter(starts)
+        try:
+            for start in ahead:
+                waiting.append(pool.submit(_work, conversations[start : start + size], start))
+                # A few chunks per worker, so that a large dataset is never held whole.
+                if len(waiting) >= 3 * workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
+_worker: dict[str, Any] = {}
+"""What a worker process was started with."""
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerBase, options: EncodingOptions) -> None:
+    _worker.update(tokenizer=tokenizer, options=options)
+
+
+def _work(conversations: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+    return encode_chunk(conversations, first, _worker["tokenizer"], _worker["options"])

@@ -1,0 +1,222 @@
+"""From a dataset spec to conversations per split: where rows are found, how they are split, cut and mixed."""
+
+import bisect
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final, overload
+
+from memdlm.data.records import SUFFIXES, read_directory, read_file, to_conversation
+from memdlm.data.specs import DatasetSpec, parse_specs
+from memdlm.errors import DataError
+from memdlm.files import under_base
+
+BASE_VARIABLE = "BASE_DATASETS_DIR"
+HELD_OUT, SPLIT_SEED = 0.05, 42
+"""Share of a hub dataset without a test split that becomes one, and the seed of the draw (as published)."""
+SAVED = ("dataset_dict.json", "state.json")
+"""Files that tell a folder written by `datasets` from a copy of a hub repository."""
+
+Splits = dict[str, Any]
+"""Rows by split: a list or a `datasets.Dataset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubDataset:
+    """What is special about a dataset of the hub."""
+
+    configurations: tuple[str | None, ...] = (None,)
+    """Loaded and joined when the spec names none."""
+    renamed: Mapping[str, str] | None = None
+    """Our name of each split that is used; None: all, as they are called."""
+    is_split: bool = False
+    """Whether 5 % of the single split become the test split."""
+
+
+ALPACA = HubDataset(is_split=True)
+KNOWN = {
+    "tatsu-lab/alpaca": ALPACA,
+    "Yukang/LongAlpaca-12k": ALPACA,
+    "allenai/tulu-3-sft-mixture": HubDataset(is_split=True),
+    "HuggingFaceTB/smoltalk": HubDataset(configurations=("all",)),
+    "HuggingFaceH4/ultrachat_200k": HubDataset(renamed={"train_sft": "train", "test_sft": "test"}),
+    "OpenCoder-LLM/opc-sft-stage1": HubDataset(
+        configurations=("filtered_infinity_instruct", "largescale_diverse_instruct", "realuser_instruct"),
+        is_split=True,
+    ),
+    "OpenCoder-LLM/opc-sft-stage2": HubDataset(
+        configurations=("educational_instruct", "evol_instruct", "mceval_instruct", "package_instruct"),
+        is_split=True,
+    ),
+}
+"""By exact hub id; a local copy is recognised by its last two folders."""
+
+
+@final
+class Conversations(Sequence[dict[str, Any]]):
+    """Rows of several datasets one after the other, turned into conversations when they are asked for."""
+
+    def __init__(self, parts: Sequence[tuple[str, Sequence[Any]]]) -> None:
+        self.parts = list(parts)
+        self._ends: list[int] = []
+        for _, rows in self.parts:
+            self._ends.append((self._ends[-1] if self._ends else 0) + len(rows))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return one conversation, or a list. Raises DataError, naming dataset and row, when a row is none."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._ends, place)
+        name, rows = self.parts[part]
+        row = place - (self._ends[part - 1] if part else 0)
+        return to_conversation(rows[row], f"{name}, row {row}")
+
+
+def load_conversations(dataset_args: str) -> dict[str, Conversations]:
+    """Return the conversations of a mixture by split, `train` first, parts in the order they are written.
+
+    Limits: in a dataset with several splits, each named split keeps its first rows and the others stay whole. A
+    single split is cut into the named ones, which never overlap: `train` gets the first rows, the others the last.
+    Raises DataError for a dataset that is not there, a split it does not have, and more rows than there are.
+    """
+    mixed: dict[str, list[tuple[str, Sequence[Any]]]] = {}
+    for spec in parse_specs(dataset_args):
+        for split, rows in limited(load_splits(spec), spec).items():
+            mixed.setdefault(split, []).append((spec.name, rows))
+    return {split: Conversations(mixed[split]) for split in sorted(mixed, key=_train_first)}
+
+
+def load_splits(spec: DatasetSpec) -> Splits:
+    """Return the rows of one dataset by split, before limits."""
+    known = KNOWN.get(hub_id(spec.name))
+    path = under_base(spec.name, BASE_VARIABLE)
+    if "lang" in spec.selectors and not hub_id(spec.name).startswith("OpenCoder-LLM/opc-sft"):
+        raise DataError(f"dataset_args: {spec}: lang is known for OpenCoder-LLM/opc-sft-stage1 and -stage2 only.")
+    if path.is_file() or path.suffix in SUFFIXES:
+        _refuse_name(spec)
+        return {"train": read_file(path)}
+    if any((path / file).is_file() for file in SAVED):
+        _refuse_name(spec)
+        return read_directory(path)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"dataset: {str(path)!r} is neither a file nor a folder.")
+    if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name):
+        raise DataError(f"dataset: {spec.name!r} does not exist, and is no hub id (owner/name) either.")
+    return _from_hub(path if path.exists() else spec.name, spec, known or HubDataset())
+
+
+def hub_id(name: str) -> str:
+    """Return the last two parts of a name: the hub id itself, or that of a local copy."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
+
+
+def limited(splits: Splits, spec: DatasetSpec) -> Splits:
+    """Apply a spec's limits, see `load_conversations`."""
+    limits = spec.limits
+    if not limits:
+        return splits
+    if len(splits) > 1:
+        for split, count in limits.items():
+            if split not in splits:
+                raise DataError(f"dataset_args: {spec}: there is no split {split!r}; there are {', '.join(splits)}.")
+            _check_count(spec, split, count, len(splits[split]))
+        return {split: cut(rows, 0, limits.get(split, len(rows))) for split, rows in splits.items()}
+    rows = next(iter(splits.values()))
+    _check_count(spec, " and ".join(limits), sum(limits.values()), len(rows))
+    found, end = {}, len(rows)
+    for split in reversed([each for each in limits if each != "train"]):
+        found[split] = cut(rows, end - limits[split], end)
+        end -= limits[split]
+    if "train" in limits:
+        found["train"] = cut(rows, 0, limits["train"])
+    return found
+
+
+def cut(rows: Any, start: int, stop: int) -> Any:
+    """Return rows start..stop-1 of a list or a dataset."""
+    return rows[start:stop] if isinstance(rows, list) else rows.select(range(start, stop))
+
+
+def _check_count(spec: DatasetSpec, split: str, count: int, available: int) -> None:
+    if count > available:
+        raise DataError(f"dataset_args: {spec} asks for {count} rows ({split}), but there are {available}.")
+
+
+def _refuse_name(spec: DatasetSpec) -> None:
+    if "name" in spec.selectors:
+        raise DataError(f"dataset_args: {spec}: name selects a configuration of a hub dataset; this is a local one.")
+
+
+def _train_first(split: str) -> tuple[bool, str]:
+    return split != "train", split
+
+
+def _from_hub(where: str | Path, spec: DatasetSpec, known: HubDataset) -> Splits:
+    datasets = importlib.import_module("datasets")
+    chosen = spec.selectors.get("name")
+    joined: dict[str, list[Any]] = {}
+    for configuration in known.configurations if chosen is None else (chosen,):
+        try:
+            found = datasets.load_dataset(str(where), configuration)
+        except (OSError, ValueError) as error:  # not there, not reachable, no such configuration
+            raise DataError(
+                f"dataset: {spec.name!r} could not be loaded, neither as a local path nor from the hub: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        for split, rows in found.items():
+            joined.setdefault(split, []).append(rows)
+    splits = {split: datasets.concatenate_datasets(rows) for split, rows in joined.items()}
+    if known.renamed is not None:
+        splits = {new: splits[old] for old, new in known.renamed.items() if old in splits}
+    if "lang" in spec.selectors:
+        splits = {split: rows.filter(_speaks(spec.selectors["lang"])) for split, rows in splits.items()}
+    if known.is_split and len(splits) == 1:
+        only = next(iter(splits.values()))
+        splits = dict(only.train_test_split(test_size=HELD_OUT, seed=SPLIT_SEED))
+    return splits
+
+
+def _speaks(language: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a row's answer has a code block of exactly this language."""
+    fence = re.compile(rf"^\s*```[ \t]*{re.escape(language)}[ \t]*$", re.IGNORECASE | re.MULTILINE)
+    return lambda row: bool(fence.search(row.get("output") or ""))
+
+
+def source_state(dataset_args: str) -> list[dict[str, Any]]:
+    """Say of every part what would tell that it has changed: a hash of local files; hub names as they are."""
+    states = []
+    for spec in parse_specs(dataset_args):
+        path = under_base(spec.name, BASE_VARIABLE)
+        state: dict[str, Any] = {"spec": str(spec)}
+        if path.exists():
+            state["path"] = os.path.abspath(path)
+            state["sha256"] = _hash_of(path)
+        states.append(state)
+    return states
+
+
+def _hash_of(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Rows that keep their number, and the order in which they are visited: functions of seed, epoch and row alone."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from memdlm.randomness import derive
+
+SAMPLE = "sample"
+"""Batch entry: a tuple with the number of each row in its dataset. Not a tensor, so reading it waits for no device."""
+POOL = 50
+"""Batches that are sorted by length together: longer pools pad less and shuffle less."""
+
+
+@final
+class Numbered(Dataset[Any]):
+    """A dataset whose rows know their number."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        """Return (number, row)."""
+        return index, self.rows[index]
+
+
+@final
+class NumberedCollator:
+    """Collates rows, numbered or not; numbers go to the batch's SAMPLE."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch of the rows."""
+        if not isinstance(features[0], tuple):
+            return self.collate(list(features))
+        numbers, rows = zip(*features, strict=True)
+        return {**self.collate(list(rows)), SAMPLE: numbers}
+
+
+@final
+class EpochSampler(Sampler[int]):
+    """A permutation of the rows per epoch, the same on every rank and after an interruption.
+
+    With `lengths`, rows of similar length are neighbours: the permutation is cut into pools of POOL batches, each
+    sorted by length, and the batches of a pool are shuffled. The very first batch is the longest of all, so that a run
+    that does not fit in memory fails at once. `batch` is the number of rows of an optimizer step.
+    """
+
+    def __init__(self, count: int, seed: int, *, lengths: Sequence[int] | None = None, batch: int = 1) -> None:
+        self.count, self.seed, self.lengths, self.batch = count, seed, lengths, batch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = derive(self.seed, "order", self.epoch)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        return iter(order if self.lengths is None else self._grouped(order, self.lengths, generator))
+
+    def _grouped(self, order: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+        pool, batch = self.batch * POOL, self.batch
+        batches: list[list[int]] = []
+        for start in range(0, len(order), pool):
+            rows = sorted(order[start : start + pool], key=lambda row: -lengths[row])
+            cut = [rows[place : place + batch] for place in range(0, len(rows), batch)]
+            batches += [cut[place] for place in torch.randperm(len(cut), generator=generator).tolist()]
+        # The one short batch must stay last, or all that follow would be cut elsewhere.
+        batches.sort(key=lambda rows: len(rows) < batch)
+        full = len(batches) - (len(batches[-1]) < batch) if batches else 0
+        if full > 1:
+            longest = max(range(full), key=lambda place: lengths[batches[place][0]])
+            batches[0], batches[longest] = batches[longest], batches[0]
+        return [row for rows in batches for row in rows]
+
+
+def lengths_of(rows: Any, column: str) -> list[int]:
+    """Return the lengths of all rows: known ones (`lengths`, or a stored `column`), else counted."""
+    known = getattr(rows, "lengths", None)
+    if known is None and column in (getattr(rows, "column_names", None) or ()):
+        known = rows[column][:]
+    return [len(row["input_ids"]) for row in rows] if known is None else list(known)

@@ -1,0 +1,126 @@
+"""Figures of a run: means gathered without waiting for the device, loss by time, speed."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.models.experts import Experts
+
+BUCKETS = 5
+"""Equal parts of the diffusion times (0, 1]; the loss of each is logged on its own."""
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+"""Dense bf16 operations per second, by a word in the device's name (vendors' data sheets)."""
+
+
+def bucket_names(name: str) -> list[str]:
+    """Return the names under which `name` is logged by time: nll_t0.2 is the part up to time 0.2."""
+    return [f"{name}_t{(index + 1) / BUCKETS:.1f}" for index in range(BUCKETS)]
+
+
+def by_time(values: Tensor, counts: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of `values` and `counts`, both [B], in each bucket of `times` [B]: two [BUCKETS] tensors."""
+    bucket = (times * BUCKETS).ceil().long().sub(1).clamp(0, BUCKETS - 1)
+    zeros = torch.zeros(BUCKETS, dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, bucket, values.double()), zeros.index_add(0, bucket, counts.double())
+
+
+class Means:
+    """Weighted means since the last look, summed on the device and over ranks only when they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Count a sum (a scalar) over `count` things."""
+        number = torch.as_tensor(count, dtype=torch.float64, device=total.device)
+        self._add(name, torch.stack([total.detach().double(), number.double()]))
+
+    def add_rows(self, name: str, values: Tensor, counts: Tensor, times: Tensor) -> None:
+        """Count `values` [B] over `counts` [B] as `name`, and by time [B] under its bucket names."""
+        self.add(name, values.double().sum(), counts.sum())
+        totals, numbers = by_time(values.detach(), counts, times)
+        for bucket, total, number in zip(bucket_names(name), totals, numbers, strict=True):
+            self._add(bucket, torch.stack([total, number]))
+
+    def _add(self, name: str, pair: Tensor) -> None:
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def read(self, reduce: Any) -> dict[str, float]:
+        """Return the means and start again; `reduce` sums over ranks, all of which have counted the same names."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        summed = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, summed, strict=True) if count > 0}
+
+
+class Speed:
+    """Tokens per second, and what share of the device's peak the outer steps use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.active = active_parameters(model)
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def add(self, tokens: int) -> None:
+        """Count tokens of this rank, padding included."""
+        self._tokens += tokens
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Return this rank's figures since the last look.
+
+        `mfu` counts 6 operations per active parameter and token (forward and backward pass; neither attention's score
+        matrix nor the inner loop), over the peak of devices that are known here.
+        """
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._start, 1e-9)
+        self._start, self._tokens = now, 0
+        figures = {"tokens_per_second": rate}
+        peak = peak_flops(device)
+        if peak is not None:
+            figures["mfu"] = 6 * self.active * rate / peak
+        return figures
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the peak of a device, or None when it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Return the parameters that take part in one token's prediction: of routed experts, the chosen share."""
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", 0) or 0
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Experts):
+            size = sum(parameter.numel() for parameter in module.parameters())
+            total -= size * (module.num_experts - chosen) // module.num_experts
+    return total
+
+
+def row_metrics(rows: Tensor) -> dict[str, float]:
+    """Turn evaluation rows [N, 4] of (bound, bound with memory or NaN, count, time) into means per maskable token."""
+    bounds, with_memory, counts, times = rows.double().unbind(1)
+    tokens = counts.sum().clamp_min(1)
+    nll = (bounds.sum() / tokens).item()
+    metrics = {"nll": nll, "ppl": safe_exp(nll)}
+    if not with_memory.isnan().any():
+        metrics["nll_memory"] = (with_memory.sum() / tokens).item()
+    totals, numbers = by_time(bounds, counts, times)
+    pairs: Sequence[tuple[float, float]] = list(zip(totals.tolist(), numbers.tolist(), strict=True))
+    for name, (total, number) in zip(bucket_names("nll"), pairs, strict=True):
+        if number > 0:
+            metrics[name] = total / number
+    return metrics
+
+
+def safe_exp(nll: float) -> float:
+    """Return exp(nll), infinity where that is no float."""
+    return math.exp(nll) if nll < 700 else math.inf

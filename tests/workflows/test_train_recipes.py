@@ -1,0 +1,124 @@
+"""Every recipe and overlay is understood, complete, and as it is named; a dry run says what would be done."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from memdlm.cli.main import main
+from memdlm.cli.parsing import DataclassParser
+from memdlm.cli.train import read_recipe
+from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.errors import ConfigError
+from memdlm.models import LoRAOptions, add_outer_lora, build_model, load_model
+from memdlm.training import TrainingArguments
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.plan import RunPlan, resolved
+from tiny import CONFIGS
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+WHOLE = sorted(RECIPES.glob("*.yaml"))
+OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
+NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm)")
+
+
+def parse(recipe, argv=()):
+    parts = (ModelOptions, LoRAOptions, DataOptions, RunOptions, TrainingArguments)
+    model, lora, data, run, arguments = DataclassParser(parts).parse(recipe, argv)
+    return RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments)
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
+def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
+    recipe = read_recipe(path)
+    plan = parse(recipe, ["--output_dir", str(tmp_path)])
+    method = NAME.fullmatch(path.stem)[3]
+    assert plan.arguments.mem_enabled == (method == "memdlm")
+    assert (plan.model.load_in_4bit, plan.lora.r, plan.lora.lora_alpha) == (True, 32, 64)
+    assert (plan.data.max_length, plan.data.truncation) == (4096, "filter")
+    assert (plan.arguments.learning_rate, plan.arguments.lr_scheduler_type) == (2e-5, "cosine")
+    assert recipe["output_dir"] == f"runs/{path.stem}"
+    assert path.read_text().startswith("# ")
+
+
+def test_there_is_a_recipe_for_every_backbone_machine_and_method():
+    assert len(WHOLE) == 12
+    assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 12
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_an_overlay_changes_a_memdlm_recipe(path, tmp_path):
+    base, overlay = read_recipe(RECIPES / "llada_moe_8gpu_memdlm.yaml"), read_recipe(path)
+    changed = parse(base | overlay, ["--output_dir", str(tmp_path)]).arguments.memory
+    assert changed != parse(base, ["--output_dir", str(tmp_path)]).arguments.memory
+
+
+def test_what_a_dry_run_prints_is_a_recipe_of_the_same_run(tmp_path):
+    recipe = read_recipe(RECIPES / "llada_moe_1gpu_memdlm.yaml") | {"output_dir": str(tmp_path)}
+    plan = parse(recipe, ["--mem_inner_lr", "0.5", "--dry_run"])
+    printed = yaml.safe_load(yaml.safe_dump(resolved(plan)))
+    assert printed["mem_inner_lr"] == 0.5
+    again = parse(printed)
+    assert resolved(again) == resolved(plan)
+    assert (again.model, again.lora, again.data) == (plan.model, plan.lora, plan.data)
+    assert again.arguments.memory == plan.arguments.memory
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """A tiny LLaDA-MoE in the published layout, and conversations."""
+    monkeypatch.setenv("MEMDLM_CACHE", str(tmp_path / "index"))
+    tokenizer = build_word_tokenizer(f"w{index}" for index in range(20))
+    config = CONFIGS["lladamoe"]()
+    config.vocab_size = len(tokenizer)
+    build_model(config, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"w{n % 9} w1", "response": f"w2 w{n % 7}"} for n in range(30)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model", str(tmp_path / "model"), "--dataset_args", f"{tmp_path / 'chat.jsonl'}[train:20,test:10]"]
+
+
+def test_a_dry_run_counts_without_loading_weights(tiny_run, tmp_path, capsys):
+    model = load_model(tmp_path / "model")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    add_outer_lora(model, LoRAOptions())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    recipe = str(RECIPES / "llada_moe_1gpu_memdlm.yaml")
+    out = tmp_path / "run"
+    assert main(["train", recipe, *tiny_run, "--dry_run", "--output_dir", str(out)]) == 0
+    printed = capsys.readouterr().out
+    numbers = dict(re.findall(r"^([a-z -]+?) {2,}([\d,.]+)$", printed, re.MULTILINE))
+    assert numbers["parameters"] == f"{total:,}"
+    assert numbers["trained"] == f"{trained:,}"
+    # 20 rows in pairs, 5 epochs, a tenth of the steps to warm up.
+    assert [numbers[name] for name in ("rows", "rows per step", "steps", "warm-up steps")] == ["20", "2", "50", "5"]
+    assert float(numbers["sum"]) >= 0
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mem_inner_lrate", "1"], "Did you mean '--mem_inner_lr'"),
+        (["--r", "8", "--lora", "False", "--load_in_4bit", "False"], "r=8 has no effect without lora=True"),
+        (["--lora", "False"], "load_in_4bit=True without an adapter"),
+        (["--adapter", "x"], "not both"),
+        (["--resume", "latest", "--overwrite_output_dir"], "contradict each other"),
+        (["--modules_to_save", "lm_head"], "modules_to_save='lm_head' is not supported"),
+        (["--eval_strategy", "sometimes"], "eval_strategy|valid"),
+        (["--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line(flags, message, tiny_run, tmp_path, capsys):
+    recipe = str(RECIPES / "llada_moe_1gpu_memdlm.yaml")
+    assert main(["train", recipe, *tiny_run, "--dry_run", "--output_dir", str(tmp_path), *flags]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors.splitlines()[-1]), errors
+
+
+def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"'mem_inner_rnk' is not known.+Did you mean 'mem_inner_rank'"):
+        parse({"mem_inner_rnk": 3, "model": "x", "dataset_args": "y"})
