@@ -13,6 +13,7 @@ COMMANDS = {
     "info": "describe a model, and where its fast weights would sit and how large they are",
     "train": "train a model from a recipe file and/or flags",
     "generate": "decode a response to a prompt, with or without memory",
+    "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "merge": "fold an outer adapter into its base model",
 }
 """Sub-commands; each is a module of this package with `main(argv) -> int`."""
