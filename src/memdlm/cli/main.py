@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "exposure-bias": "measure how much a model suffers from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
+    "report": "put training runs, evaluations and demos side by side on one page",
 }
 """Sub-commands; each is a module of this package with `main(argv) -> int`."""
 

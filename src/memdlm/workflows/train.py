@@ -81,6 +81,8 @@ def run_training(model_options: ModelOptions, data_options: DataOptions, argumen
     )
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model(str(out))
+    # The log, which `memdlm report` reads, also where no checkpoint was wanted.
+    trainer.save_state()
     return out
 
 
