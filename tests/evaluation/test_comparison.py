@@ -7,6 +7,7 @@ import pytest
 
 from memdlm.cli.main import main
 from memdlm.errors import DataError
+from memdlm.evaluation.comparison import wilson
 from memdlm.evaluation.report import write_report
 from memdlm.evaluation.runs import labels, model_and_seed, read_runs
 
@@ -66,9 +67,9 @@ def test_runs_of_every_kind_stand_on_one_page(tmp_path, capsys):
     assert main(["report", *map(str, runs), "--output", str(page)]) == 0
     assert capsys.readouterr().out.strip() == str(page)
     text = words(page)
-    # Two seeds, 0.8 and 0.6: the interval of the mean comes from both standard errors.
-    assert "mdlm off 70.0 68.6 to 71.4 2 seeds &plusmn; 10.0" in text
-    assert "mdlm on 90.0 88.0 to 92.0" in text
+    # Two seeds, 0.8 and 0.6 of 100 questions each: the interval is that of 140 out of 200.
+    assert "mdlm off 70.0 63.3 to 75.9 2 seeds &plusmn; 10.0" in text
+    assert "mdlm on 90.0 82.6 to 94.5" in text
     assert "mdlm on memdlm_kv exact_match 0.9000 0.8608 to 0.9392 200" in text
     assert "mdlm on memdlm_kv 200 10.0 12.5 777 9 0.125 3.00" in text
     assert "Chance is 25.0 %." in text
@@ -135,3 +136,12 @@ def test_names_of_runs_and_models(tmp_path):
         labels([tmp_path, tmp_path])
     assert model_and_seed("runs/demo/checkpoints/memdlm-seed3") == ("memdlm", 3)
     assert model_and_seed("inclusionAI/LLaDA-MoE") == ("inclusionAI/LLaDA-MoE", None)
+
+
+def test_the_interval_holds_the_share_and_stays_inside():
+    for count in (1, 10, 1000):
+        for share in (0.0, 0.3, 1.0):
+            low, high = wilson(share, count)
+            assert 0 <= low <= share <= high <= 1
+            assert low < high
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)

@@ -102,26 +102,43 @@ def _by_length(measured: Measured) -> str:
 def _cell(rows: Sequence[Row]) -> str:
     if not rows:
         return '<td class="missing">not measured</td>'
-    return _value([{**row, "value": 100 * row["accuracy"], "stderr": _times(row["stderr"], 100)} for row in rows], 1)
+    values = [{**row, "value": 100 * row["accuracy"]} for row in rows]
+    share = statistics.fmean(row["accuracy"] for row in rows)
+    low, high = wilson(share, sum(row["questions"] for row in rows))
+    return _value(values, 1, (100 * low, 100 * high))
 
 
-def _value(rows: Sequence[Row], digits: int) -> str:
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `count` questions (Wilson 1927): never empty, never outside 0 to 1."""
+    if count == 0:
+        return 0.0, 1.0
+    extra = _Z**2 / count
+    middle = (share + extra / 2) / (1 + extra)
+    half = _Z / (1 + extra) * (share * (1 - share) / count + extra / (4 * count)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _value(rows: Sequence[Row], digits: int, interval: tuple[float, float] | None) -> str:
     """A cell: the mean over seeds, its 95 % interval over documents, and the spread over seeds."""
     values = [row["value"] for row in rows]
     each = "; ".join(f"seed {row['seed']}: {row['value']:.{digits}f}" for row in rows)
-    mean, errors = statistics.fmean(values), [row["stderr"] for row in rows if row["stderr"] is not None]
-    lines = [f"{mean:.{digits}f}"]
-    if len(errors) == len(rows):
-        half = _Z * sum(error**2 for error in errors) ** 0.5 / len(rows)
-        lines.append(f"<small>{mean - half:.{digits}f} to {mean + half:.{digits}f}</small>")
+    lines = [f"{statistics.fmean(values):.{digits}f}"]
+    if interval is not None:
+        lines.append(f"<small>{interval[0]:.{digits}f} to {interval[1]:.{digits}f}</small>")
     apart = spread(values)
     if apart is not None:
         lines.append(f"<small>{len(rows)} seeds &plusmn; {apart:.{digits}f}</small>")
     return f'<td title="{escape(each)}">{"".join(lines)}</td>'
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
+def _interval(rows: Sequence[Row]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean over seeds, from lm-eval's standard errors over documents."""
+    errors = [row["stderr"] for row in rows if row["stderr"] is not None]
+    if len(errors) < len(rows):
+        return None
+    mean = statistics.fmean(row["value"] for row in rows)
+    half = _Z * sum(error**2 for error in errors) ** 0.5 / len(rows)
+    return mean - half, mean + half
 
 
 def _scores(measured: Measured) -> str:
@@ -139,7 +156,7 @@ def _scores(measured: Measured) -> str:
                     *_names(model, memory),
                     f'<td class="text">{escape(task)}</td>',
                     _text(metric),
-                    _value(mine, 4),
+                    _value(mine, 4, _interval(mine)),
                     documents,
                 ]
             )
@@ -162,11 +179,11 @@ def _costs(measured: Measured) -> str:
     columns: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("requests", "requests", lambda value: f"{value:,}"),
         ("seconds", "seconds", lambda value: f"{value:.1f}"),
-        ("tokens per second", "tokens_per_second", lambda value: f"{value:.1f}"),
-        ("forward passes", "forward_passes", lambda value: f"{value:,}"),
-        ("written tokens", "written_tokens", lambda value: f"{value:,}"),
-        ("write, ms per token", "write_ms_per_token", lambda value: f"{value:.3f}"),
-        ("peak memory, GB", "peak_memory_bytes", lambda value: f"{value / 1e9:.2f}"),
+        ("tokens/s", "tokens_per_second", lambda value: f"{value:.1f}"),
+        ("passes", "forward_passes", lambda value: f"{value:,}"),
+        ("written", "written_tokens", lambda value: f"{value:,}"),
+        ("ms/written token", "write_ms_per_token", lambda value: f"{value:.3f}"),
+        ("peak GB", "peak_memory_bytes", lambda value: f"{value / 1e9:.2f}"),
     )
     body = [
         [
@@ -179,7 +196,7 @@ def _costs(measured: Measured) -> str:
     several = max(row["processes"] for row in measured.costs) > 1
     caption = (
         "One line per evaluation. Seconds are wall-clock time of answering, writes included; passes are those of "
-        "decoding and scoring; peak memory is the GPU's, or without one the whole process's."
+        "decoding and scoring; written are the tokens that went into memory; peak memory is the GPU's, or without one the whole process's."
         + (" With several processes: those of the first." if several else "")
     )
     return table(caption, ["model", "memory", "tasks", *(name for name, _, _ in columns)], body, num_text=3)

@@ -25,7 +25,7 @@ class Measured:
     tasks: dict[str, Row] = field(default_factory=dict)
     """Per task that is measured by length: its `chance` and `train_length` (None: unknown)."""
     accuracy: list[Row] = field(default_factory=list)
-    """`task`, `model`, `seed`, `memory`, `length`, `accuracy`, `stderr`, `questions`."""
+    """`task`, `model`, `seed`, `memory`, `length`, `accuracy`, `questions`."""
     scores: list[Row] = field(default_factory=list)
     """`task`, `metric`, `model`, `seed`, `memory`, `value`, `stderr`, `documents`: what is not by length."""
     models: list[Row] = field(default_factory=list)
@@ -122,9 +122,7 @@ def _add_report(measured: Measured, path: Path, run: str, prefix: str) -> None:
         "description": task["description"],
     }
     for row in data["accuracy"]:
-        share, count = row["accuracy"], row["questions"]
-        error = (share * (1 - share) / count) ** 0.5 if count else None
-        measured.accuracy.append({**row, "model": prefix + row["model"], "task": name, "stderr": error})
+        measured.accuracy.append({**row, "model": prefix + row["model"], "task": name})
     for kind in ("models", "exposure_bias"):
         getattr(measured, kind).extend({**row, "model": prefix + row["model"]} for row in data[kind])
     measured.sources.append(_source(run, "demo", data["command"], {"machine": data["machine"]}))
@@ -168,7 +166,7 @@ def _add_task(measured: Measured, task: str, results: Row, who: Row, count: int)
     for metric, (value, error) in values.items():
         error = error if isinstance(error, int | float) else None
         if metric in by_length:
-            share = {"accuracy": value, "stderr": error, "questions": count // len(by_length)}
+            share = {"accuracy": value, "questions": count // len(by_length)}
             measured.accuracy.append({"task": task, **who, "length": int(metric), **share})
         elif metric != CHANCE and not metric.isdigit():
             score = {"metric": metric, "value": value, "stderr": error, "documents": count}
