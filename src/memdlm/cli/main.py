@@ -16,7 +16,10 @@ COMMANDS = {
     "generate": "decode a response to a prompt, with or without memory",
     "infill": "fill the mask tokens of a text",
     "chat": "hold a conversation in the terminal",
+    "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
+    "exposure-bias": "measure how much a model suffers from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
+    "report": "put training runs, evaluations and demos side by side on one page",
 }
 """Sub-commands; each is a module of this package with `main(argv) -> int`."""
 
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise MemDLMError(unknown("command", name, COMMANDS))
-        return importlib.import_module(f"memdlm.cli.{name}").main(arguments[1:])
+        return importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
     except MemDLMError as error:
         print(f"memdlm {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

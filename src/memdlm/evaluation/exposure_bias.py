@@ -26,7 +26,7 @@ from memdlm.errors import DataError
 from memdlm.evaluation.prompts import PaddedBatch
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
-from memdlm.randomness import derive, uniform
+from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Denoise, Ids, PositionSet
 
 
@@ -52,14 +52,17 @@ def exposure_bias(
 ) -> ExposureBias:
     """Measure the three losses while the targets of `batches` are decoded in `steps` steps (most confident first).
 
-    With a `memory`, each prompt is written first. Equal seeds give every model the same random positions. Raises
-    DataError when there is nothing to decode.
+    With a `memory`, each prompt is written first. Every row draws from a generator of its own: equal seeds give every
+    model the same random positions, whatever the batches. Raises DataError when there is nothing to decode.
     """
     totals: dict[int, Tensor] = {}
-    for index, batch in enumerate(batches):
-        generator = derive("exposure bias", seed, index)
-        with _memory_of(memory, batch, seed, index):
-            for step, sums in _measure(model, batch, mask_token_id, steps, generator):
+    start = 0
+    for batch in batches:
+        rows = range(start, start + batch.ids.shape[0])
+        start = rows.stop
+        with _memory_of(memory, batch, [derive("exposure bias write", seed, row) for row in rows]):
+            randomness = [derive("exposure bias", seed, row) for row in rows]
+            for step, sums in _measure(model, batch, mask_token_id, steps, randomness):
                 totals[step] = totals[step] + sums if step in totals else sums
     if not totals:
         raise DataError("exposure bias: the batches have no target tokens to decode.")
@@ -73,17 +76,17 @@ def exposure_bias(
 
 
 def _memory_of(
-    memory: ParametricMemory | None, batch: PaddedBatch, seed: int, index: int
+    memory: ParametricMemory | None, batch: PaddedBatch, randomness: Randomness
 ) -> AbstractContextManager[Any]:
     if memory is None:
         return nullcontext()
     prompt = batch.prompt()
-    return memory.write(prompt.ids, prompt.labels, prompt.attention_mask, derive("exposure bias write", seed, index))
+    return memory.write(prompt.ids, prompt.labels, prompt.attention_mask, randomness)
 
 
 @torch.no_grad()
 def _measure(
-    model: nn.Module, batch: PaddedBatch, mask_token_id: int, steps: int, generator: torch.Generator
+    model: nn.Module, batch: PaddedBatch, mask_token_id: int, steps: int, randomness: Randomness
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (step, [static, sequential, matched, number of masked tokens]) sums over the batch."""
     denoise = ModelDenoiser(model, attention_mask=batch.attention_mask)
@@ -103,7 +106,7 @@ def _measure(
     ]
     for step, canvas in enumerate(canvases[:-1]):
         is_open = is_target & (canvas == mask_token_id)
-        key = uniform(is_open.shape, generator, is_open.device).masked_fill(~is_target, 2.0)
+        key = uniform(is_open.shape, randomness, is_open.device).masked_fill(~is_target, 2.0)
         is_random = key.argsort(-1).argsort(-1) < is_open.sum(-1)[:, None]
         sums = [
             _sum(denoise, batch.ids.masked_fill(is_random, mask_token_id), is_random, batch.ids),

@@ -190,7 +190,11 @@ def summary_rows(report: Report) -> list[Row]:
     `values` and `seeds` (ascending by seed), all accuracies in 0..1, and `note`: empty, or what is missing.
     A cell that must not be compared has no mean and the note "no baseline". Without any accuracy: no rows.
     """
-    data = check_report(report)
+    return accuracy_rows(check_report(report))
+
+
+def accuracy_rows(data: Report) -> list[Row]:
+    """The same of a checked report, or of one's parts: `accuracy`, `models`, `exposure_bias`, `seeds` and `task`."""
     if not data["accuracy"]:
         return []
     kept, refused = with_baseline(data["accuracy"], "model", "seed", "length")

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from memdlm.evaluation.report_data import Report, Series, bias_series, loss_series, model_names, summary_rows
+from memdlm.evaluation.report_data import Report, Series, accuracy_rows, bias_series, loss_series, model_names
 
 Draw: TypeAlias = Callable[[Axes, Report], None]
 """Fills the axes; lines carry labels where they belong in the legend."""
@@ -167,7 +167,7 @@ def _label(model: str, memory: bool) -> str:
 
 def accuracy_by_length(axes: Axes, report: Report) -> None:
     """Mean accuracy over length, the seeds as dots, chance as a grey dashed line."""
-    rows = [row for row in summary_rows(report) if any(cell["values"] for cell in row["cells"])]
+    rows = [row for row in accuracy_rows(report) if any(cell["values"] for cell in row["cells"])]
     if not rows:
         return
     lengths = [cell["length"] for cell in rows[0]["cells"]]
@@ -183,14 +183,16 @@ def accuracy_by_length(axes: Axes, report: Report) -> None:
         dots = [(cell["length"] * aside, 100 * value) for cell in cells for value in cell["values"]]
         x, y = zip(*dots, strict=True)
         axes.scatter(x, y, s=11, color=look.colour, alpha=0.6, linewidths=0, zorder=4)
-    chance = 100 * report["task"]["chance"]
-    axes.axhline(chance, color=_GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
+    if report["task"]["chance"] is not None:
+        chance = 100 * report["task"]["chance"]
+        axes.axhline(chance, color=_GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
     axes.set_xscale("log")
     axes.set_xlim(lengths[0] / span**0.07, lengths[-1] * span**0.07)
-    axes.set_xticks(lengths, [f"{n}\n{multiple(n, report['task']['train_length'])}" for n in lengths])
+    trained = report["task"]["train_length"]
+    axes.set_xticks(lengths, [f"{n}\n{multiple(n, trained)}" if trained else f"{n}" for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-3, 104)
-    axes.set(xlabel="length (multiple of the training length)", ylabel="accuracy, %")
+    axes.set(xlabel=f"length{' (multiple of the training length)' if trained else ''}", ylabel="accuracy, %")
 
 
 def multiple(length: int, train_length: int) -> str:

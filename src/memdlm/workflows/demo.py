@@ -27,6 +27,7 @@ from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.recall import encode_samples, recall
 from memdlm.evaluation.report import write_report
+from memdlm.evaluation.runs import curve_of
 from memdlm.files import make_folder, replace_folder
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
@@ -299,7 +300,7 @@ def _train(
         "steps": plan.steps,
         "seconds": seconds,
         "config": {"network": model.config.to_diff_dict(), "training": options, **memory},
-        "curve": _curve(trainer.state.log_history),
+        "curve": curve_of(trainer.state.log_history),
     }
     return model, row
 
@@ -307,18 +308,6 @@ def _train(
 def checkpoint_name(arm: str, seed: int) -> str:
     """Return the folder name of a model: `mdlm-seed0`."""
     return f"{arm.split()[0].lower()}-seed{seed}"
-
-
-def _curve(history: list[dict[str, float]]) -> dict[str, list[float]]:
-    trained = [entry for entry in history if "loss" in entry]
-    judged = [entry for entry in history if "eval_nll" in entry]
-    return {
-        "step": [entry["step"] for entry in trained],
-        "loss": [entry["loss"] for entry in trained],
-        "eval_step": [entry["step"] for entry in judged],
-        "eval_nll": [entry["eval_nll"] for entry in judged],
-        "eval_nll_memory": [entry["eval_nll_memory"] for entry in judged if "eval_nll_memory" in entry],
-    }
 
 
 def _estimate(plan: DemoPlan, data: DemoData) -> float:

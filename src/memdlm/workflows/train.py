@@ -60,6 +60,8 @@ def run_training(
         display.say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_final(out)
+    # The log, which `memdlm report` reads, also where no checkpoint was wanted.
+    trainer.save_state()
     return out
 
 

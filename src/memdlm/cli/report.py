@@ -1,0 +1,19 @@
+"""`memdlm report RUN [RUN ...] --output report.html`: read runs, write one page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from memdlm.cli.parsing import Parser
+from memdlm.evaluation.comparison import write_comparison
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page, and say where it is."""
+    parser = Parser(prog="memdlm report", description="Put training runs, evaluations and demos side by side.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a demo, a training run, lm-eval's results, or exposure bias"
+    )
+    parser.add_argument("--output", default="report.html", help="the page, one file that needs no other")
+    options = parser.parse_args(list(argv))
+    print(write_comparison([Path(run) for run in options.runs], Path(options.output)))
+    return 0

@@ -1,0 +1,290 @@
+"""Requests of an evaluation -> answers and likelihoods, whatever asks: batched, seeded one by one, costs counted.
+
+A request's draws come from a generator that is derived from the request itself, so neither the batch it is in nor the
+process that gets it changes its result.
+"""
+
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll
+from memdlm.errors import ConfigError, DataError
+from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut, parse_request
+from memdlm.evaluation.ledger import Ledger, MeteredMemory
+from memdlm.inference.generate import generate
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.wrappers import unwrap
+from memdlm.randomness import derive
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A prompt to be answered."""
+
+    context: str
+    gen_kwargs: Arguments
+    key: str
+    """Tells requests apart that ask the same: the document's name, and which repetition this is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """A text whose likelihood is wanted, as ids."""
+
+    written: tuple[int, ...]
+    """What a memory writes first."""
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What came out of it."""
+
+    nll: Likelihood
+    is_greedy: bool
+    """False unless it was asked for."""
+
+
+@dataclass(kw_only=True)
+class Answerer:
+    """A model under evaluation, with its settings."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    batch_size: int = 1
+    ledger: Ledger = field(default_factory=Ledger)
+    memory: MeteredMemory | None = field(init=False, default=None)
+    _told: set[str] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
+        self.shifted = bool(self.settings.generation.get("right_shift_logits", False))
+        if self.settings.memory is not None:
+            self.memory = MeteredMemory(
+                self.model,
+                self.settings.memory,
+                mask_token_id=self.tokenizer.mask_token_id,
+                right_shift_logits=self.shifted,
+            )
+            self.memory.ledger = self.ledger
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and response together: as set, or what the model was trained on; None: no limit."""
+        places = getattr(getattr(unwrap(self.model), "config", None), "max_position_embeddings", None)
+        return self.settings.options.max_length or places
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with special tokens only if `add_special_tokens` asks for them."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=self.settings.options.add_special_tokens)["input_ids"]
+        return ids
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Split the ids of both texts together behind those of the context; its trailing spaces go to the rest."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        start = self.encode(context) if context else []
+        return start, self.encode(context + continuation)[len(start) :]
+
+    def answer(self, questions: Sequence[Question], on_done: Callable[[int, str], None] | None = None) -> list[str]:
+        """Return one text per question, cut before its stop texts; longest prompts first, `batch_size` together.
+
+        `on_done` is told (index, text) as soon as an answer is there. Raises ConfigError for generation arguments
+        that are unknown or leave no room for a prompt.
+        """
+        requests = [self._request(each.gen_kwargs) for each in questions]
+        prompts = [self._prompt(each, request) for each, request in zip(questions, requests, strict=True)]
+        kinds = [repr(request) for request in requests]
+        order = sorted(range(len(questions)), key=lambda i: (kinds[i], -len(prompts[i]), i))
+        answers = [""] * len(questions)
+        for batch in _batches(order, kinds, self.batch_size):
+            request = requests[batch[0]]
+            with self.ledger.timed():
+                result = generate(
+                    self.model,
+                    self.tokenizer,
+                    [prompts[index] for index in batch],
+                    request.config,
+                    memory=self.memory,
+                    generator=[self._generator(questions[index]) for index in batch],
+                )
+            self.ledger.add(result, len(batch))
+            for index, text in zip(batch, result.texts, strict=True):
+                answers[index] = cut(text, request.stops)
+                if on_done is not None:
+                    on_done(index, answers[index])
+        self._say_truncated()
+        return answers
+
+    def score(self, scorings: Sequence[Scoring], on_done: Callable[[int, Scored], None] | None = None) -> list[Scored]:
+        """Bound the likelihood of every target; texts that share what is written are written once.
+
+        The number of draws per target is `mc_num` in rounds of `mc_batch_size`, whatever the batch size. Logs the
+        standard errors. Raises DataError for an empty target and ConfigError for one that does not fit.
+        """
+        found: dict[int, Scored] = {}
+        by_text: dict[tuple[int, ...], list[int]] = {}
+        for index, each in enumerate(scorings):
+            by_text.setdefault(each.written, []).append(index)
+        for text, members in by_text.items():
+            with self.ledger.timed(), self._written(text):
+                for index in members:
+                    found[index] = self._score(scorings[index])
+                    if on_done is not None:
+                        on_done(index, found[index])
+        self.ledger.requests += len(scorings)
+        self._say_truncated()
+        errors = [each.nll.stderr for each in found.values() if not math.isnan(each.nll.stderr)]
+        if errors:
+            log.info(
+                "%d log-likelihoods from %d samples each: standard error %.3f nats on average, %.3f at most",
+                len(errors),
+                self.settings.options.mc_num,
+                statistics.fmean(errors),
+                max(errors),
+            )
+        return [found[index] for index in range(len(scorings))]
+
+    def windows(self, text: str) -> list[Scoring]:
+        """Cut a text into pieces that fit, every token once; a later piece sees the token before it.
+
+        A memory writes what stands before the piece, as much of it as fits.
+        """
+        ids = tuple(self.encode(text))
+        if not ids:
+            return []
+        room = self.max_length or len(ids)
+        first = Scoring(written=(), prompt=(), target=ids[:room])
+        rest = [
+            Scoring(
+                written=ids[max(0, start - room) : start],
+                prompt=ids[start - 1 : start],
+                target=ids[start : start + room - 1],
+            )
+            for start in range(room, len(ids), room - 1)
+        ]
+        return [first, *rest]
+
+    def pair(self, context: str, continuation: str) -> Scoring:
+        """Encode a context and what may follow it; a context that does not fit loses its beginning."""
+        prompt, target = self.encode_pair(context, continuation)
+        if not target:
+            raise DataError(f"the continuation {continuation!r} has no tokens: its likelihood is not defined.")
+        limit = self.max_length
+        if limit is not None and len(target) > limit:
+            raise ConfigError(f"a continuation has {len(target)} tokens, max_length allows {limit}; raise max_length.")
+        if limit is not None and len(prompt) + len(target) > limit:
+            prompt = prompt[len(prompt) + len(target) - limit :]
+            self.ledger.truncated += 1
+        return Scoring(written=tuple(prompt), prompt=tuple(prompt), target=tuple(target))
+
+    def _score(self, scoring: Scoring) -> Scored:
+        options = self.settings.options
+        prompt, target = self._tensor(scoring.prompt), self._tensor(scoring.target)
+        mask = int(self.tokenizer.mask_token_id)
+        copies = min(options.mc_num, options.mc_batch_size)
+        denoise = ModelDenoiser(self.model, right_shift_logits=self.shifted)
+        with torch.no_grad():
+            nll = monte_carlo_nll(
+                denoise,
+                prompt,
+                target,
+                mask_token_id=mask,
+                num_samples=options.mc_num,
+                batch_size=copies,
+                generator=derive("evaluate", options.request_seed, "score", repr(scoring.prompt), repr(scoring.target)),
+            )
+            greedy = options.is_check_greedy and is_greedy(denoise, prompt, target, mask_token_id=mask)
+        passes = options.mc_num // copies
+        self.ledger.forward_passes += passes + (len(scoring.target) if options.is_check_greedy else 0)
+        self.ledger.token_positions += options.mc_num * (len(scoring.prompt) + len(scoring.target))
+        return Scored(nll=nll, is_greedy=greedy)
+
+    @contextmanager
+    def _written(self, text: tuple[int, ...]) -> Iterator[None]:
+        if self.memory is None or not text:
+            yield
+            return
+        generator = derive("evaluate", self.settings.options.request_seed, "write", repr(text))
+        with self.memory.write(self._tensor(text)[None], generator=generator):
+            yield
+
+    def _tensor(self, ids: tuple[int, ...]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+    def _generator(self, question: Question) -> torch.Generator:
+        seed = self.settings.options.request_seed
+        kwargs = sorted((key, repr(value)) for key, value in question.gen_kwargs.items())
+        return derive("evaluate", seed, "answer", question.key, question.context, repr(kwargs))
+
+    def _request(self, gen_kwargs: Arguments) -> Request:
+        request, ignored = parse_request(gen_kwargs, self.settings)
+        for name in ignored:
+            self._say(f"the task sets {name}={gen_kwargs[name]!r}, which decoding by diffusion does not have: ignored")
+        own = self.settings.generation
+        for name in ("temperature", "max_new_tokens"):
+            taken = getattr(request.config, name)
+            if name in own and taken != own[name]:
+                self._say(f"the task sets {name} to {taken!r} instead of {own[name]!r}; --gen_kwargs overrides it")
+        return request
+
+    def _prompt(self, question: Question, request: Request) -> list[int]:
+        ids = self.encode(question.context) or [int(self.tokenizer.eos_token_id)]
+        limit = self.max_length
+        if limit is None or len(ids) + request.new_tokens <= limit:
+            return ids
+        if limit <= request.new_tokens:
+            raise ConfigError(
+                f"max_length {limit} leaves no room for a prompt beside {request.new_tokens} new tokens; raise it, "
+                "or shorten the response with --gen_kwargs max_gen_toks=..."
+            )
+        self.ledger.truncated += 1
+        return ids[len(ids) + request.new_tokens - limit :]
+
+    def _say_truncated(self) -> None:
+        if self.ledger.truncated:
+            self._say(f"prompts longer than max_length {self.max_length} lost their beginning: {self.ledger.truncated}")
+
+    def _say(self, text: str) -> None:
+        """Warn, once per text."""
+        if text not in self._told:
+            self._told.add(text)
+            log.warning(text)
+
+
+def _batches(order: Sequence[int], kinds: Sequence[str], size: int) -> Iterator[list[int]]:
+    """Cut `order` into runs of one kind, at most `size` long."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) == size or kinds[batch[0]] != kinds[index]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def numbered(keys: Sequence[Any]) -> list[str]:
+    """Add to every key which of its repetitions it is, so that repeated requests draw anew."""
+    seen: Counter[str] = Counter()
+    names = []
+    for key in map(str, keys):
+        names.append(f"{key}#{seen[key]}")
+        seen[key] += 1
+    return names

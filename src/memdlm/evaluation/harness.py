@@ -1,0 +1,214 @@
+"""lm-evaluation-harness's model class: its requests in, our answers out. The only place that knows `lm_eval`.
+
+Importing this module registers the names `memdlm`, `llada` and `llada21` (one class: the family is the checkpoint's).
+Several processes (`accelerate launch`, `torchrun`) share the documents out among themselves.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+from tqdm import tqdm
+
+from memdlm import __version__
+from memdlm.errors import ConfigError
+from memdlm.evaluation.answering import Answerer, Question, numbered
+from memdlm.evaluation.harness_options import Settings, parse_arguments
+from memdlm.models.loading import load_model
+from memdlm.models.tokenizers import load_tokenizer
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+"""The task files of this package, for `--include_path` (the commands add it by themselves)."""
+
+log = logging.getLogger(__name__)
+
+
+@register_model("memdlm", "llada", "llada21")
+class MemDLM(TemplateLM):
+    """A masked diffusion language model, with or without inference-time memory.
+
+    `arguments` are the options of `HarnessOptions`, `GenerationConfig` and, prefixed `mem_`, `MemoryConfig`. Raises
+    ConfigError for an unknown or idle one.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        settings = parse_arguments(arguments)
+        if max_batch_size is not None:
+            raise ConfigError("max_batch_size belongs to batch_size 'auto', which is not supported; give a batch_size.")
+        if trust_remote_code:
+            log.info("trust_remote_code is the data sets' affair here: models never run code from the hub")
+        # lm-eval asks for cuda:0 by default, also where there is none.
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        self._rank, self._world_size = state.process_index, state.num_processes
+        self._device = _device(device, state)
+        model, self.tokenizer = _load(settings, self._device)
+        self.answerer = Answerer(
+            model=model, tokenizer=self.tokenizer, settings=settings, batch_size=_batch_size(batch_size)
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and response."""
+        return self.answerer.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval's cache of rendered requests is told apart by."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the ids of a text."""
+        return self.answerer.encode(string)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render messages; without a generation prompt, the last one is the beginning of the answer."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answer prompts; every request has random numbers of its own."""
+        keys = numbered([(each.task_name, each.doc_id, each.idx) for each in requests])
+        questions = [
+            Question(context=each.args[0], gen_kwargs=each.args[1], key=key)
+            for each, key in zip(requests, keys, strict=True)
+        ]
+        with self._bar(len(requests), "answering", disable_tqdm) as bar:
+
+            def on_done(index: int, text: str) -> None:
+                bar.update()
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+
+            return self.answerer.answer(questions, on_done)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations: (minus the Monte-Carlo bound in nats, whether decoding would give it).
+
+        The second is False unless `is_check_greedy` is on.
+        """
+        scorings = [self.answerer.pair(*each.args) for each in requests]
+        with self._bar(len(requests), "scoring", disable_tqdm) as bar:
+
+            def on_done(index: int, scored: Any) -> None:
+                bar.update()
+                self.cache_hook.add_partial("loglikelihood", requests[index].args, (-scored.nll, scored.is_greedy))
+
+            return [(-float(each.nll), each.is_greedy) for each in self.answerer.score(scorings, on_done)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, in pieces of `max_length` where they are longer."""
+        windows = [self.answerer.windows(each.args[0]) for each in requests]
+        flat = [window for each in windows for window in each]
+        with self._bar(len(flat), "scoring", disable_tqdm) as bar:
+            scored = iter(self.answerer.score(flat, lambda *_: bar.update()))
+        totals = [-sum(float(next(scored).nll) for _ in each) for each in windows]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        raise NotImplementedError("loglikelihood scores texts itself")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the results file should say: the settings, and what the evaluation cost on this process."""
+        settings = self.answerer.settings
+        return {
+            "model_num_parameters": self.answerer.model.num_parameters(),
+            "model_dtype": str(self.answerer.model.dtype),
+            "memdlm": {
+                "version": __version__,
+                "options": dataclasses.asdict(settings.options),
+                "generation": settings.generation,
+                "memory": None if settings.memory is None else dataclasses.asdict(settings.memory),
+                "processes": self.world_size,
+                "cost": self.answerer.ledger.summary(),
+            },
+        }
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, one after the other."""
+        if self.world_size == 1:
+            return tensor
+        own = torch.atleast_1d(tensor)
+        parts = [torch.zeros_like(own) for _ in range(self.world_size)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Return the objects of all processes on process `dst`, None on the others."""
+        if self.world_size == 1:
+            return [obj]
+        found: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, found, dst=dst)
+        return found
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _bar(self, total: int, what: str, disabled: bool) -> "tqdm[Any]":
+        return tqdm(total=total, desc=what, disable=disabled or self.rank != 0)
+
+
+def _batch_size(given: int | str | None) -> int:
+    if given is None:
+        return 1
+    try:
+        return int(given)
+    except ValueError as error:
+        raise ConfigError(f"batch_size must be a whole number, got {given!r}; sizes are not found by trial.") from error
+
+
+def _device(wanted: str | None, state: PartialState) -> torch.device:
+    if not torch.cuda.is_available() or wanted == "cpu":
+        return torch.device("cpu")
+    return torch.device(wanted) if wanted is not None and state.num_processes == 1 else state.device
+
+
+def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
+    options = settings.options
+    name, adapter = options.pretrained, options.adapter
+    if options.base_model_name_or_path is not None:
+        if adapter is not None:
+            raise ConfigError(
+                "base_model_name_or_path and adapter: name the base model in pretrained, or leave one out."
+            )
+        name, adapter = options.base_model_name_or_path, options.pretrained
+    model = load_model(
+        name,
+        dtype=options.dtype,
+        device=None if device.type == "cpu" else device,
+        load_in_4bit=options.load_in_4bit,
+        adapter=adapter,
+        attn_implementation=options.attn_implementation,
+        revision=options.revision,
+    )
+    return model, load_tokenizer(options.tokenizer or options.pretrained, revision=options.revision)

@@ -1,0 +1,121 @@
+"""The offline long-context suite as lm-eval documents: synthetic tasks at any length, counted in the model's tokens.
+
+One document is one question about one context. `--metadata` chooses what is asked:
+
+    max_seq_lengths   lengths of the context in tokens, e.g. [1024, 4096] or "4k"; default [1024]
+    num_samples       contexts per length; each has `num_questions` documents of its own; default 100
+    data_seed         a number or a text; contexts of equal seeds are equal
+    task_options      per task the fields of its class, e.g. {"kv": {"num_pairs": 8, "num_keys": 24}}
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import datasets
+
+from memdlm.data.synthetic import TASKS, Task, exact_match, scatter
+from memdlm.errors import ConfigError, DataError, unknown
+from memdlm.models.tokenizers import load_tokenizer
+from memdlm.options import from_mapping
+from memdlm.randomness import derive
+
+DEFAULT_LENGTHS = (1024,)
+Document: TypeAlias = dict[str, Any]
+CountTokens: TypeAlias = Callable[[str], int]
+
+
+def dataset(
+    *,
+    synthetic_task: str,
+    max_seq_lengths: int | str | Sequence[int | str] = DEFAULT_LENGTHS,
+    num_samples: int = 100,
+    data_seed: int | str = 0,
+    task_options: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: str | None = None,
+    pretrained: str | None = None,
+    **_others: Any,
+) -> dict[str, datasets.Dataset]:
+    """Return the documents of one task under "test"; lengths alternate, so that `--limit` takes of all of them.
+
+    lm-eval merges the model's arguments into the metadata: `pretrained` (or `tokenizer`) names the tokenizer, and
+    arguments that are not ours end in `_others`. Raises ConfigError for unknown tasks, options and lengths, DataError
+    when a context is too short for its facts.
+    """
+    name = tokenizer or pretrained
+    if not name:
+        raise ConfigError('no tokenizer to count with; name one: --metadata \'{"tokenizer": "NAME_OR_PATH"}\'.')
+    task = make_task(synthetic_task, task_options or {})
+    loaded = load_tokenizer(name)
+
+    def count(text: str) -> int:
+        return len(loaded(text, add_special_tokens=False)["input_ids"])
+
+    lengths = parse_lengths(max_seq_lengths)
+    documents = [
+        document
+        for index in range(num_samples)
+        for length in lengths
+        for document in documents_of(task, length, (data_seed, task.name, length, index), count)
+    ]
+    return {"test": datasets.Dataset.from_list(documents, split=datasets.Split.TEST)}
+
+
+def make_task(name: str, task_options: Mapping[str, Mapping[str, Any]]) -> Task:
+    """Build the task called `name` with its own part of `task_options`."""
+    for key in (name, *task_options):
+        if key not in TASKS:
+            raise ConfigError(unknown("synthetic task", key, TASKS))
+    return from_mapping(TASKS[name], task_options.get(name, {}), f"task_options[{name!r}]")
+
+
+def parse_lengths(given: int | str | Sequence[int | str]) -> list[int]:
+    """Return lengths in tokens; texts may end in k (1024)."""
+    items = [given] if isinstance(given, int | str) else list(given)
+    try:
+        lengths = [
+            int(each[:-1]) * 1024 if isinstance(each, str) and each.lower().endswith("k") else int(each)
+            for each in items
+        ]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"max_seq_lengths={given!r} is no list of lengths; write [1024, 4096] or 4k.") from error
+    if not lengths or min(lengths) < 1:
+        raise ConfigError(f"max_seq_lengths={given!r}: name at least one length, each at least 1.")
+    return lengths
+
+
+def documents_of(task: Task, length: int, key: tuple[int | str, ...], count: CountTokens) -> list[Document]:
+    """Return one document per question of the sample that `key` draws, its context filled up to `length` tokens.
+
+    Where every word is one token, context and questions are those of `task.sample(derive(*key), length)`.
+    """
+    words = length
+    low, high = 0, length  # words known to fit, and to be at most worth trying: a word has at least one token
+    best: list[Document] | None = None
+    while low < high or best is None:
+        generator = derive(*key)
+        facts, questions = task.draw(generator, length)
+        needed = sum(map(len, facts))
+        if high < needed:
+            break
+        words = max(words, needed)
+        context = " ".join(scatter(facts, words, generator, task.name))
+        used = count(context)
+        if used <= length:
+            best, low = [_document(task, length, context, *each) for each in questions], words
+        else:
+            high = words - 1
+        # Aim by the mean length of a word; towards what is left of the interval.
+        words = min(high, max(low + 1, words * length // max(used, 1)))
+    if best is None:
+        raise DataError(f"{task.name}: the facts need more than {length} tokens; ask for a longer context.")
+    return best
+
+
+def _document(task: Task, length: int, context: str, question: str, answer: str) -> Document:
+    return {"context": context, "question": question, "answer": answer, "length": length, "chance": task.chance}
+
+
+def process_results(document: Document, results: Sequence[str]) -> dict[str, float]:
+    """Return the exact match, once over all lengths and once under the length's own name, and what chance would be."""
+    hit = float(exact_match(document["answer"], results[0]))
+    return {"exact_match": hit, str(document["length"]): hit, "chance": document["chance"]}

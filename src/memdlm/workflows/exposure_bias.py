@@ -1,0 +1,130 @@
+"""Exposure bias of one or two models on a dataset, without and with memory: numbers as JSON, and a picture."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from memdlm import __version__
+from memdlm.data.chat import TRAIN_TURNS, Encoded, encode_records
+from memdlm.data.records import read_records
+from memdlm.errors import ConfigError, DataError
+from memdlm.evaluation.exposure_bias import exposure_bias
+from memdlm.evaluation.prompts import pad_texts
+from memdlm.evaluation.report_figures import BIAS_PANELS, png
+from memdlm.files import replace_files
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.loading import load_model
+from memdlm.models.tokenizers import load_tokenizer
+from memdlm.options import option, validate
+
+JSON_NAME, PICTURE_NAME = "exposure_bias.json", "exposure_bias.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasOptions:
+    """What is measured, on what."""
+
+    model: str = option(MISSING, "Model or adapter: folder or hub name.")
+    dataset_args: str = option(
+        MISSING, "A .jsonl, .json or .parquet file, or a saved dataset, with messages or prompt/response."
+    )
+    model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
+    output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
+    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1)
+    num_samples: int = option(64, "Conversations, from the first.", minimum=1)
+    max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
+    train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
+    batch_size: int = option(8, "Conversations decoded together.", minimum=1)
+    seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
+    dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
+    device: str | None = option(None, "For example cuda; unset: the CPU.")
+    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
+    mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.model2 == self.model:
+            raise ConfigError(f"model2 is the same as model, {self.model!r}; name another, or leave it out.")
+
+
+def measure_exposure_bias(
+    options: BiasOptions, memory: MemoryConfig | None, *, say: Callable[[str], None], command: str
+) -> dict[str, Any]:
+    """Measure all models, write the JSON and the picture into `options.output`, and return what the JSON holds.
+
+    With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
+    part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
+    model's tokenizer gives other ids, because masks would then not be the same.
+    """
+    models = [name for name in (options.model, options.model2) if name is not None]
+    texts = _texts(options, options.model)
+    if options.model2 is not None and _ids(_texts(options, options.model2)) != _ids(texts):
+        raise DataError(f"model2 {options.model2!r} has another tokenizer: its losses per token are not comparable.")
+    rows = [row for name in models for row in _measure(options, name, texts, memory, say)]
+    data: dict[str, Any] = {
+        "kind": "exposure_bias",
+        "version": __version__,
+        "command": command,
+        "seeds": [options.seed],
+        "options": asdict(options),
+        "memory": None if memory is None else asdict(memory),
+        "conversations": len(texts),
+        "models": [],
+        "accuracy": [],
+        "exposure_bias": rows,
+    }
+    panels = [(panel.title, panel.draw) for panel in BIAS_PANELS]
+    replace_files(
+        {
+            Path(options.output, JSON_NAME): json.dumps(data, indent=2, allow_nan=False).encode() + b"\n",
+            Path(options.output, PICTURE_NAME): png(panels, data, size=(11.5, 3.7)),
+        }
+    )
+    return data
+
+
+def _measure(
+    options: BiasOptions, name: str, texts: Sequence[Encoded], config: MemoryConfig | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    model = load_model(name, dtype=options.dtype, device=options.device, load_in_4bit=options.load_in_4bit)
+    tokenizer = load_tokenizer(name)
+    size = options.batch_size
+    batches = [
+        pad_texts(texts[start : start + size], tokenizer.pad_token_id, model.device)
+        for start in range(0, len(texts), size)
+    ]
+    memories: list[ParametricMemory | None] = [None]
+    if config is not None:
+        memories.append(ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id))
+    rows = []
+    for memory in memories:
+        say(f"{name}, memory {'off' if memory is None else 'on'}: {len(texts)} conversations, {options.steps} steps")
+        measured = exposure_bias(
+            model,
+            batches,
+            mask_token_id=tokenizer.mask_token_id,
+            steps=options.steps,
+            seed=options.seed,
+            memory=memory,
+        )
+        rows.append({"model": name, "seed": options.seed, "memory": memory is not None, **asdict(measured)})
+    return rows
+
+
+def _texts(options: BiasOptions, name: str) -> list[Encoded]:
+    """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
+    encoded = encode_records(read_records(options.dataset_args), load_tokenizer(name), train_turns=options.train_turns)
+    fitting = [each for each in encoded if len(each.input_ids) <= options.max_length]
+    if not fitting:
+        raise DataError(
+            f"dataset: none of the {len(encoded)} conversations of {options.dataset_args!r} fits into max_length "
+            f"{options.max_length}; raise it."
+        )
+    return sorted(fitting[: options.num_samples], key=lambda each: -len(each.input_ids))
+
+
+def _ids(texts: Sequence[Encoded]) -> list[list[int]]:
+    return [text.input_ids for text in texts]
