@@ -122,3 +122,16 @@ def test_a_wrong_flag_ends_with_one_line(flags, message, tiny_run, tmp_path, cap
 def test_an_unknown_key_of_a_recipe_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"'mem_inner_rnk' is not known.+Did you mean 'mem_inner_rank'"):
         parse({"mem_inner_rnk": 3, "model": "x", "dataset_args": "y"})
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_launch_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    kinds = {"ddp": "MULTI_GPU", "cpu": "MULTI_CPU", "fsdp2": "FSDP"}
+    assert config.distributed_type.value == kinds.get(path.stem, "DEEPSPEED")
+    if path.stem.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2

@@ -74,7 +74,7 @@ class TrainingArguments(_Flags):
 
     learning_rate: float = dataclasses.field(default=2e-5, metadata={"help": "Peak learning rate of the outer AdamW."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    report_to: str | list[str] | None = dataclasses.field(
+    report_to: None | str | list[str] = dataclasses.field(  # noqa: RUF036 - HfArgumentParser reads this order only
         default_factory=_trackers,
         metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
     )
