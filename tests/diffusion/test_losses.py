@@ -12,6 +12,7 @@ from memdlm.diffusion import (
     NORMS,
     SCHEDULES,
     WEIGHTINGS,
+    Planner,
     corrupt,
     draw_times,
     make_schedule,
@@ -152,3 +153,29 @@ def test_row_sums_put_every_value_in_its_row():
 def test_times_need_an_epsilon_inside_the_unit_interval(epsilon):
     with pytest.raises(ConfigError, match="time_epsilon"):
         draw_times(torch.rand(2), epsilon)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 10.0])
+def test_the_planner_counts_the_surest_tokens_more(temperature):
+    schedule, denoise = make_schedule("linear"), Table()
+    clean, is_maskable, noised = noised_batch(4, schedule)
+    planner = Planner(weight=2.0, temperature=temperature)
+    plain = masked_loss(denoise, clean, noised, is_maskable, schedule=schedule)
+    planned = masked_loss(denoise, clean, noised, is_maskable, schedule=schedule, planner=planner)
+    assert_close(planned.bound, plain.bound)
+    for row in range(clean.shape[0]):
+        places = noised.is_masked[row].nonzero().flatten()
+        nats = torch.stack([-denoise.everywhere(noised.ids)[row, i].log_softmax(-1)[clean[row, i]] for i in places])
+        shares = torch.exp(-nats / temperature) / torch.exp(-nats / temperature).sum()
+        expected = (nats * (1 + 2.0 * shares)).sum() * schedule.loss_weight(noised.t[row])
+        assert_close(planned.sums[row], expected)
+
+
+def test_no_gradient_reaches_the_planner():
+    nats = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
+    positions = torch.tensor([0, 2, 5])
+    factors = Planner(weight=3.0).factors(nats, positions, torch.Size((2, 3)))
+    assert not factors.requires_grad
+    assert_close(factors[:2].sum(), torch.tensor(2.0 + 3.0, dtype=torch.float64))
+    assert_close(factors[2], torch.tensor(1.0 + 3.0, dtype=torch.float64))
+    assert factors[0] > factors[1]

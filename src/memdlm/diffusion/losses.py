@@ -121,6 +121,24 @@ class MaskedLoss:
     """[B] int64, maskable positions of each row."""
 
 
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Planner-aware path learning (PAPL, arXiv 2509.23405): the loss counts more where decoding would go next.
+
+    A masked token's cross-entropy counts 1 + weight * share times, where the shares of a row are the softmax of its
+    log-probabilities over `temperature`: 1 in all, without gradient.
+    """
+
+    weight: float
+    temperature: float = 1.0
+
+    def factors(self, nats: Tensor, positions: Positions, shape: torch.Size) -> Tensor:
+        """Return [N] factors for the cross-entropies `nats` [N] at `positions` of a [B, L] tensor."""
+        sure = -nats.detach() / self.temperature
+        dense = sure.new_full((shape.numel(),), float("-inf")).scatter(0, positions, sure)
+        return 1 + self.weight * dense.view(shape).softmax(-1).flatten()[positions]
+
+
 def masked_loss(
     denoise: Denoise,
     clean: Ids,
@@ -129,10 +147,16 @@ def masked_loss(
     *,
     schedule: Schedule,
     weighting: str = "scheduler",
+    planner: Planner | None = None,
 ) -> MaskedLoss:
-    """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss)."""
+    """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss).
+
+    With a `planner` the sums count what decoding would commit first more; the bound never does.
+    """
     positions = positions_of(noised.is_masked)
     nats = denoise.read(noised.ids, positions, Nats(clean.flatten()[positions]))
     per_row = row_sums(nats, positions, clean.shape)
     bound = per_row.detach() * schedule.loss_weight(noised.t)
+    if planner is not None:
+        per_row = row_sums(nats * planner.factors(nats, positions, clean.shape), positions, clean.shape)
     return MaskedLoss(per_row * weight_of(weighting, schedule, noised.t), bound, is_maskable.sum(-1))

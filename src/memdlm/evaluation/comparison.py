@@ -197,8 +197,7 @@ def _costs(measured: Measured) -> str:
     caption = (
         "One line per evaluation. Seconds are wall-clock time of answering, writes included; passes are those of "
         "decoding and scoring; written are the tokens that went into memory; peak memory is the GPU's, or without one "
-        "the whole process's."
-        + (" With several processes: those of the first." if several else "")
+        f"the whole process's.{' With several processes: those of the first.' if several else ''}"
     )
     return table(caption, ["model", "memory", "tasks", *(name for name, _, _ in columns)], body, num_text=3)
 

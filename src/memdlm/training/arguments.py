@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from memdlm.diffusion.losses import NORMS, WEIGHTINGS
+from memdlm.diffusion.losses import NORMS, WEIGHTINGS, Planner
 from memdlm.diffusion.schedules import SCHEDULES
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
@@ -29,9 +29,22 @@ class DiffusionConfig:
     stratified_times: bool = option(
         False, "Spread the times of an optimizer step evenly over its rows, on all ranks; each stays uniform."
     )
+    planner_weight: float = option(
+        0.0, "PAPL: how much more the loss counts where decoding would go next; 0 is the plain loss.", minimum=0
+    )
+    planner_temperature: float = option(1.0, "PAPL: low, and only the surest masked tokens count more.", above=0)
 
     def __post_init__(self) -> None:
         validate(self)
+        if self.planner_weight == 0 and self.planner_temperature != 1.0:
+            raise ConfigError(
+                f"planner_temperature={self.planner_temperature} has no effect without planner_weight; "
+                "set planner_weight above 0, or leave it out."
+            )
+
+    def planner(self) -> Planner | None:
+        """Build the planner's part of the loss; None: the plain loss."""
+        return Planner(self.planner_weight, self.planner_temperature) if self.planner_weight > 0 else None
 
 
 if TYPE_CHECKING:
@@ -44,6 +57,8 @@ if TYPE_CHECKING:
         loss_norm_type: str
         right_shift_logits: bool
         stratified_times: bool
+        planner_weight: float
+        planner_temperature: float
 else:
     _Flags = dataclasses.make_dataclass(
         "_Flags",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memdlm.diffusion.losses import MaskedLoss, masked_loss
+from memdlm.diffusion.losses import MaskedLoss, Planner, masked_loss
 from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.inner_loop import Written
@@ -128,6 +128,7 @@ def score(
     weighting: str,
     right_shift_logits: bool = False,
     prefix: Prefix | None = None,
+    planner: Planner | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
 
@@ -136,4 +137,6 @@ def score(
     denoise = ModelDenoiser(
         model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
     )
-    return masked_loss(denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting)
+    return masked_loss(
+        denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting, planner=planner
+    )

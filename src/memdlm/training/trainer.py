@@ -316,6 +316,7 @@ class MemDLMTrainer(Trainer):
             weighting=self.args.loss_weight_type,
             right_shift_logits=self.args.right_shift_logits,
             prefix=prefix,
+            planner=self.args.diffusion.planner(),
         )
 
     def _written(self, batch: Batch, randomness: Randomness, *, is_alone: bool = False) -> Any:

@@ -261,6 +261,7 @@ def _train(
         learning_rate=plan.learning_rate,
         warmup_steps=plan.steps // 12,
         weight_decay=0.05,
+        stratified_times=True,
         adam_beta2=0.95,
         logging_steps=max(1, plan.steps // 30),
         eval_strategy="steps",
