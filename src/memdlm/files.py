@@ -65,3 +65,9 @@ def under_base(name: str | Path, variable: str) -> Path:
         return path
     below = Path(base) / path
     return below if below.exists() else path
+
+
+def name_under_base(name: str | Path, variable: str) -> str:
+    """Do what `under_base` does, but return a name that is not below the folder to the letter: ./x stays ./x."""
+    found = under_base(name, variable)
+    return str(name) if found == Path(name) else str(found)

@@ -137,5 +137,7 @@ def test_training_leaves_a_model_that_loads_and_generates(start, tmp_path, capsy
     assert (tmp_path / "out" / "model.safetensors").exists()
     capsys.readouterr()
     command = [sys.executable, "-m", "memdlm", "generate", "--model", str(tmp_path / "out"), "--max_new_tokens", "3"]
-    out = subprocess.run([*command, "--mem_enabled", "k0 is v1 k0 is"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [*command, "--mem_enabled", "True", "k0 is v1 k0 is"], capture_output=True, text=True, check=True
+    )
     assert out.stdout.count("\n") == 1

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from memdlm.data.collate import SUPERVISE_PADDING
 from memdlm.data.encoding import TRUNCATIONS, EncodingOptions
 from memdlm.errors import ConfigError
-from memdlm.files import under_base
+from memdlm.files import name_under_base
 from memdlm.models.outer_adapters import LoRAOptions
 from memdlm.options import option, validate
 
@@ -43,7 +43,7 @@ class ModelOptions:
     @property
     def path(self) -> str:
         """Where the model is: below BASE_MODELS_DIR if it is there."""
-        return str(under_base(self.model, BASE_MODELS))
+        return name_under_base(self.model, BASE_MODELS)
 
 
 def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from memdlm.data.encoding import EncodingOptions
 from memdlm.data.preprocess import preprocess
 from memdlm.data.sources import load_conversations
-from memdlm.files import under_base
+from memdlm.files import name_under_base
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option
 from memdlm.workflows.display import Display
@@ -30,7 +30,7 @@ class PreprocessOptions(EncodingOptions):
 
 def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str, Any]:
     """Write the preprocessed folder and return its manifest; an interrupted run goes on where it stopped."""
-    tokenizer = load_tokenizer(under_base(options.model, BASE_MODELS))
+    tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args)
     with display.bar("tokenizing", "tokenizing", sum(map(len, splits.values()))) as advance:
         return preprocess(
