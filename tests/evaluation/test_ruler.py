@@ -101,7 +101,7 @@ def test_local_files_in_the_hubs_format_are_scored(checkpoint, tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     stock = Path(lm_eval.__file__).parent / "tasks"
-    longbench = {"input": "Who wrote it?", "context": "Ann wrote it.", "answers": ["Ann"], "length": 3,
+    longbench = {"question": "Who wrote it?", "context": "Ann wrote it.", "answers": ["Ann"], "length": 3,
                  "dataset": "hotpotqa", "language": "en", "all_classes": [], "_id": "0"}  # fmt: skip
     babilong = {"input": "Ann went to the hall.", "question": "Where is Ann?", "target": "hall"}
     for name, row in (("longbench", longbench), ("babilong", babilong)):
