@@ -94,7 +94,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def until(self, pattern, seconds=60):
+    def until(self, pattern, seconds=240):
         """Read on until `pattern` has come, and return what came since the last call."""
         start, deadline = len(self.seen), time.monotonic() + seconds
         while not re.search(pattern, self.seen[start:]):
@@ -135,7 +135,7 @@ def test_a_conversation_in_a_terminal(folder, tmp_path):
         terminal.until(r"\(new conversation\)\s+> ")
         terminal.say("/exit")
         terminal.until(r"4 answers: 32 tokens in [\d.]+ s, [\d.]+ tokens/s, \d+ forward passes")
-        assert terminal.child.wait(30) == 0
+        assert terminal.child.wait(120) == 0
     finally:
         terminal.child.kill()
         os.close(terminal.master)
