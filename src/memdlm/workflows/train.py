@@ -90,7 +90,11 @@ def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTraine
         adapter=options.adapter,
         attn_implementation=options.attn_implementation,
     )
-    return add_outer_lora(model, lora, seed=seed, base=options.path) if options.lora else model
+    if not options.lora:
+        return model
+    # An adapter is read from anywhere, so a local base is named by its whole path.
+    base = str(Path(options.path).absolute()) if Path(options.path).exists() else options.path
+    return add_outer_lora(model, lora, seed=seed, base=base)
 
 
 def describe(counts: Counts) -> str:
