@@ -1,5 +1,6 @@
 """`transformers.Trainer` for masked diffusion with parametric memory: its flags, its resume, its launchers."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -18,8 +19,11 @@ from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import derive
 from memdlm.training.arguments import TrainingArguments
+from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import TIMES, UNIFORM, EvaluationNoise, add_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
+
+logger = logging.getLogger(__name__)
 
 TOKENS, ROWS, INDEX = "step_tokens", "step_rows", "step_index"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by, and the batch's place in it."""
@@ -68,6 +72,12 @@ class MemDLMTrainer(Trainer):
         self.pad_token_id: int = int(found if pad is None else pad)
         self.schedule = make_schedule(args.schedule)
         self.memory = None if args.memory is None else self._new_memory(model)
+        self._learned = self._new_learned()
+        if args.memory is not None and args.memory.write_source == "response":
+            logger.info(
+                "mem_write_source=response: memory is written from the labels that the loss then scores, as published; "
+                "compare models by nll, never by nll_memory."
+            )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
         self._open = ExitStack()
         self._sums: dict[str, Tensor] = {}
@@ -81,6 +91,23 @@ class MemDLMTrainer(Trainer):
             schedule=self.schedule,
             right_shift_logits=self.args.right_shift_logits,
         )
+
+    def _new_learned(self) -> LearnedTraining | None:
+        """Begin with a start of this run's seed, unless the model came with one."""
+        if self.memory is None or self.memory.learned is None:
+            return None
+        if self.memory.folder is None:
+            self.memory.learn_from(self.args.seed)
+        callback = LearnedTraining(self.memory.learned, self.accelerator, self.args.max_grad_norm)
+        self.add_callback(callback)
+        return callback
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer; a learned start and learned rates get groups of their own."""
+        optimizer = super().create_optimizer(model)
+        if self._learned is not None:
+            self._learned.add_to(optimizer)
+        return optimizer
 
     # Training -------------------------------------------------------------------------------------------------
 
@@ -160,6 +187,8 @@ class MemDLMTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             reload_outer_adapter(target, resume_from_checkpoint)
+        if self._learned is not None:
+            self._learned.learned.load(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint (`load_best_model_at_end`), as when resuming."""
@@ -167,6 +196,14 @@ class MemDLMTrainer(Trainer):
             super()._load_best_model()
         else:
             reload_outer_adapter(self.model, self.state.best_model_checkpoint)
+        if self._learned is not None:
+            self._learned.learned.load(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the model, and beside it what its memory has learned."""
+        super()._save(output_dir, state_dict)
+        if self._learned is not None and self.args.should_save:
+            self._learned.learned.save(self.args.output_dir if output_dir is None else output_dir)
 
     # Evaluation -----------------------------------------------------------------------------------------------
 
