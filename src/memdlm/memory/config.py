@@ -114,7 +114,8 @@ class MemoryConfig:
 
         Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
         differentiated through that step, its start and its rates. A stride of 4 keeps a value's cue in sight up to
-        three tokens away; the rank bounds the number of facts. What each choice is worth is in docs/memory.md.
+        three tokens away; the rank bounds the number of facts. The loss is summed, not averaged, over the tokens, so that
+        the clipped step is the same size for long and short prompts. What each choice is worth is in docs/recall.md.
         """
         options: dict[str, Any] = {
             "write_source": "prompt",
@@ -127,7 +128,7 @@ class MemoryConfig:
             "inner_lr": 10.0,
             "inner_target_modules": "down_proj",
             "loss_weight_type": "scheduler",
-            "loss_norm_type": "token",
+            "loss_norm_type": "batch",
             "per_sample": True,
         }
         return cls(**(options | changes))
