@@ -132,3 +132,17 @@ def test_nothing_that_is_scored_can_be_written(source):
         assert (one is None and other is None) or one.equal(other), "other answers, the same write"
     assert (first[1] != -100).any()
     assert first[0].shape[1] == (8 if source == "prompt" else 14)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MemoryConfig(inner_rank=4, inner_alpha=8.0)], ids=["recall", "paper"])
+def test_a_mixed_outer_loss_has_the_mixed_gradient(config, tmp_path):
+    gradients = []
+    for mix in (0.0, 0.25, 1.0):
+        trainer = trainer_of(tmp_path, tiny("small", torch.float64), dataclasses.replace(config, outer_mix=mix))
+        trainer.create_optimizer()
+        batches = iter([Collator(PAD)([trainer.train_dataset[index] for index in range(4)])])
+        (batch,), _ = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+        trainer.training_step(trainer.model, batch)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    for with_memory, mixed, without in zip(*gradients, strict=True):
+        assert_close(mixed, 0.75 * with_memory + 0.25 * without)

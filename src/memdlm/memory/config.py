@@ -76,6 +76,7 @@ class MemoryConfig:
         "its adapted blocks alone.",
         choices=OUTER_GRADIENTS,
     )
+    outer_mix: float = option(0.0, "Share of the outer loss that is computed without memory.", minimum=0, maximum=1)
     learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
     learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
     learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0)
@@ -114,8 +115,8 @@ class MemoryConfig:
 
         Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
         differentiated through that step, its start and its rates. A stride of 4 keeps a value's cue in sight up to
-        three tokens away; the rank bounds the number of facts. The loss is summed, not averaged, over the tokens, so that
-        the clipped step is the same size for long and short prompts. What each choice is worth is in docs/recall.md.
+        three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the clipped
+        step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
         """
         options: dict[str, Any] = {
             "write_source": "prompt",

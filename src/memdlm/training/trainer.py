@@ -149,27 +149,35 @@ class MemDLMTrainer(Trainer):
                 "compute_loss(return_outputs=True): outputs of a noised batch mean nothing; use evaluate."
             )
         batch = self._noised(inputs, inputs[TIMES], inputs[UNIFORM])
-        if self.memory is None:
-            lost = self._score(model, batch)
-            self._count("nll", lost.bound, lost.counts)
-        else:
-            if self._is_logged_step():
-                with torch.no_grad():
-                    honest = self._score(self.memory.model, batch)
-                self._count("nll", honest.bound, honest.counts)
-            keys = (self.args.seed, "write", self.state.global_step, self.args.process_index, inputs[INDEX])
-            self._open.enter_context(self._written(batch, derive(*keys)))
-            lost = self._score(model, batch, self.memory.prefix)
-            self._count("nll_memory", lost.bound, lost.counts)
+        sums, counts = self._outer_sums(model, batch, inputs[INDEX])
         loss = normalise(
-            lost.sums,
-            lost.counts,
+            sums,
+            counts,
             self.args.loss_norm_type,
             total_tokens=inputs[TOKENS].clamp_min(1),
             total_rows=inputs[ROWS],
         )
         # Data-parallel training averages gradients over ranks; the denominators above are already global.
         return loss.squeeze(0) * self.args.world_size
+
+    def _outer_sums(self, model: nn.Module, batch: Batch, index: int) -> tuple[Tensor, Tensor]:
+        """Return the weighted nats and the maskable tokens of every row, both [B], with and without memory as told."""
+        mix = 1.0 if self.memory is None else self.memory.config.outer_mix
+        sums: Tensor | float = 0.0
+        if mix > 0 or self._is_logged_step():
+            with torch.set_grad_enabled(mix > 0):
+                honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
+            self._count("nll", honest.bound, honest.counts)
+            sums = mix * honest.sums if mix > 0 else 0.0
+            if mix == 1:
+                return honest.sums, honest.counts
+        if self.memory is None:
+            raise AssertionError("without memory all of the loss is")
+        keys = (self.args.seed, "write", self.state.global_step, self.args.process_index, index)
+        self._open.enter_context(self._written(batch, derive(*keys)))
+        lost = self._score(model, batch, self.memory.prefix)
+        self._count("nll_memory", lost.bound, lost.counts)
+        return sums + (1 - mix) * lost.sums, lost.counts
 
     def _is_logged_step(self) -> bool:
         if self.args.logging_strategy == "no":
