@@ -40,7 +40,7 @@ class RecallPlan:
     """Words of context in training."""
     times: tuple[int, ...] = (1, 4, 16)
     """Context lengths of the evaluation, as multiples of the training length."""
-    num_train: int = 4800
+    num_train: int = 3200
     num_eval: int = 64
     """Conversations per length."""
     steps: int = 200
@@ -67,8 +67,7 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
     """Return the main comparison and its ablations: the memory that each is trained with."""
     shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
     ours = MemoryConfig.recall(strides=plan.strides, **shape)
-    # One batch's worth of facts in one memory, or masks of the published kind: the rest is as in ours.
-    nested = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
+    nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
     return {
         "MDLM": None,
         "published": MemoryConfig.paper(**shape),
