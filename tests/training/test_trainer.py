@@ -13,6 +13,7 @@ from memdlm.errors import ConfigError
 from memdlm.models import SmallDLMConfig, build_model
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments, memory_of, noise_batch, score
+from memdlm.training.noise import evaluation_noise
 from tiny import MASK, PAD, tiny
 
 V = 32
@@ -135,10 +136,9 @@ def test_metrics_are_the_bound_per_maskable_token_without_and_with_memory(tmp_pa
     trainer = trainer_of(tmp_path, model, rows, rows, mem_enabled=True)
     metrics = trainer.evaluate()
     batch = Collator(PAD)(rows)
-    noise = trainer._evaluation_noise.__class__("evaluation", trainer.args.seed, 0)
     noised = noise_batch(
         batch,
-        *noise.next(batch["input_ids"]),
+        *evaluation_noise(trainer.args.seed, range(len(rows)), batch["input_ids"].shape),
         schedule=Linear(),
         epsilon=1e-3,
         mask_token_id=MASK,

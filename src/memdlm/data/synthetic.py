@@ -113,13 +113,17 @@ def _names(prefix: str, count: int) -> list[str]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class KeyValueRecall(Task):
-    """Records "KEY is VALUE"; asked "KEY is", answer its value."""
+    """Records "KEY is VALUE"; asked "KEY is", answer its value.
+
+    With `is_adjacent`, "fact KEY VALUE" and "fact KEY": the value next to its key.
+    """
 
     name: ClassVar[str] = "kv"
     num_questions: int = 8
     num_pairs: int = 8
     num_keys: int = 48
     num_values: int = 24
+    is_adjacent: bool = False
 
     @property
     def chance(self) -> float:
@@ -128,16 +132,16 @@ class KeyValueRecall(Task):
 
     def vocabulary(self) -> list[str]:
         """Keys, values and the record marker."""
-        return ["is", *_names("k", self.num_keys), *_names("v", self.num_values)]
+        return ["fact" if self.is_adjacent else "is", *_names("k", self.num_keys), *_names("v", self.num_values)]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw different keys with independent values; ask for different keys."""
         keys = choose(_names("k", self.num_keys), self.num_pairs, generator)
         values = pick(_names("v", self.num_values), self.num_pairs, generator)
-        pairs = list(zip(keys, values, strict=True))
         asked = torch.randperm(self.num_pairs, generator=generator)[: self.num_questions].tolist()
-        facts = [[key, "is", value] for key, value in pairs]
-        return facts, [(f"{key} is", value) for key, value in (pairs[index] for index in asked)]
+        cues = [["fact", key] if self.is_adjacent else [key, "is"] for key in keys]
+        facts = [[*cue, value] for cue, value in zip(cues, values, strict=True)]
+        return facts, [(" ".join(cues[index]), values[index]) for index in asked]
 
 
 @final

@@ -9,12 +9,13 @@ from memdlm.errors import ConfigError
 from memdlm.memory.adapters import ADAPTERS, Adapter
 from memdlm.memory.inner_loop import LocalSGD
 from memdlm.memory.objectives import HIDDEN_TYPES, OBJECTIVES, Objective
+from memdlm.memory.outer_gradient import OUTER_GRADIENTS
 from memdlm.memory.trajectory import SCORED, STRATEGIES, Strategy
 from memdlm.options import option, validate
 
 Part = TypeVar("Part")
 
-WRITE_SOURCES = ("response", "prompt")
+WRITE_SOURCES = ("response", "prompt", "both")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 
 
@@ -29,6 +30,7 @@ class MemoryConfig:
     progressive_consistent_start_scale: float = option(
         1.5, "The first state masks this many times the anchor's tokens.", minimum=1
     )
+    strides: int = option(2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2)
     inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0)
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
     inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
@@ -64,9 +66,21 @@ class MemoryConfig:
     )
     write_source: str = option(
         "response",
-        "What training writes: response (the paper: the labels that the outer loss scores) or prompt (no leak).",
+        "What training writes: response (the paper: the labels that the outer loss scores), prompt (no leak), or both "
+        "(the prompt, and of the response what the noised batch shows: no leak).",
         choices=WRITE_SOURCES,
     )
+    outer_gradient: str = option(
+        "first_order",
+        "Through what the outer loss is differentiated: fast weights as constants (the paper), all of the write, or "
+        "its adapted blocks alone.",
+        choices=OUTER_GRADIENTS,
+    )
+    outer_mix: float = option(0.0, "Share of the outer loss that is computed without memory.", minimum=0, maximum=1)
+    learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
+    learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
+    learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0)
+    learned_rates_lr: float = option(0.03, "Outer learning rate of the logarithms of the learned rates.", above=0)
     sync_inner: bool | None = option(
         None,
         "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
@@ -83,6 +97,7 @@ class MemoryConfig:
         if not self.targets:
             raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
         self._refuse_idle_options()
+        self._refuse_idle_learning()
         if self.sync_inner and self.per_sample is not False:
             raise ConfigError(
                 f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
@@ -93,6 +108,36 @@ class MemoryConfig:
     def paper(cls, **changes: Any) -> "MemoryConfig":
         """Return the paper's configuration, with `changes`."""
         return cls(**changes)
+
+    @classmethod
+    def recall(cls, **changes: Any) -> "MemoryConfig":
+        """Return a memory that learns to be written, with `changes`: it can recall a prompt that is gone.
+
+        Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
+        differentiated through that step, its start and its rates. A stride of 4 keeps a value's cue in sight up to
+        three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the clipped
+        step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
+        """
+        options: dict[str, Any] = {
+            "write_source": "prompt",
+            "outer_gradient": "exact",
+            "learn_start": True,
+            "learn_lr": True,
+            "masking_strategy": "strided",
+            "strides": 4,
+            "num_inner_steps": 1,
+            "inner_lr": 10.0,
+            "inner_target_modules": "down_proj",
+            "loss_weight_type": "scheduler",
+            "loss_norm_type": "batch",
+            "per_sample": True,
+        }
+        return cls(**(options | changes))
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a write has parameters of its own."""
+        return self.learn_start or self.learn_lr
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -118,6 +163,20 @@ class MemoryConfig:
     def _build(self, part: type[Part]) -> Part:
         # A part's fields are named like the options it reads: that is the whole wiring.
         return part(**{name: getattr(self, name) for name in _option_names(part)})
+
+    def _refuse_idle_learning(self) -> None:
+        for name, switch in (("learned_start_lr", "learn_start"), ("learned_rates_lr", "learn_lr")):
+            default = next(field.default for field in dataclasses.fields(self) if field.name == name)
+            if getattr(self, name) != default and not getattr(self, switch):
+                raise ConfigError(
+                    f"mem_{name}={getattr(self, name)!r} has no effect without mem_{switch}=True; set it, or leave "
+                    f"mem_{name} out."
+                )
+        if self.outer_gradient != "first_order" and self.sync_inner:
+            raise ConfigError(
+                f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
+                "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
+            )
 
     def _refuse_idle_options(self) -> None:
         tables: tuple[tuple[str, dict[str, type]], ...] = (

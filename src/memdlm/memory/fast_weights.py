@@ -6,8 +6,8 @@ gradient norm or its checkpoints. A forward hook adds them to a linear layer's o
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, final
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
 from memdlm.randomness import Randomness, seeds
 
+State: TypeAlias = tuple[int, InputDropout | None]
+"""How many samples there are, and what a write drops."""
+
 
 @final
 class FastWeights:
@@ -29,18 +32,31 @@ class FastWeights:
         self.num_samples = 0
         self._values: dict[str, tuple[Tensor, ...]] = {}
         self._dropout: InputDropout | None = None
-        self._is_dropping = False
+        self._is_dropping = self._is_attached = False
         self._some: tuple[tuple[int, ...], dict[str, tuple[Tensor, ...]]] | None = None
 
-    def reset(self, num_samples: int, randomness: Randomness) -> None:
-        """Start anew for `num_samples` samples: what is read adds nothing until it is updated."""
+    def reset(self, num_samples: int, randomness: Randomness, start: Sequence[Tensor] | None = None) -> None:
+        """Start anew for `num_samples` samples: from `start`, or from values that add nothing until updated.
+
+        `start` holds one sample's values, in the order of `tensors()`; gradients flow back to it.
+        """
         self.num_samples = num_samples
-        self._values = {
-            site.path: self.adapter.start(site, num_samples, randomness, _value_dtype(site)) for site in self.sites
-        }
-        self.replace([tensor.requires_grad_() for tensor in self.tensors()])
+        if start is None:
+            start = self.drawn(num_samples, randomness)
+        self.replace([self._spread(tensor) for tensor in start])
         if self.adapter.inner_dropout > 0:
             self._dropout = InputDropout(self.adapter.inner_dropout, seeds(num_samples, randomness))
+
+    def drawn(self, num_samples: int, randomness: Randomness) -> list[Tensor]:
+        """Return the adapter's own start, in the order of `tensors()`."""
+        starts = [self.adapter.start(site, num_samples, randomness, value_dtype(site)) for site in self.sites]
+        return [tensor for start in starts for tensor in start]
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        """Give every sample the values of the only one there is."""
+        if tensor.shape[-3] != self.num_samples:
+            tensor = tensor.expand(*tensor.shape[:-3], self.num_samples, -1, -1)
+        return tensor if tensor.requires_grad else tensor.requires_grad_()
 
     def erase(self) -> None:
         """Forget everything."""
@@ -90,8 +106,11 @@ class FastWeights:
 
     def named(self) -> dict[str, Tensor]:
         """Return the values under `<site path>.<tensor name>`."""
-        names = [f"{site.path}.{name}" for site in self.sites for name in self.adapter.names]
-        return dict(zip(names, self.tensors(), strict=True))
+        return dict(zip(self.names(), self.tensors(), strict=True))
+
+    def names(self) -> list[str]:
+        """Return `<site path>.<tensor name>` for every tensor, in the order of `tensors()`."""
+        return [f"{site.path}.{name}" for site in self.sites for name in self.adapter.names]
 
     def replace(self, tensors: Sequence[Tensor]) -> None:
         """Put new values in the place of all old ones, in the order of `tensors()`."""
@@ -117,6 +136,8 @@ class FastWeights:
     def attached(self) -> Iterator[None]:
         """Let the network read these values inside the block, and not a moment longer."""
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_is_attached", False)
+            self._is_attached = True
             for module, sites in self._sites_by_module().items():
                 if isinstance(module, Experts):
                     stack.callback(setattr, module, "additions", None)
@@ -125,6 +146,22 @@ class FastWeights:
                     handle = module.register_forward_hook(self._hook(sites[0]))
                     stack.callback(handle.remove)
             yield
+
+    @contextmanager
+    def holding(self, tensors: Sequence[Tensor], state: State) -> Iterator[None]:
+        """Let the network read `tensors` inside the block, as in `state`, whatever is open around it."""
+        before = self.state(), self._values
+        (self.num_samples, self._dropout), self._values = state, {}
+        self.replace(tensors)
+        try:
+            with nullcontext() if self._is_attached else self.attached():
+                yield
+        finally:
+            (self.num_samples, self._dropout), self._values = before
+
+    def state(self) -> State:
+        """Return what, beside the values, decides how they are read."""
+        return self.num_samples, self._dropout
 
     def _sites_by_module(self) -> dict[nn.Module, list[Site]]:
         grouped: dict[nn.Module, list[Site]] = {}
@@ -170,7 +207,7 @@ class _ExpertReader(ExpertAdditions):
         return out + self.fast.adapter.grouped(x, values, routing.ends).to(out.dtype)
 
 
-def _value_dtype(site: Site) -> torch.dtype:
+def value_dtype(site: Site) -> torch.dtype:
     """Fast weights are float32 whatever the base is stored in, because bf16 loses small updates; float64 stays."""
     weight = next(site.module.parameters())
     return torch.float64 if weight.dtype == torch.float64 else torch.float32

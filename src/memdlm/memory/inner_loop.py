@@ -14,6 +14,7 @@ from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.objectives import Objective
+from memdlm.memory.outer_gradient import ExactGradient, LossOf, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
 from memdlm.types import Denoise, Positions
@@ -48,12 +49,26 @@ class LocalSGD:
         norm = gradient.flatten(-2).norm(dim=-1)[..., None, None]
         return gradient * (self.inner_grad_clip / (norm + 1e-12)).clamp(max=1.0)
 
-    def step(self, values: Sequence[Tensor], gradients: Sequence[Tensor], is_sound: Tensor) -> list[Tensor]:
-        """Return the updated values; samples that are not `is_sound` [S] keep theirs."""
+    def step(
+        self,
+        values: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        is_sound: Tensor,
+        factors: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return the updated values; samples that are not `is_sound` [S] keep theirs.
+
+        `factors`, one per tensor, multiply the learning rate.
+        """
         sound = is_sound[:, None, None]
+        rates: Sequence[Tensor | float] = [self.inner_lr] * len(values)
+        if factors is not None:
+            rates = [self.inner_lr * factor for factor in factors]
+        # Left out before the product: an unsound gradient would reach the rates' own gradient as 0 * nan.
+        steps = [torch.where(sound, gradient, 0) for gradient in gradients] if factors is not None else gradients
         return [
-            torch.where(sound, value - self.inner_lr * self.clip(gradient), value)
-            for value, gradient in zip(values, gradients, strict=True)
+            torch.where(sound, value - rate * self.clip(gradient), value)
+            for value, gradient, rate in zip(values, steps, rates, strict=True)
         ]
 
 
@@ -99,6 +114,18 @@ def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[Whole 
     return [Whole(each, rows) for each in tokens]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    """What an outer training has to do with a write."""
+
+    is_tracked: bool = False
+    """Whether the written values keep their graph: to the start, to `rates`, and through `exact`."""
+    rates: Sequence[Sequence[Tensor]] | None = None
+    """Learned factors of the learning rate, for every update one per tensor."""
+    exact: ExactGradient | None = None
+    """Puts the steps' gradients into the graph; None: they are constants (first order)."""
+
+
 def run_inner_loop(
     steps: Sequence[TrajectoryStep],
     *,
@@ -108,37 +135,43 @@ def run_inner_loop(
     denoise: Denoise,
     epochs: int = 1,
     ranks: Ranks | None = None,
+    outer: Outer | None = None,
 ) -> Written:
     """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
 
     With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
-    rounding; losses and norms are then the joined batch's too.
+    rounding; losses and norms are then the joined batch's too. Unless `outer` tracks them, the values are constants.
     """
+    outer = Outer() if outer is None else outer
     losses, norms = [], []
-    if ranks is not None:
-        fast.replace([value.requires_grad_() for value in ranks.first(fast.tensors())])
+    values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
+    if not outer.is_tracked:
+        values = [value.detach() for value in values]
     # The one place where the device is waited for.
     counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
     states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
     for index, (step, count, whole) in enumerate(states * epochs):
-        values = fast.tensors()
+        leaves = [value.detach().requires_grad_() for value in values]
+        fast.replace(leaves)
         with torch.enable_grad():
-            positions = positions_of(step.is_scored, count)
-            target = loss.objective.target(denoise, step, positions)
+            losses_of = _prepared(step, positions_of(step.is_scored, count), loss, denoise, fast.num_samples, whole)
             # The backward pass too: it may run layers again, and they must drop the same inputs.
             with fast.dropping(index):
-                found = loss.objective.values(denoise, step, positions, target)
-                per_sample = loss.reduce(found, positions, step, fast.num_samples, whole)
-                gradients = _gradients(per_sample, values)
+                per_sample = losses_of(denoise)
+                gradients = differentiate(per_sample, leaves)
         per_sample = per_sample.detach()
         if ranks is not None:
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
         norm = _global_norm(gradients)
         is_sound = per_sample.isfinite() & norm.isfinite()
-        updated = update.step([value.detach() for value in values], gradients, is_sound)
-        fast.replace([value.requires_grad_() for value in updated])
+        with torch.set_grad_enabled(outer.is_tracked):
+            if outer.exact is not None:
+                gradients = outer.exact.connect(gradients, values, step.ids, losses_of, index)
+            rates = () if outer.rates is None else (outer.rates[index],)
+            values = update.step(values, gradients, is_sound, *rates)
         losses.append(per_sample)
         norms.append(norm)
+    fast.replace(values)
     stacked = torch.stack(losses)
     return Written(
         losses=stacked,
@@ -148,12 +181,21 @@ def run_inner_loop(
     )
 
 
-def _gradients(losses: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
-    """Differentiate; samples share nothing, so the sum's gradient is each sample's own."""
-    if not losses.requires_grad:
-        return [torch.zeros_like(value) for value in values]
-    found = torch.autograd.grad(losses.sum(), values, allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g.detach() for v, g in zip(values, found, strict=True)]
+def _prepared(
+    step: TrajectoryStep,
+    positions: Positions,
+    loss: InnerLoss,
+    denoise: Denoise,
+    samples: int,
+    whole: Whole | None,
+) -> LossOf:
+    """Fix what one step follows; what is left to say is which network reads it."""
+    target = loss.objective.target(denoise, step, positions)
+
+    def losses_of(read: Denoise) -> Tensor:
+        return loss.reduce(loss.objective.values(read, step, positions, target), positions, step, samples, whole)
+
+    return losses_of
 
 
 def _global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from memdlm.diffusion.schedules import Linear, Schedule
 from memdlm.errors import ConfigError, DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
+from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
+from memdlm.memory.learned import LearnedWrite, saved_config
+from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
@@ -51,7 +54,10 @@ class ParametricMemory:
         attention_pattern: AttentionPattern | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.config = MemoryConfig() if config is None else config
+        folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
+        if config is None:
+            config = MemoryConfig() if folder is None else saved_config(folder)
+        self.config = config
         self.model, self.mask_token_id = unwrap_parallel(model), mask_token_id
         self.schedule = Linear() if schedule is None else schedule
         self.process_group = process_group
@@ -67,8 +73,23 @@ class ParametricMemory:
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
         self.fast = FastWeights(sites, self.config.adapter())
         self._first, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        if self.config.outer_gradient != "first_order":
+            check_attention(model)
+        self.learned = self._new_learned(0)
+        self.folder: str | None = folder
+        if folder is not None and self.learned is not None:
+            self.learned.load(folder)
         self._is_open = False
         self._prefix: SharedPrefix | None = None
+
+    def learn_from(self, *keys: int | str) -> None:
+        """Begin anew with a learned start that depends on `keys`, and rates of `mem_inner_lr`."""
+        self.learned = self._new_learned(*keys)
+
+    def _new_learned(self, *keys: int | str) -> LearnedWrite | None:
+        if not self.config.is_learned:
+            return None
+        return LearnedWrite(self.config, self.fast, self.strategy.num_inner_steps * self.config.num_inner_epochs, *keys)
 
     @contextmanager
     def write(
@@ -99,7 +120,8 @@ class ParametricMemory:
         randomness = derive("memdlm.write", 0) if generator is None else generator
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
-        is_read_with_gradient = anchor is not None and torch.is_grad_enabled()
+        is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
+        reading = _Reading(anchor is not None and torch.is_grad_enabled(), is_tracked)
         with self._opened():
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
@@ -107,15 +129,16 @@ class ParametricMemory:
                 is_maskable = maskable_positions(clean if labels is None else labels, mask)
                 if is_padding is not None and self.config.pad_unmask_mode != "none":
                     is_maskable = is_maskable & ~is_padding
-                self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample))
+                start = None if self.learned is None else self.learned.start()
+                self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample), start)
 
                 def draw() -> Tensor:
                     return uniform(clean.shape, randomness, clean.device)
 
-                start = self._anchor(clean, is_maskable, anchor, draw)
+                state = self._anchor(clean, is_maskable, anchor, draw)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
-                    written = self._write(start, mask, draw, is_read_with_gradient, is_alone)
+                    written = self._write(state, mask, draw, reading, is_alone)
                 yield written if per_sample else _joined(written)
 
     def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
@@ -130,9 +153,7 @@ class ParametricMemory:
         """
         return None if self._prefix is None else self._prefix.connected()
 
-    def _write(
-        self, anchor: Anchor, mask: Tensor | None, draw: Draw, is_read_with_gradient: bool, is_alone: bool
-    ) -> Written:
+    def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
         steps = trajectory(
             self.strategy.path(anchor, draw),
             anchor,
@@ -140,29 +161,39 @@ class ParametricMemory:
             scored=self.config.inner_loss_mask_mode,
         )
         if self._first > 0:
-            self._prefix = SharedPrefix(self._first, anchor=anchor.ids if is_read_with_gradient else None)
-        denoise = ModelDenoiser(
-            self.model,
-            attention_mask=mask,
-            attention_pattern=self.attention_pattern,
-            right_shift_logits=self.right_shift_logits,
-            prefix=self._prefix,
-            is_constant=True,
-        )
+            self._prefix = SharedPrefix(
+                self._first,
+                anchor=anchor.ids if reading.anchor_has_gradient else None,
+                is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
+            )
+
+        def denoiser(prefix: Prefix | None, is_constant: bool = False) -> ModelDenoiser:
+            return ModelDenoiser(
+                self.model,
+                attention_mask=mask,
+                attention_pattern=self.attention_pattern,
+                right_shift_logits=self.right_shift_logits,
+                prefix=prefix,
+                is_constant=is_constant,
+            )
+
+        rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
+        exact = None
+        if reading.is_tracked and self.config.outer_gradient != "first_order":
+            exact = ExactGradient(self.model, self.fast, self._adapted, denoiser, self._prefix)
         with recomputed(self._adapted if self.config.inner_gradient_checkpointing else ()):
             written = run_inner_loop(
                 steps,
                 fast=self.fast,
                 loss=self.loss,
                 update=self.update,
-                denoise=denoise,
+                denoise=denoiser(self._prefix, is_constant=True),
                 epochs=self.config.num_inner_epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
+                outer=Outer(is_tracked=reading.is_tracked, rates=rates, exact=exact),
             )
-        if self._prefix is not None:
+        if self._prefix is not None and exact is None:
             self._prefix.keep(anchor.ids)
-        # What is read is a constant: no gradient reaches the fast weights (first order).
-        self.fast.replace([value.detach() for value in self.fast.tensors()])
         return written
 
     def _anchor(self, clean: Ids, is_maskable: PositionSet, noised: Corrupted | None, draw: Draw) -> Anchor:
@@ -186,6 +217,16 @@ class ParametricMemory:
         finally:
             self.fast.erase()
             self._prefix, self._is_open = None, False
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a caller will differentiate what it reads."""
+
+    anchor_has_gradient: bool
+    """The outer loss continues from what the write computed below the fast weights."""
+    is_tracked: bool
+    """The outer loss is differentiated through the write."""
 
 
 def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:

@@ -38,20 +38,24 @@ class TrajectoryStep:
     """One state to learn from."""
 
     clean: Ids
+    """[B, L], or a multiple of B rows for several views of each text."""
     ids: Ids
-    """[B, L] the state, with [MASK] at the masked positions."""
+    """The state, with [MASK] at the masked positions."""
     is_masked: PositionSet
     is_scored: PositionSet
-    """[B, L] the masked positions that count in the objective."""
+    """The masked positions that count in the objective."""
     next_ids: Ids
-    """[B, L] the state one reveal later, which a teacher sees."""
+    """The state one reveal later, which a teacher sees."""
     t: Times
-    """[B] the time that the loss weight uses."""
+    """Per row, the time that the loss weight uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Masked sets of the states, the set each teacher sees (None: the clean text), and the times."""
+    """Masked sets of the states, the set each teacher sees (None: the clean text), and the times.
+
+    A state of several views of each text has a multiple of B rows, the views of one text as neighbours.
+    """
 
     masked: Sequence[PositionSet]
     teacher: Sequence[PositionSet | None]
@@ -60,6 +64,9 @@ class Path:
 
 class Strategy(ABC):
     """How a write's states come from its anchor."""
+
+    num_inner_steps: int = 1
+    """How many there are."""
 
     @abstractmethod
     def path(self, anchor: Anchor, draw: Draw) -> Path:
@@ -167,12 +174,44 @@ class AnchorOnly(Strategy):
         return Path([anchor.is_masked], [None], [anchor.t])
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Strided(Strategy):
+    """Masked views that together hide every token once, each with its neighbours in sight (strided).
+
+    View i hides the positions that are congruent to i + offset modulo `strides`; the offset is random per text. The
+    views are shared out among the steps as evenly as possible, several views of a step being one state; more steps
+    than views begin again. A stride hides a value together with its cue where their distance is a multiple of it, so
+    it should exceed that distance.
+    """
+
+    num_inner_steps: int = 2
+    strides: int = 2
+
+    def path(self, anchor: Anchor, draw: Draw) -> Path:
+        """Return K states that owe nothing to the anchor."""
+        rows, length = anchor.is_maskable.shape
+        column = torch.arange(length, device=anchor.is_maskable.device)
+        offset = (draw()[:, :1] * self.strides).long().clamp(max=self.strides - 1)
+        place = (column + offset) % self.strides
+        states = min(self.num_inner_steps, self.strides)
+        masked = []
+        for step in range(self.num_inner_steps):
+            first, last = (number * self.strides // states for number in (step % states, step % states + 1))
+            views = torch.arange(first, last, device=column.device)
+            is_hidden = (place[:, None] == views[:, None]) & anchor.is_maskable[:, None]
+            masked.append(is_hidden.flatten(0, 1))
+        t = [_share(each, anchor.is_maskable.repeat_interleave(each.shape[0] // rows, dim=0)) for each in masked]
+        return Path(masked, [None] * len(masked), t)
+
+
 STRATEGIES: dict[str, type[Strategy]] = {
     "pmc": AnchorConsistent,
     "progressive_memory_consistent": AnchorConsistent,
     "progressive_memory": Unanchored,
     "pre_only": PreAnchorOnly,
     "no_progressive": AnchorOnly,
+    "strided": Strided,
 }
 
 SCORED = ("student_masked", "newly_revealed")
@@ -182,22 +221,26 @@ SCORED = ("student_masked", "newly_revealed")
 def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -> list[TrajectoryStep]:
     """Fill a path with tokens. Equal sets give the same tensor of ids: a teacher's text is the next state's."""
     filled = {} if anchor.ids is None else {id(anchor.is_masked): anchor.ids}
+    clean = {len(anchor.clean): anchor.clean}
 
     def fill(is_masked: PositionSet) -> Ids:
         if id(is_masked) not in filled:
-            filled[id(is_masked)] = anchor.clean.masked_fill(is_masked, mask_token_id)
+            filled[id(is_masked)] = clean[len(is_masked)].masked_fill(is_masked, mask_token_id)
         return filled[id(is_masked)]
 
     steps = []
     for is_masked, teacher, t in zip(path.masked, path.teacher, path.t, strict=True):
+        rows = len(is_masked)
+        if rows not in clean:
+            clean[rows] = anchor.clean.repeat_interleave(rows // len(anchor.clean), dim=0)
         later = torch.zeros_like(is_masked) if teacher is None else teacher
         steps.append(
             TrajectoryStep(
-                clean=anchor.clean,
+                clean=clean[rows],
                 ids=fill(is_masked),
                 is_masked=is_masked,
                 is_scored=is_masked & ~later if scored == "newly_revealed" else is_masked,
-                next_ids=anchor.clean if teacher is None else fill(teacher),
+                next_ids=clean[rows] if teacher is None else fill(teacher),
                 t=t,
             )
         )

@@ -15,6 +15,9 @@ from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
 from memdlm.models.resolution import resolve_config, tensor_names
 
+MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
+"""What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -44,6 +47,9 @@ def load_model(
     `adapter` is a folder or hub name with an outer LoRA; it is put on top, trainable, everything else frozen. When
     `name_or_path` itself is an adapter, the base is the one it names.
 
+    When the folder (or the adapter's) holds a learned memory, the model's `memory_folder` names it, and a
+    `ParametricMemory` starts from it.
+
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
     unexpected or of the wrong size; ConfigError for an unknown dtype,
     and for 4 bits in float64 or without bitsandbytes.
@@ -63,7 +69,13 @@ def load_model(
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
     _check_tensors(name, family, info, revision, token)
-    return (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
+    model = (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
+    model.memory_folder = _memory_folder(name if adapter is None else str(adapter))
+    return model
+
+
+def _memory_folder(name: str) -> str | None:
+    return name if (Path(name) / MEMORY_FILE).is_file() else None
 
 
 def model_skeleton(

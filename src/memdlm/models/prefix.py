@@ -42,11 +42,12 @@ class Prefix(ABC):
 class SharedPrefix(Prefix):
     """Computes each state's lower part once and hands it out as a constant.
 
-    The lower part of `anchor` keeps its graph, for `ConnectedPrefix`.
+    The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph: for `ConnectedPrefix` and
+    `kept`.
     """
 
-    def __init__(self, first: int, *, anchor: Ids | None = None) -> None:
-        self.first, self._anchor = first, anchor
+    def __init__(self, first: int, *, anchor: Ids | None = None, is_traced: bool = False) -> None:
+        self.first, self._anchor, self._is_traced = first, anchor, is_traced
         self._known: list[tuple[State, Tensor]] = []
 
     def hidden(self, state: State, lower: Callable[[], Tensor]) -> Tensor:
@@ -62,9 +63,13 @@ class SharedPrefix(Prefix):
         """Return what was computed for `state`, with its graph if it has one."""
         return next((hidden for other, hidden in self._known if other.is_same(state)), None)
 
+    def kept(self, ids: Ids) -> Tensor | None:
+        """Return what was computed for the text `ids`, with its graph if it has one."""
+        return next((hidden for state, hidden in self._known if state.ids is ids), None)
+
     def is_connected(self, state: State) -> bool:
         """Whether gradients flow through what is kept for `state`."""
-        return state.ids is self._anchor
+        return self._is_traced or state.ids is self._anchor
 
     def connected(self) -> "ConnectedPrefix":
         """Return the view through which an outer loss continues from this prefix."""
@@ -87,3 +92,15 @@ class ConnectedPrefix(Prefix):
         if torch.is_grad_enabled() and not self._shared.is_connected(state):
             return None
         return self._shared.known(state)
+
+
+@final
+class GivenPrefix(Prefix):
+    """Hands out `hidden` [B, L, D] for the text `ids`, and nothing for any other."""
+
+    def __init__(self, first: int, ids: Ids, hidden: Tensor) -> None:
+        self.first, self._ids, self._hidden = first, ids, hidden
+
+    def hidden(self, state: State, lower: Callable[[], Tensor]) -> Tensor | None:
+        """Return the given hidden states, or None."""
+        return self._hidden if state.ids is self._ids else None

@@ -129,7 +129,7 @@ class TrainingArguments(_Flags):
         # In training, as published: one memory per batch, the same on all ranks, and the outer loss's weight and norm.
         options["per_sample"] = bool(options["per_sample"])
         if options["sync_inner"] is None:
-            options["sync_inner"] = not options["per_sample"]
+            options["sync_inner"] = not options["per_sample"] and options["outer_gradient"] == "first_order"
         options["loss_weight_type"] = options["loss_weight_type"] or self.loss_weight_type
         options["loss_norm_type"] = options["loss_norm_type"] or self.loss_norm_type
         return MemoryConfig(**options)

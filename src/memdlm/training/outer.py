@@ -73,21 +73,37 @@ def noise_batch(
 
 
 def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
-    """Return (ids, labels, attention mask), all [B, L], of the prompts: the tokens before a row's first target.
+    """Return (ids, labels, attention mask), all [B, P], of the prompts: the tokens before a row's first target.
 
-    Everything after is overwritten and hidden, so nothing of a response can be written. The first column stays
-    visible in every row, because attention needs something to look at.
+    P is the longest prompt. What follows a shorter one is overwritten and hidden, so nothing of a response can be
+    written. The first column stays visible in every row, because attention needs something to look at.
     """
     is_target = batch.labels != IGNORE_INDEX
     start = torch.where(is_target.any(-1), is_target.int().argmax(-1), batch.labels.shape[1])
     column = torch.arange(batch.labels.shape[1], device=batch.labels.device)
-    is_prompt = column < start[:, None]
+    is_prompt = _genuine(batch) & (column < start[:, None])
+    # Waits for the device: a write of the prompts' width instead of the whole text's is worth it.
+    width = max(1, int((is_prompt * (column + 1)).max()))
+    is_prompt = is_prompt[:, :width]
+    ids = batch.clean[:, :width].masked_fill(~is_prompt, pad_token_id)
+    return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | (column[:width] == 0)
+
+
+def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
+    """Return (ids, labels, attention mask) of what the noised batch shows: prompts, and responses but for the masks.
+
+    What the outer loss scores stays [MASK] and is no label, so it cannot be written.
+    """
+    is_shown = _genuine(batch) & ~batch.noised.is_masked
+    return batch.noised.ids, batch.clean.masked_fill(~is_shown, IGNORE_INDEX), batch.attention_mask
+
+
+def _genuine(batch: Batch) -> PositionSet:
+    """Return [B, L], true where a token is part of the text: neither hidden nor padding."""
+    is_genuine = torch.ones_like(batch.clean, dtype=torch.bool)
     if batch.attention_mask is not None and batch.attention_mask.dim() == 2:
-        is_prompt = is_prompt & batch.attention_mask.bool()
-    if batch.is_padding is not None:
-        is_prompt = is_prompt & ~batch.is_padding
-    ids = batch.clean.masked_fill(~is_prompt, pad_token_id)
-    return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | (column == 0)
+        is_genuine = is_genuine & batch.attention_mask.bool()
+    return is_genuine if batch.is_padding is None else is_genuine & ~batch.is_padding
 
 
 @contextmanager
@@ -103,8 +119,9 @@ def memory_of(
 
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
-    if memory.config.write_source == "prompt":
-        ids, labels, mask = prompt_only(batch, pad_token_id)
+    if memory.config.write_source != "response":
+        is_prompt = memory.config.write_source == "prompt"
+        ids, labels, mask = prompt_only(batch, pad_token_id) if is_prompt else visible_only(batch)
         with memory.write(ids, labels, mask, randomness, is_alone=is_alone) as written:
             yield written
     else:

@@ -1,38 +1,37 @@
 """`transformers.Trainer` for masked diffusion with parametric memory: its flags, its resume, its launchers."""
 
+import logging
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
 from memdlm.diffusion.losses import normalise
 from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.adapter_files import reload_outer_adapter
-from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
-from memdlm.training.checkpoints import SAVING, STATE, move_files, publish
+from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
+from memdlm.training.saving import SavingTrainer
 from memdlm.training.tracking import Means, Speed, row_metrics, safe_exp
+
+logger = logging.getLogger(__name__)
 
 TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
 
-class MemDLMTrainer(Trainer):
+class MemDLMTrainer(SavingTrainer):
     """Train a masked diffusion language model, with memory if `args.mem_enabled`.
 
     Logged beside transformers' own figures, all per maskable token: `nll` and `ppl`, the bound without memory, in
@@ -77,13 +76,18 @@ class MemDLMTrainer(Trainer):
         self.pad_token_id: int = int(found if pad is None else pad)
         self.schedule = make_schedule(args.schedule)
         self.memory = None if args.memory is None else self._new_memory(model)
+        self._learned = self._new_learned()
+        if args.memory is not None and args.memory.write_source == "response":
+            logger.info(
+                "mem_write_source=response: memory is written from the labels that the loss then scores, as published; "
+                "compare models by nll, never by nll_memory."
+            )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
         self._epoch = 0
         self._sampler: EpochSampler | None = None
-        self._saving = False
         self.add_callback(_EpochCallback(self))
 
     def _new_memory(self, model: nn.Module) -> ParametricMemory:
@@ -94,6 +98,23 @@ class MemDLMTrainer(Trainer):
             schedule=self.schedule,
             right_shift_logits=self.args.right_shift_logits,
         )
+
+    def _new_learned(self) -> LearnedTraining | None:
+        """Begin with a start of this run's seed, unless the model came with one."""
+        if self.memory is None or self.memory.learned is None:
+            return None
+        if self.memory.folder is None:
+            self.memory.learn_from(self.args.seed)
+        callback = LearnedTraining(self.memory.learned, self.accelerator, self.args.max_grad_norm)
+        self.add_callback(callback)
+        return callback
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer; a learned start and learned rates get groups of their own."""
+        optimizer = super().create_optimizer(model)
+        if self._learned is not None:
+            self._learned.add_to(optimizer)
+        return optimizer
 
     # Data -----------------------------------------------------------------------------------------------------
 
@@ -172,21 +193,10 @@ class MemDLMTrainer(Trainer):
                 "compute_loss(return_outputs=True): outputs of a noised batch mean nothing; use evaluate."
             )
         batch = self._noised(inputs, inputs[TIMES], inputs[UNIFORM])
-        if self.memory is None:
-            lost = self._score(model, batch)
-            self._means.add_rows("nll", lost.bound, lost.counts, batch.noised.t)
-        else:
-            if self._is_logged_step():
-                with torch.no_grad():
-                    honest = self._score(self.memory.model, batch)
-                self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
-            rows = [derive(key) for key in inputs[WRITE]]
-            self._count_write(self._open.enter_context(self._written(batch, rows)))
-            lost = self._score(model, batch, self.memory.prefix)
-            self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
+        sums, counts = self._outer_sums(model, batch, inputs)
         loss = normalise(
-            lost.sums,
-            lost.counts,
+            sums,
+            counts,
             self.args.loss_norm_type,
             total_tokens=inputs[TOKENS].clamp_min(1),
             total_rows=inputs[ROWS],
@@ -194,73 +204,31 @@ class MemDLMTrainer(Trainer):
         # Data-parallel training averages gradients over ranks; the denominators above are already global.
         return loss.squeeze(0) * self.args.world_size
 
+    def _outer_sums(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the weighted nats and the maskable tokens of every row, both [B], with and without memory as told."""
+        mix = 1.0 if self.memory is None else self.memory.config.outer_mix
+        sums: Tensor | float = 0.0
+        if mix > 0 or self._is_logged_step():
+            with torch.set_grad_enabled(mix > 0):
+                honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
+            self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
+            sums = mix * honest.sums if mix > 0 else 0.0
+            if mix == 1:
+                return honest.sums, honest.counts
+        if self.memory is None:
+            raise AssertionError("without memory all of the loss is")
+        rows = [derive(key) for key in inputs[WRITE]]
+        self._count_write(self._open.enter_context(self._written(batch, rows)))
+        lost = self._score(model, batch, self.memory.prefix)
+        self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
+        return sums + (1 - mix) * lost.sums, lost.counts
+
     def _is_logged_step(self) -> bool:
         if self.args.logging_strategy == "no":
             return False
         interval = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
         step = self.state.global_step + 1
         return step % max(1, interval) == 0 or (step == 1 and self.args.logging_first_step)
-
-    # Checkpoints ----------------------------------------------------------------------------------------------
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Say where checkpoints go: while one is written, into a folder of its own."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / SAVING) if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside and move it to its place when all ranks are done: it is whole or absent."""
-        folder = Path(self._get_output_dir(trial))
-        growing, name = folder / SAVING, f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(growing, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == growing:
-            self.state.best_model_checkpoint = str(folder / Path(best).name)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(growing / name / STATE))
-            publish(growing / name, folder / name)
-            growing.rmdir()
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def save_final(self, folder: str | Path) -> None:
-        """Write weights (or the adapter) and tokenizer into `folder`, as safetensors; each file is whole or absent."""
-        growing = Path(folder) / f"{SAVING}-final"
-        if self.args.should_save:
-            shutil.rmtree(growing, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(growing))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            move_files(growing, Path(folder))
-        self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume: an outer adapter reads its own file, whose experts transformers does not know."""
-        target = self.model if model is None else model
-        if adapter_config(target) is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            reload_outer_adapter(target, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint (`load_best_model_at_end`), as when resuming."""
-        if adapter_config(self.model) is None:
-            super()._load_best_model()
-        else:
-            reload_outer_adapter(self.model, self.state.best_model_checkpoint)
 
     # Evaluation -----------------------------------------------------------------------------------------------
 

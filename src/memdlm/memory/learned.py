@@ -1,0 +1,137 @@
+"""What of a write is learned: where fast weights start, and how far each step goes (Meta-SGD).
+
+Owned by a `ParametricMemory`, trained by the trainer beside the model, saved beside it as `memory_init.safetensors`
+with the memory's options in `memory_init.json`; never part of the model.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from memdlm.errors import CheckpointError, ConfigError
+from memdlm.files import replace_files
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.fast_weights import FastWeights
+from memdlm.models.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
+from memdlm.options import from_mapping
+from memdlm.randomness import derive
+
+TRAINING_ONLY = (
+    "write_source",
+    "outer_gradient",
+    "outer_mix",
+    "learned_start_lr",
+    "learned_rates_lr",
+    "sync_inner",
+    "inner_gradient_checkpointing",
+    "per_sample",
+    "prompt_mask_ratio",
+    "pad_unmask_mode",
+)
+"""Options that may differ between the training of a start and its use: they do not change how a prompt is written."""
+
+RATES = "log_rates"
+
+
+@final
+class LearnedWrite(nn.Module):
+    """Start [1 sample] of every fast weight, and the logarithm of every step's learning-rate factor.
+
+    The factors are exponentials, so rates stay positive; all are 1 at the beginning, where the start is the adapter's
+    own. Which of the two are trained is the configuration's choice; the other stays as it began.
+    """
+
+    def __init__(self, config: MemoryConfig, fast: FastWeights, num_updates: int, *keys: int | str) -> None:
+        super().__init__()
+        self.config, self.names = config, fast.names()
+        drawn = fast.drawn(1, derive("memory start", *keys))
+        self.starts = nn.ParameterList([nn.Parameter(each) for each in drawn] if config.learn_start else [])
+        rates = torch.zeros(num_updates, len(drawn), dtype=drawn[0].dtype, device=drawn[0].device)
+        self.log_rates = nn.Parameter(rates) if config.learn_lr else None
+
+    def start(self) -> list[Tensor] | None:
+        """Return one sample's start, in the order of `FastWeights.tensors`; None: the adapter draws it."""
+        return list(self.starts) if self.config.learn_start else None
+
+    def rates(self, like: Sequence[Tensor]) -> list[list[Tensor]] | None:
+        """Return the factors of the learning rate, for every update one per tensor of `like`; None: all are 1."""
+        if self.log_rates is None:
+            return None
+        factors = self.log_rates.exp()
+        return [[factor.to(each) for factor, each in zip(row, like, strict=True)] for row in factors.unbind()]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameters as optimizer groups, with their learning rates and without weight decay."""
+        groups: list[dict[str, Any]] = []
+        if self.config.learn_start:
+            groups.append({"params": list(self.starts), "lr": self.config.learned_start_lr, "weight_decay": 0.0})
+        if self.log_rates is not None:
+            groups.append({"params": [self.log_rates], "lr": self.config.learned_rates_lr, "weight_decay": 0.0})
+        return groups
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved."""
+        found = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
+        if self.log_rates is not None:
+            found[RATES] = self.log_rates
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `memory_init.safetensors` and the memory's options into `folder`."""
+        options = {"format": 1, "config": dataclasses.asdict(self.config)}
+        replace_files(
+            {
+                Path(folder) / MEMORY_FILE: save(self.tensors()),
+                Path(folder) / MEMORY_CONFIG_FILE: (json.dumps(options, indent=2) + "\n").encode(),
+            }
+        )
+
+    @torch.no_grad()
+    def load(self, folder: str | Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises ConfigError when it was learned for a memory with other options, CheckpointError when the files are
+        missing or do not fit the model.
+        """
+        saved = saved_config(folder)
+        for field in dataclasses.fields(MemoryConfig):
+            if field.name not in TRAINING_ONLY and getattr(saved, field.name) != getattr(self.config, field.name):
+                raise ConfigError(
+                    f"mem_{field.name}={getattr(self.config, field.name)!r}, but the start and rates in {folder} were "
+                    f"learned with {getattr(saved, field.name)!r}; a memory is read as it was trained to be written. "
+                    "Use the saved options (ParametricMemory without a configuration), or turn mem_learn_start and "
+                    "mem_learn_lr off."
+                )
+        path = Path(folder) / MEMORY_FILE
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: could not be read: {error}") from error
+        own = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
+        own |= {} if self.log_rates is None else {RATES: self.log_rates}
+        sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        read = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if sizes != read:
+            wrong = sorted(name for name in {*sizes, *read} if sizes.get(name) != read.get(name))
+            raise CheckpointError(
+                f"{path} was learned for another model: {', '.join(wrong[:4])} are missing, unknown or of another size."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+
+def saved_config(folder: str | Path) -> MemoryConfig:
+    """Return the options of the memory whose start or rates lie in `folder`; raises CheckpointError without them."""
+    path = Path(folder) / MEMORY_CONFIG_FILE
+    try:
+        options = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: could not be read: {error}") from error
+    return from_mapping(MemoryConfig, options, f"{path}: memory")

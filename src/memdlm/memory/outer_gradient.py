@@ -1,0 +1,159 @@
+"""Differentiating an outer loss through a write: the exact meta-gradient, one step's activations at a time.
+
+The inner loop runs as it always does and keeps no graph. Each step's gradient g(phi, h, theta) enters the outer graph
+as one node that remembers its inputs alone; its backward pass runs the step again, now twice differentiably, and
+multiplies what arrives by dg/dphi, dg/dh and dg/dtheta. So K steps cost K sets of fast weights, and one step's
+activations at a time.
+
+h, the input of the first adapted block, carries an ordinary graph of the blocks below (`exact`) or none (`exact_top`).
+Attention below the first fast weight never lies between a loss and the fast weights, so only the attention above is
+differentiated twice and needs an implementation that can be.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from memdlm.errors import ConfigError
+from memdlm.memory.fast_weights import FastWeights
+from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.patching import patched
+from memdlm.models.prefix import GivenPrefix, Prefix, SharedPrefix
+from memdlm.models.wrappers import unwrap
+from memdlm.types import Denoise, Ids
+
+OUTER_GRADIENTS = ("first_order", "exact", "exact_top")
+"""Through what an outer loss is differentiated: fast weights are constants; all of a write; its adapted blocks only."""
+
+TWICE_DIFFERENTIABLE = ("eager", "sdpa")
+
+LossOf = Callable[[Denoise], Tensor]
+"""Returns the inner loss of one step [S] under the fast weights as they are."""
+
+
+@final
+class ExactGradient:
+    """Puts inner gradients into the outer graph.
+
+    `denoise` builds what a step reads the network through. Raises ConfigError when the network's attention cannot be
+    differentiated twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fast: FastWeights,
+        blocks: Sequence[nn.Module],
+        denoise: Callable[[Prefix | None], Denoise],
+        prefix: SharedPrefix | None,
+    ) -> None:
+        self.fast, self.denoise, self.prefix = fast, denoise, prefix
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.blocks = _with_attention_above(model, fast, blocks)
+        check_attention(model)
+
+    def connect(
+        self, found: Sequence[Tensor], values: Sequence[Tensor], ids: Ids, loss_of: LossOf, update: int
+    ) -> list[Tensor]:
+        """Return `found`, the gradient of `loss_of` by `values` at the state `ids`, as a function of what it came from.
+
+        `update` numbers the write's gradient steps (dropout).
+        """
+        hidden = None if self.prefix is None else self.prefix.kept(ids)
+        below = [] if hidden is None else [hidden]
+        state, autocast = self.fast.state(), _autocast(values[0].device.type)
+
+        def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
+            given = None
+            if self.prefix is not None and lower:
+                given = GivenPrefix(self.prefix.first, ids, lower[0])
+            with (
+                autocast(),
+                self.fast.holding(phi, state),
+                self.fast.dropping(update),
+                patched({block: partial(_explicitly, block.forward) for block in self.blocks}),
+            ):
+                losses = loss_of(self.denoise(given))
+                return differentiate(losses, phi, create_graph=True)
+
+        return list(_Step.apply(again, found, self.parameters, len(values), *values, *below, *self.parameters))
+
+
+def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Return the gradient of `losses` [S]; samples share nothing, so the sum's gradient is each sample's own."""
+    if not losses.requires_grad:
+        return [torch.zeros_like(value) for value in values]
+    found = torch.autograd.grad(losses.sum(), values, allow_unused=True, create_graph=create_graph)
+    return [torch.zeros_like(value) if g is None else g for value, g in zip(values, found, strict=True)]
+
+
+class _Step(torch.autograd.Function):
+    """(phi, h, theta) -> dL/dphi, whose value is known already; `again` computes it with a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        again: Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]],
+        found: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        num_values: int,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.again, ctx.parameters, ctx.num_values = again, parameters, num_values
+        # Saved so that autograd notices when one of them is changed in place before the backward pass.
+        ctx.save_for_backward(*inputs)
+        return tuple(gradient.clone() for gradient in found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        leaves = [each.detach().requires_grad_() for each in saved[: len(saved) - len(ctx.parameters)]]
+        with torch.enable_grad():
+            gradients = ctx.again(leaves[: ctx.num_values], leaves[ctx.num_values :])
+            pairs = [(g, v) for g, v in zip(gradients, arriving, strict=True) if g.requires_grad]
+            wanted = [*leaves, *ctx.parameters]
+            products: Sequence[Tensor | None] = [None] * len(wanted)
+            if pairs:
+                outputs, vectors = zip(*pairs, strict=True)
+                products = torch.autograd.grad(outputs, wanted, vectors, allow_unused=True)
+        return (None, None, None, None, *products)
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raise ConfigError unless the model's attention can be differentiated twice."""
+    chosen = getattr(getattr(unwrap(model), "config", None), "_attn_implementation", None)
+    if chosen is not None and chosen not in TWICE_DIFFERENTIABLE:
+        raise ConfigError(
+            f"mem_outer_gradient: attention {chosen!r} cannot be differentiated twice; load the model with "
+            f"attn_implementation one of {', '.join(TWICE_DIFFERENTIABLE)}, or set mem_outer_gradient=first_order."
+        )
+
+
+def _with_attention_above(model: nn.Module, fast: FastWeights, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the adapted blocks whose attention may read a fast weight."""
+    inside = set(blocks[0].modules())
+    paths = [site.path for site in fast.sites if site.module in inside]
+    # In our families a block's feed-forward comes after its attention; of others nothing is known.
+    is_after = isinstance(unwrap(model), MaskedDiffusionLM) and all(".mlp." in path for path in paths)
+    return list(blocks[1:] if is_after else blocks)
+
+
+def _explicitly(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with sdpa_kernel(SDPBackend.MATH):
+        return forward(*args, **kwargs)
+
+
+def _autocast(device_type: str) -> Callable[[], Any]:
+    """Return what restores the mixed precision of this moment in a later backward pass."""
+    return partial(
+        torch.autocast,
+        device_type,
+        dtype=torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )

@@ -1,0 +1,39 @@
+"""Training what a memory learns of its own (start and rates) beside the model.
+
+It is no part of the model, so what a launcher does for the model's gradients (sums over ranks, clipping, zeroing) is
+done for it here.
+"""
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from memdlm.memory.learned import LearnedWrite
+
+
+class LearnedTraining(TrainerCallback):
+    """Keeps the gradients of `learned` in step with the model's; `accelerator` knows the ranks."""
+
+    def __init__(self, learned: LearnedWrite, accelerator: Any, max_norm: float) -> None:
+        self.learned, self.accelerator, self.max_norm = learned, accelerator, max_norm
+
+    def add_to(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let `optimizer` update the start and the rates, unless it does already."""
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for group in self.learned.groups():
+            if not known & {id(parameter) for parameter in group["params"]}:
+                optimizer.add_param_group(group)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Average the gradients over the ranks, as data-parallel training does, and clip them on their own."""
+        for parameter in self.learned.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if self.max_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.learned.parameters(), self.max_norm)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Forget the gradients."""
+        self.learned.zero_grad()

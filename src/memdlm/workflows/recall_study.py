@@ -1,0 +1,239 @@
+"""Can a model recall, from its memory alone, what attention cannot reach? Training and measuring one arm at a time.
+
+Facts lie in a context that a sliding window keeps out of the questions' reach, so fast weights are the only channel
+between the two. Used by the demo, by `benchmarks/study` and by the slow test.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memdlm.data.chat import encode_chat
+from memdlm.data.collate import Collator
+from memdlm.data.synthetic import KeyValueRecall, Sample
+from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.evaluation.prompts import pad_texts
+from memdlm.evaluation.recall import encode_samples, recall
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.loading import build_model
+from memdlm.models.small import SmallDLMConfig
+from memdlm.training.arguments import TrainingArguments
+from memdlm.training.trainer import MemDLMTrainer
+from memdlm.workflows.display import show_steps
+
+OURS = "learned to be written"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallPlan:
+    """Task, model and budget, the same for all arms."""
+
+    task: KeyValueRecall = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
+    train_length: int = 36
+    """Words of context in training."""
+    times: tuple[int, ...] = (1, 4, 16)
+    """Context lengths of the evaluation, as multiples of the training length."""
+    num_train: int = 3200
+    num_eval: int = 64
+    """Conversations per length."""
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 5e-3
+    rank: int = 16
+    strides: int = 2
+    """Enough where a value stands next to its key."""
+    window: int | None = 4
+    network: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the network's configuration."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallData:
+    """What all arms and seeds share."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: list[dict[str, list[int]]]
+    by_length: dict[int, list[Sample]]
+
+
+def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
+    """Return the main comparison and its ablations: the memory that each is trained with."""
+    shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
+    ours = MemoryConfig.recall(strides=plan.strides, **shape)
+    nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
+    return {
+        "MDLM": None,
+        "published": MemoryConfig.paper(**shape),
+        "first order": dataclasses.replace(ours, outer_gradient="first_order"),
+        OURS: ours,
+        "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
+        "fixed start": dataclasses.replace(ours, learn_start=False),
+        "fixed rates": dataclasses.replace(ours, learn_lr=False),
+        "one memory per batch": dataclasses.replace(ours, per_sample=False),
+        "published masks": dataclasses.replace(ours, **nested),
+        "response written": dataclasses.replace(ours, write_source="response"),
+    }
+
+
+def recall_data(plan: RecallPlan) -> RecallData:
+    """Draw the conversations of training and of every evaluated length."""
+    tokenizer = build_word_tokenizer(plan.task.words())
+    encoded = (
+        encode_chat(tokenizer, sample.messages, train_turns="all")
+        for sample in plan.task.records(plan.num_train, plan.train_length, seed="recall train")
+    )
+    lengths = [plan.train_length * times for times in plan.times]
+    return RecallData(
+        tokenizer=tokenizer,
+        train=[{"input_ids": each.input_ids, "labels": each.labels} for each in encoded],
+        by_length={length: plan.task.records(plan.num_eval, length, seed="recall test") for length in lengths},
+    )
+
+
+def run_arm(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Train one model and measure it: accuracy per length with memory on and off, and how it was reached.
+
+    `config` is the memory it is trained with; None trains without, and measures with the published memory.
+    """
+    trainer = _trainer(plan, data, config, seed)
+    show_steps(trainer, on_step)
+    start, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    model = trainer.model.eval()
+    memory = inference_memory(model, data.tokenizer, trainer.memory)
+    rows = [
+        {
+            "length": length,
+            "memory": is_on,
+            "accuracy": recall(
+                model,
+                data.tokenizer,
+                samples,
+                steps=plan.task.num_questions,
+                seed=seed,
+                memory=memory if is_on else None,
+            ).accuracy,
+        }
+        for length, samples in data.by_length.items()
+        for is_on in (True, False)
+    ]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = ("step", "loss", "nll", "nll_memory")
+    return {
+        "seed": seed,
+        "steps": plan.steps,
+        **spent,
+        "parameters": model.num_parameters(),
+        "accuracy": rows,
+        "curve": {name: [entry[name] for entry in history if name in entry] for name in names},
+        "rates": _rates(trainer.memory),
+        "written": written_losses(model, data, memory, plan.train_length),
+        "config": None if config is None else dataclasses.asdict(config),
+    }
+
+
+def inference_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: ParametricMemory | None
+) -> ParametricMemory:
+    """Return what a user of the trained model would write with: a learned memory, or the published one, per row."""
+    if trained is not None and trained.config.write_source != "response" and trained.config.per_sample is not False:
+        return trained
+    config = (
+        MemoryConfig.paper()
+        if trained is None
+        else dataclasses.replace(trained.config, per_sample=True, sync_inner=None)
+    )
+    memory = ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id)
+    if trained is not None:
+        memory.learned = trained.learned
+    return memory
+
+
+@torch.no_grad()
+def written_losses(
+    model: PreTrainedModel, data: RecallData, memory: ParametricMemory, length: int
+) -> dict[str, list[float] | list[str]]:
+    """Return, for one conversation's prompt, every word's loss before and after it was written.
+
+    Each word is masked alone, its neighbours in sight, so the two differ by what the memory holds.
+    """
+    tokenizer = data.tokenizer
+    sample = data.by_length[length][:1]
+    prompt = pad_texts(encode_samples(tokenizer, sample), tokenizer.pad_token_id, model.device).prompt()
+    places = torch.arange(prompt.ids.shape[1])
+    views = prompt.ids.repeat(len(places), 1)
+    views[places, places] = tokenizer.mask_token_id
+
+    def losses() -> list[float]:
+        logits = model(input_ids=views).logits[places, places]
+        return torch.nn.functional.cross_entropy(logits, prompt.ids[0], reduction="none").tolist()
+
+    before = losses()
+    with memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
+        after = losses()
+    return {"words": tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist()), "before": before, "after": after}
+
+
+def _rates(memory: ParametricMemory | None) -> dict[str, list[float]]:
+    if memory is None or memory.learned is None or memory.learned.log_rates is None:
+        return {}
+    rates = memory.config.inner_lr * memory.learned.log_rates.detach().exp()
+    return dict(zip(memory.learned.names, rates.T.tolist(), strict=True))
+
+
+def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> MemDLMTrainer:
+    tokenizer = data.tokenizer
+    options: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 48,
+        "intermediate_size": 128,
+        "num_attention_heads": 3,
+        "sliding_window": plan.window,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    model = build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
+    memory: dict[str, Any] = {}
+    if config is not None:
+        memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch_size,
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=plan.steps // 4,
+        weight_decay=0.05,
+        adam_beta2=0.95,
+        logging_steps=max(1, plan.steps // 20),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=seed,
+        mem_enabled=config is not None,
+        **memory,
+    )
+    return MemDLMTrainer(
+        model,
+        arguments,
+        train_dataset=data.train,
+        data_collator=Collator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
