@@ -30,6 +30,9 @@ class MemoryConfig:
     progressive_consistent_start_scale: float = option(
         1.5, "The first state masks this many times the anchor's tokens.", minimum=1
     )
+    chunk_length: int | None = option(
+        None, "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.", minimum=1
+    )
     strides: int = option(2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2)
     inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0)
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
 from memdlm.errors import ConfigError, DataError
+from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
@@ -131,14 +132,11 @@ class ParametricMemory:
                     is_maskable = is_maskable & ~is_padding
                 start = None if self.learned is None else self.learned.start()
                 self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample), start)
-
-                def draw() -> Tensor:
-                    return uniform(clean.shape, randomness, clean.device)
-
-                state = self._anchor(clean, is_maskable, anchor, draw)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
-                    written = self._write(state, mask, draw, reading, is_alone)
+                    written = self._write_chunks(
+                        Text(clean, is_maskable, mask, anchor), randomness, reading, is_alone=is_alone
+                    )
                 yield written if per_sample else _joined(written)
 
     def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
@@ -152,6 +150,22 @@ class ParametricMemory:
         If gradients were enabled when the block was entered with an `anchor`, they flow through it.
         """
         return None if self._prefix is None else self._prefix.connected()
+
+    def _write_chunks(self, text: Text, randomness: Randomness, reading: "_Reading", *, is_alone: bool) -> Written:
+        """Write a text chunk after chunk into the same fast weights; nothing of a chunk stays but them."""
+        parts = list(text.chunks(self.config.chunk_length))
+        written = []
+        for part in parts:
+
+            def draw(shape: torch.Size = part.clean.shape) -> Tensor:
+                return uniform(shape, randomness, text.clean.device)
+
+            anchor = self._anchor(part.clean, part.is_maskable, part.anchor, draw)
+            written.append(self._write(anchor, part.mask, draw, reading, is_alone))
+        if len(parts) > 1:
+            # A later call sees the whole text, of which no chunk knows what lies below.
+            self._prefix = None
+        return joined(written)
 
     def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
         steps = trajectory(
