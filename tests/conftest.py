@@ -1,10 +1,14 @@
 """Shared fixtures. Tests run on one thread per process: the models are tiny, and workers run side by side."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Commands that tests start are as small, and would spin beside each other on more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 

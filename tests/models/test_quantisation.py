@@ -309,6 +309,6 @@ def test_tensors_of_the_wrong_size_are_refused(family, name, tmp_path):
 
 
 def test_continuous_integration_installs_what_these_tests_need():
-    dev = (ROOT / "pyproject.toml").read_text().partition("\ndev = [")[2].partition("]")[0]
+    dev = (ROOT / "pyproject.toml").read_text().partition("\ndev = [")[2].partition("\n]")[0]
     assert '"bitsandbytes' in dev
     assert any(each.startswith("bitsandbytes==") for each in (ROOT / "constraints.txt").read_text().splitlines())
