@@ -84,7 +84,7 @@ class DemoPlan:
             train_length=20,
             num_train=2000,
             num_eval=48,
-            steps=360,
+            steps=300,
             num_evals=3,
             answer_steps=4,
             is_quick=True,
