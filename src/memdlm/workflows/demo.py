@@ -5,6 +5,7 @@ response in training, from the prompt at inference). Each is measured without an
 training length and beyond. Whatever comes out is reported.
 """
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -150,7 +151,7 @@ def _empty_report(plan: DemoPlan, command: str) -> dict[str, Any]:
         "quick": plan.is_quick,
         "notes": list(NOTES),
         "machine": {
-            "cores": torch.get_num_threads(),
+            "cores": os.cpu_count() or 1,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
