@@ -85,7 +85,7 @@ def _table(kind: str, what: str | None) -> str:
 
 
 def config_table(what: str) -> str:
-    """Return the table of an option class: name, default, what is possible, help."""
+    """Return the table of an option class: name, default, help and what is possible."""
     module, name, prefix = CONFIGS[what]
     config = getattr(importlib.import_module(module), name)
     hints = get_type_hints(config)
@@ -93,12 +93,11 @@ def config_table(what: str) -> str:
         (
             f"`{prefix}{field.name}`",
             _value(field.default),
-            _possible(hints[field.name], field.metadata["limits"]),
-            field.metadata["help"],
+            _meaning(field.metadata["help"], _possible(hints[field.name], field.metadata["limits"])),
         )
         for field in dataclasses.fields(config)
     ]
-    return _markdown(("option", "default", "possible", "meaning"), rows)
+    return _markdown(("option", "default", "meaning"), rows)
 
 
 def command_tables(name: str) -> str:
@@ -112,8 +111,8 @@ def command_tables(name: str) -> str:
             continue
         word = f"`{flags[0]}`" if flags else f"`{action.dest.upper()}`"
         help_text = re.sub(r" One of: [^.]+\.$", "", _help(action))
-        rows.append((word, _default(action), _kinds(action, _help(action)), help_text))
-    return _markdown(("option", "default", "possible", "meaning"), rows)
+        rows.append((word, _default(action), _meaning(help_text, _kinds(action, _help(action)))))
+    return _markdown(("option", "default", "meaning"), rows)
 
 
 def commands_table() -> str:
@@ -179,6 +178,10 @@ def _markdown(head: Collection[str], rows: list[tuple[str, ...]]) -> str:
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f'<div class="options" markdown>\n\n{table}\n\n</div>\n'
+
+
+def _meaning(help_text: str, possible: str) -> str:
+    return f"{help_text}<br><small>{possible}</small>"
 
 
 def _value(value: Any) -> str:
