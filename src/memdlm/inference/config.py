@@ -9,6 +9,7 @@ from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
 
 CACHES = ("exact", "none", "approximate")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
 
 
@@ -59,6 +60,9 @@ class GenerationConfig:
     right_shift_logits: bool | None = option(False, "The network predicts position i at i - 1.")
     eos_early_stop: bool | None = option(True, "Stop a row once it is known up to its first EOS; the text is the same.")
     cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
+    compile: str | None = option(
+        None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
+    )
     cache_refresh: int | None = option(8, "With the approximate cache: steps until all is recomputed.", minimum=1)
     cache_scope: str | None = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
@@ -134,12 +138,12 @@ class GenerationConfig:
 
     @classmethod
     def llada21_quality(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for quality."""
+        """LLaDA2.1, as its model card recommends for quality."""
         return cls(**{"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_new_tokens": 512} | changes)
 
     @classmethod
     def llada21_speed(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for speed."""
+        """LLaDA2.1, as its model card recommends for speed: commit early, then edit whatever is predicted otherwise."""
         return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
 
 

@@ -73,7 +73,8 @@ class ParametricMemory:
         )
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
         self.fast = FastWeights(sites, self.config.adapter())
-        self._first, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        self.first_block, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        """The first block with fast weights; those below compute the same whatever is written."""
         if self.config.outer_gradient != "first_order":
             check_attention(model)
         self.learned = self._new_learned(0)
@@ -174,9 +175,9 @@ class ParametricMemory:
             mask_token_id=self.mask_token_id,
             scored=self.config.inner_loss_mask_mode,
         )
-        if self._first > 0:
+        if self.first_block > 0:
             self._prefix = SharedPrefix(
-                self._first,
+                self.first_block,
                 anchor=anchor.ids if reading.anchor_has_gradient else None,
                 is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
             )
