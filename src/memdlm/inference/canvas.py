@@ -15,12 +15,12 @@ from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompts import SpecialIds, pad
-from memdlm.models.families import family_of
-from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.families import decoding_pattern
+from memdlm.models.masks import AttentionPattern, BlockCausal
 from memdlm.models.wrappers import unwrap
 from memdlm.types import Ids, PositionSet
 
-BLOCK, THRESHOLD = 32, 0.95
+THRESHOLD = 0.95
 """What block-causal families are decoded with by default."""
 
 
@@ -70,9 +70,7 @@ def pattern_for(model: nn.Module, config: GenerationConfig, asked: AttentionPatt
     Raises ConfigError when a block-causal pattern and `block_size` disagree.
     """
     if asked is None:
-        family = family_of(getattr(unwrap(model), "config", None))
-        is_block_causal = family is not None and family.is_block_causal
-        return BlockCausal(config.block_size or BLOCK) if is_block_causal else Full()
+        return decoding_pattern(getattr(unwrap(model), "config", None), config.block_size)
     if isinstance(asked, BlockCausal) and config.block_size not in (None, asked.block):
         raise ConfigError(
             f"block_size {config.block_size} and attention_pattern {asked} disagree; tokens that are decoded together "

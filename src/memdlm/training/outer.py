@@ -16,6 +16,7 @@ from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
@@ -114,6 +115,7 @@ def memory_of(
     pad_token_id: int,
     randomness: Randomness,
     is_alone: bool = False,
+    attention_pattern: AttentionPattern | None = None,
 ) -> Iterator[Written]:
     """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
 
@@ -122,7 +124,9 @@ def memory_of(
     if memory.config.write_source != "response":
         is_prompt = memory.config.write_source == "prompt"
         ids, labels, mask = prompt_only(batch, pad_token_id) if is_prompt else visible_only(batch)
-        with memory.write(ids, labels, mask, randomness, is_alone=is_alone) as written:
+        with memory.write(
+            ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
+        ) as written:
             yield written
     else:
         with memory.write(
@@ -133,6 +137,7 @@ def memory_of(
             anchor=batch.noised,
             is_padding=batch.is_padding,
             is_alone=is_alone,
+            attention_pattern=attention_pattern,
         ) as written:
             yield written
 
@@ -146,13 +151,18 @@ def score(
     right_shift_logits: bool = False,
     prefix: Prefix | None = None,
     planner: Planner | None = None,
+    attention_pattern: AttentionPattern | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
 
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
     """
     denoise = ModelDenoiser(
-        model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
+        model,
+        attention_mask=batch.attention_mask,
+        attention_pattern=attention_pattern,
+        right_shift_logits=right_shift_logits,
+        prefix=prefix,
     )
     return masked_loss(
         denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting, planner=planner
