@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class MemDLMTrainer(SavingTrainer):
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
         self._epoch = 0
         self._sampler: EpochSampler | None = None
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_RunCallback(self))
 
     def _new_memory(self, model: nn.Module) -> ParametricMemory:
         return ParametricMemory(
@@ -209,7 +209,7 @@ class MemDLMTrainer(SavingTrainer):
         mix = 1.0 if self.memory is None else self.memory.config.outer_mix
         sums: Tensor | float = 0.0
         if mix > 0 or self._is_logged_step():
-            with torch.set_grad_enabled(mix > 0):
+            with self._without_trace() if mix == 0 else nullcontext():
                 honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
             self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
             sums = mix * honest.sums if mix > 0 else 0.0
@@ -222,6 +222,14 @@ class MemDLMTrainer(SavingTrainer):
         lost = self._score(model, batch, self.memory.prefix)
         self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
         return sums + (1 - mix) * lost.sums, lost.counts
+
+    @contextmanager
+    def _without_trace(self) -> Iterator[None]:
+        """Keep no graph, and leave the global random state as it is: dropout must not depend on what is logged."""
+        device = self.args.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
 
     def _is_logged_step(self) -> bool:
         if self.args.logging_strategy == "no":
@@ -314,11 +322,15 @@ class MemDLMTrainer(SavingTrainer):
         super().log(logs, *args, **kwargs)
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the trainer which epoch begins."""
+class _RunCallback(TrainerCallback):
+    """Tells the trainer which epoch begins, and lets what was told hold after an interruption too."""
 
     def __init__(self, trainer: MemDLMTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log, evaluate and save as often as told now; a checkpoint's state brings its own intervals along."""
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass it on; after an interruption the state's epoch is a fraction further."""

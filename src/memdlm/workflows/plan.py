@@ -68,7 +68,7 @@ def resolved(plan: RunPlan) -> dict[str, Any]:
     for part in (plan.model, *((plan.lora,) if plan.model.lora else ()), plan.data, plan.run):
         found |= dataclasses.asdict(part)
     arguments = plan.arguments
-    usual = {field.name: _default(field) for field in dataclasses.fields(transformers.TrainingArguments)}
+    usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
     own = {field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)
     for field in dataclasses.fields(TrainingArguments):
         value = getattr(arguments, field.name)
@@ -85,7 +85,8 @@ NOT_OPTIONS = {"accelerator_config", "deepspeed_plugin", "distributed_state", "l
 """Fields that transformers fills in, or changes the form of, itself."""
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """Return the default of a dataclass's field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

@@ -18,6 +18,7 @@ from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
 from memdlm.workflows.plan import RunPlan
+from memdlm.workflows.resuming import check_same_data, check_same_run
 from memdlm.workflows.run_file import write_run_file
 
 
@@ -31,8 +32,8 @@ def run_training(
 ) -> Path:
     """Train as told and leave the final weights and tokenizer in `arguments.output_dir`, which is returned.
 
-    Everything that can be wrong with the data is found before the first step. Raises DataError, ConfigError or
-    CheckpointError.
+    Everything that can be wrong with the data, or with going on from a checkpoint, is found before the first step.
+    Raises DataError, ConfigError or CheckpointError.
     """
     lora = LoRAOptions() if lora_options is None else lora_options
     display = Display() if display is None else display
@@ -41,10 +42,14 @@ def run_training(
     out = Path(arguments.output_dir)
     make_folder(out)
     checkpoint = start_of(run, arguments, out)
+    plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
+    changed = [] if checkpoint is None else check_same_run(plan, checkpoint, display)
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
     for split, counts in data.counts.items():
         display.say(f"{split}: {describe(counts)}")
+    if checkpoint is not None:
+        changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
         make_model(model_options, lora, arguments.seed),
         arguments,
@@ -54,8 +59,7 @@ def run_training(
         processing_class=tokenizer,
     )
     if arguments.should_save:
-        plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
-        write_run_file(plan, data, checkpoint)
+        write_run_file(plan, data, checkpoint, changed)
     if checkpoint is not None:
         display.say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
