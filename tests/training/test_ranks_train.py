@@ -79,12 +79,12 @@ def test_two_ranks_train_the_joined_batch(name, two_ranks, tmp_path):
     are_the_same(first, second, alone(CASES[name], tmp_path))
 
 
-def are_the_same(first, second, expected):
+def are_the_same(first, second, expected, rtol=1e-6, atol=1e-8):
     assert first.keys() == second.keys() == expected.keys()
     for key, value in expected.items():
         assert_close(second[key], first[key], rtol=0, atol=0, msg=key)
         # Logged figures are rounded by the Trainer.
-        close = {"rtol": 1e-6, "atol": 1e-8} if key.startswith("weight/") else {"rtol": 1e-4, "atol": 1e-4}
+        close = {"rtol": rtol, "atol": atol} if key.startswith("weight/") else {"rtol": 1e-4, "atol": 1e-4}
         assert_close(first[key], value, msg=lambda text, key=key: f"{key}: {text}", **close)
 
 
@@ -118,4 +118,5 @@ def test_a_memory_shared_by_a_micro_batch_depends_on_how_a_step_is_cut(tmp_path)
 def test_zero_2_trains_the_joined_batch(tmp_path):
     ((first, second),) = on_two_ranks([ZERO2], tmp_path, DS_ACCELERATOR="cpu")
     expected = alone(ZERO2, tmp_path)
-    are_the_same(first, second, expected)
+    # DeepSpeed's own copy of the weights is float32, whatever the model's type.
+    are_the_same(first, second, expected, rtol=1e-4, atol=1e-5)
