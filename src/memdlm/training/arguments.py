@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,21 @@ else:
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where figures can go: names of packages, and of the extras that install them."""
+
+
 def _trackers() -> str:
     return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
+def _refuse_missing(trackers: Collection[str]) -> None:
+    for name in TRACKERS:
+        if name in trackers and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report_to={name!r}, but {name} is not installed. Install it with: pip install 'memdlm[{name}]', or "
+                "choose another of tensorboard, wandb, trackio and none."
+            )
 
 
 @dataclass
@@ -93,6 +107,13 @@ class TrainingArguments(_Flags):
         default_factory=_trackers,
         metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
     )
+    project: str = dataclasses.field(
+        default="memdlm",
+        metadata={"help": "Under which project wandb (unless WANDB_PROJECT is set) and trackio file the run."},
+    )
+    run_name: str | None = dataclasses.field(
+        default=None, metadata={"help": "What they call it; unset: the last part of output_dir."}
+    )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
         metadata={"help": "Must stay off: the collator reads columns that the network does not."},
@@ -106,6 +127,7 @@ class TrainingArguments(_Flags):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+        _refuse_missing(self.report_to or ())
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns=True would drop labels; leave it False.")
         if self.label_smoothing_factor:

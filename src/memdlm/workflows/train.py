@@ -1,5 +1,6 @@
 """A training run from files: load, encode, train, save."""
 
+import os
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ def run_training(
     display = Display() if display is None else display
     run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
+    name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
     checkpoint = start_of(run, arguments, out)
@@ -67,6 +69,14 @@ def run_training(
     # The log, which `memdlm report` reads, also where no checkpoint was wanted.
     trainer.save_state()
     return out
+
+
+def name_for_trackers(arguments: TrainingArguments) -> None:
+    """Say under which project and name a run is filed, where it is not said yet."""
+    arguments.run_name = arguments.run_name or Path(arguments.output_dir).absolute().name
+    if "wandb" in (arguments.report_to or ()):
+        # transformers reads wandb's project from the environment alone.
+        os.environ.setdefault("WANDB_PROJECT", arguments.project)
 
 
 def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:
