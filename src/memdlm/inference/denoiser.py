@@ -1,13 +1,14 @@
 """A model as the denoiser of one canvas: only asked rows run, and only asked positions reach the vocabulary."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
+from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
 from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.denoiser import ModelDenoiser
@@ -32,7 +33,8 @@ class CanvasDenoiser(Denoise):
     """Predicts positions of a canvas [B, T] whose row i ends before `lengths[i]`; columns beyond are not there.
 
     Rows in which nothing is asked do not run. Of our families the last layer computes only what is asked; other
-    networks, and those with shifted logits, run whole rows.
+    networks, and those with shifted logits, run whole rows. With `soft`, positions that are still masked are shown as
+    what was last predicted for them.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class CanvasDenoiser(Denoise):
         right_shift_logits: bool = False,
         meter: Meter | None = None,
         of_rows: OfRows | None = None,
+        soft: SoftFeedback | None = None,
     ) -> None:
+        self.soft = soft
         self.model, self.view, self.pattern = model, view, pattern
         self.right_shift_logits = right_shift_logits
         self.meter = Meter() if meter is None else meter
@@ -61,9 +65,16 @@ class CanvasDenoiser(Denoise):
         self.meter.passes += 1
         self.meter.positions += shown.numel()
         is_part = self.of_rows is not None and asked.rows.numel() < ids.shape[0]
-        with self.of_rows(asked.rows) if self.of_rows is not None and is_part else nullcontext():
+        with ExitStack() as around:
+            if self.of_rows is not None and is_part:
+                around.enter_context(self.of_rows(asked.rows))
+            if self.soft is not None:
+                places = asked.rows[:, None] * ids.shape[1] + columns.clamp(max=ids.shape[1] - 1)
+                around.enter_context(self.soft.shown(shown, places.to(ids.device)))
             found = self._ours(shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
         self.view.done(asked, part)
+        if self.soft is not None:
+            self.soft.learn(found, positions)
         return found
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:

@@ -24,6 +24,7 @@ from memdlm.inference.canvas import (
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
 from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, pad, special_ids
+from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
@@ -89,7 +90,12 @@ class Job:
             right_shift_logits=bool(self.config.right_shift_logits),
             meter=self.meter,
             of_rows=None if self.memory is None else self.memory.of_rows,
+            soft=self._soft(),
         )
+
+    def _soft(self) -> SoftFeedback | None:
+        soft, ids = self.config.soft(self.special.mask), self.canvas.ids
+        return None if soft is None else SoftFeedback(soft, self.model, ids.shape, ids.device)
 
     def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
         """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""

@@ -19,7 +19,7 @@ from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.learned import LearnedTraining
-from memdlm.training.noise import TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
+from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
 from memdlm.training.saving import SavingTrainer
@@ -40,7 +40,8 @@ class MemDLMTrainer(SavingTrainer):
     `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
     same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
     memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
-    `grad_norm` is of the outer gradient alone.
+    `grad_norm` is of the outer gradient alone. With soft-masking, training's own figure is `nll_soft`: rows that see a
+    first pass's predictions are no bound; evaluation's `nll` is, and sees none.
 
     `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when there is
     neither.
@@ -83,6 +84,7 @@ class MemDLMTrainer(SavingTrainer):
                 "compare models by nll, never by nll_memory."
             )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
+        self._soft = args.diffusion.soft(self.mask_token_id)
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
@@ -210,8 +212,10 @@ class MemDLMTrainer(SavingTrainer):
         sums: Tensor | float = 0.0
         if mix > 0 or self._is_logged_step():
             with self._without_trace() if mix == 0 else nullcontext():
-                honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
-            self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
+                own = model if self.memory is None or mix > 0 else self.memory.model
+                honest = self._score(own, batch, is_soft=self._softens(inputs))
+            name = "nll" if self._soft is None else "nll_soft"
+            self._means.add_rows(name, honest.bound, honest.counts, batch.noised.t)
             sums = mix * honest.sums if mix > 0 else 0.0
             if mix == 1:
                 return honest.sums, honest.counts
@@ -284,7 +288,12 @@ class MemDLMTrainer(SavingTrainer):
             spare_padding=self._spare_padding,
         )
 
-    def _score(self, model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Any:
+    def _softens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return None if self._soft is None else inputs[SOFT] < self.args.soft_mask_prob
+
+    def _score(
+        self, model: nn.Module, batch: Batch, prefix: Prefix | None = None, is_soft: Tensor | None = None
+    ) -> Any:
         return score(
             model,
             batch,
@@ -293,6 +302,8 @@ class MemDLMTrainer(SavingTrainer):
             right_shift_logits=self.args.right_shift_logits,
             prefix=prefix,
             planner=self.args.diffusion.planner(),
+            soft=self._soft,
+            is_soft=is_soft,
         )
 
     def _written(self, batch: Batch, randomness: Randomness, *, is_alone: bool = False) -> Any:
