@@ -1,7 +1,7 @@
 """A model as the denoiser of one canvas: only asked rows run, and only asked positions reach the vocabulary."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.prompt_cache import Prefill
+from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
 from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.denoiser import ModelDenoiser
@@ -36,7 +37,8 @@ class CanvasDenoiser(Denoise):
     """Predicts positions of a canvas [B, T] whose row i ends before `lengths[i]`; columns beyond are not there.
 
     Rows in which nothing is asked do not run. Of our families the last layer computes only what is asked; other
-    networks, and those with shifted logits, run whole rows.
+    networks, and those with shifted logits, run whole rows. With `soft`, positions that are still masked are shown as
+    what was last predicted for them.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class CanvasDenoiser(Denoise):
         of_rows: OfRows | None = None,
         prefill: Prefill | None = None,
         compiled: CompiledSteps | None = None,
+        soft: SoftFeedback | None = None,
     ) -> None:
+        self.soft = soft
         self.model, self.view, self.pattern = model, view, pattern
         self.right_shift_logits = right_shift_logits
         self.meter = Meter() if meter is None else meter
@@ -68,9 +72,15 @@ class CanvasDenoiser(Denoise):
         shown = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1).to(ids.device))
         self.meter.passes += 1
         self.meter.positions += shown.numel()
-        with self._reading(asked.rows, ids):
+        with ExitStack() as around:
+            around.enter_context(self._reading(asked.rows, ids))
+            if self.soft is not None:
+                places = asked.rows[:, None] * ids.shape[1] + columns.clamp(max=ids.shape[1] - 1)
+                around.enter_context(self.soft.shown(shown, places.to(ids.device)))
             found = self._ours(ids, shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
         self.view.done(asked, part)
+        if self.soft is not None:
+            self.soft.learn(found, positions)
         return found
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:

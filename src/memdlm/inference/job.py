@@ -27,6 +27,7 @@ from memdlm.inference.config import GenerationConfig
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
 from memdlm.inference.prompt_cache import Prefill, PromptCache
 from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, pad, special_ids
+from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
@@ -96,7 +97,12 @@ class Job:
             of_rows=None if self.memory is None else self.memory.of_rows,
             prefill=None if self.prompt_cache is None else _prefill(self.prompt_cache, view, self.model, self.memory),
             compiled=None if self.config.compile is None else self._compiled(self.config.compile),
+            soft=self._soft(),
         )
+
+    def _soft(self) -> SoftFeedback | None:
+        soft, ids = self.config.soft(self.special.mask), self.canvas.ids
+        return None if soft is None else SoftFeedback(soft, self.model, ids.shape, ids.device)
 
     def _compiled(self, mode: str) -> CompiledSteps:
         network = unwrap(self.model)

@@ -4,20 +4,22 @@ Plain functions on tensors; the Trainer only calls them.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from memdlm.diffusion.losses import MaskedLoss, Planner, masked_loss
-from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions
+from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
 from memdlm.diffusion.schedules import Schedule
+from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
 from memdlm.models.prefix import Prefix
+from memdlm.models.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
@@ -152,8 +154,12 @@ def score(
     prefix: Prefix | None = None,
     planner: Planner | None = None,
     attention_pattern: AttentionPattern | None = None,
+    soft: SoftMask | None = None,
+    is_soft: Tensor | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
+
+    With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
     """
@@ -164,6 +170,24 @@ def score(
         right_shift_logits=right_shift_logits,
         prefix=prefix,
     )
-    return masked_loss(
-        denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting, planner=planner
-    )
+    with _softened(model, denoise, batch, soft, is_soft):
+        return masked_loss(
+            denoise,
+            batch.clean,
+            batch.noised,
+            batch.is_maskable,
+            schedule=schedule,
+            weighting=weighting,
+            planner=planner,
+        )
+
+
+def _softened(
+    model: nn.Module, denoise: ModelDenoiser, batch: Batch, soft: SoftMask | None, is_soft: Tensor | None
+) -> AbstractContextManager[None]:
+    if soft is None or is_soft is None:
+        return nullcontext()
+    positions = positions_of(batch.noised.is_masked & is_soft[:, None])
+    if positions.numel() == 0:
+        return nullcontext()
+    return blended_inputs(model, *soft.ask(denoise, batch.noised.ids, positions))

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.learned import LearnedTraining
-from memdlm.training.noise import TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
+from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
 from memdlm.training.saving import SavingTrainer
@@ -44,7 +44,8 @@ class MemDLMTrainer(SavingTrainer):
     `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
     same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
     memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
-    `grad_norm` is of the outer gradient alone.
+    `grad_norm` is of the outer gradient alone. With soft-masking, training's own figure is `nll_soft`: rows that see a
+    first pass's predictions are no bound; evaluation's `nll` is, and sees none.
 
     `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when there is
     neither.
@@ -87,12 +88,13 @@ class MemDLMTrainer(SavingTrainer):
                 "compare models by nll, never by nll_memory."
             )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
+        self._soft = args.diffusion.soft(self.mask_token_id)
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
         self._epoch = 0
         self._sampler: EpochSampler | None = None
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_RunCallback(self))
 
     def _new_memory(self, model: nn.Module) -> ParametricMemory:
         return ParametricMemory(
@@ -214,9 +216,11 @@ class MemDLMTrainer(SavingTrainer):
         mix = 1.0 if self.memory is None or mode == TEXT else self.memory.config.outer_mix
         sums: Tensor | float = 0.0
         if mix > 0 or self._is_logged_step():
-            with torch.set_grad_enabled(mix > 0):
-                honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
-            self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
+            with self._without_trace() if mix == 0 else nullcontext():
+                own = model if self.memory is None or mix > 0 else self.memory.model
+                honest = self._score(own, batch, is_soft=self._softens(inputs))
+            name = "nll" if self._soft is None else "nll_soft"
+            self._means.add_rows(name, honest.bound, honest.counts, batch.noised.t)
             sums = mix * honest.sums if mix > 0 else 0.0
             if mix == 1:
                 return honest.sums, honest.counts
@@ -239,6 +243,14 @@ class MemDLMTrainer(SavingTrainer):
         drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
         mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
         return mode, Windowed(config.batch_reach) if mode == ALONE else None
+
+    @contextmanager
+    def _without_trace(self) -> Iterator[None]:
+        """Keep no graph, and leave the global random state as it is: dropout must not depend on what is logged."""
+        device = self.args.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
 
     def _is_logged_step(self) -> bool:
         if self.args.logging_strategy == "no":
@@ -293,12 +305,17 @@ class MemDLMTrainer(SavingTrainer):
             spare_padding=self._spare_padding,
         )
 
+    def _softens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return None if self._soft is None else inputs[SOFT] < self.args.soft_mask_prob
+
     def _score(
         self,
         model: nn.Module,
         batch: Batch,
         prefix: Prefix | None = None,
         attention_pattern: AttentionPattern | None = None,
+        *,
+        is_soft: Tensor | None = None,
     ) -> Any:
         return score(
             model,
@@ -309,6 +326,8 @@ class MemDLMTrainer(SavingTrainer):
             prefix=prefix,
             planner=self.args.diffusion.planner(),
             attention_pattern=attention_pattern,
+            soft=self._soft,
+            is_soft=is_soft,
         )
 
     def _written(
@@ -352,11 +371,15 @@ class MemDLMTrainer(SavingTrainer):
         super().log(logs, *args, **kwargs)
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the trainer which epoch begins."""
+class _RunCallback(TrainerCallback):
+    """Tells the trainer which epoch begins, and lets what was told hold after an interruption too."""
 
     def __init__(self, trainer: MemDLMTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log, evaluate and save as often as told now; a checkpoint's state brings its own intervals along."""
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass it on; after an interruption the state's epoch is a fraction further."""
