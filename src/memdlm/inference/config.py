@@ -141,7 +141,7 @@ class GenerationConfig:
             ),
             (
                 bool(self.soft_mask) and self.compile is not None,
-                "soft_mask changes the embeddings of every step, which a compiled step does not see; leave compile out.",
+                "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
             ),
             (
                 bool(self.soft_mask) and self.cfg_scale != 0,
