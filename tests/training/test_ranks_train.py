@@ -25,7 +25,6 @@ CASES = {
     "not synchronised, fully_shard": {"wrapper": "fsdp", "sync": False},
 }
 ZERO2 = {
-    "dtype": "float32",
     "family": "small",
     "deepspeed": {
         "zero_optimization": {"stage": 2},
@@ -77,12 +76,15 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("not")])
 def test_two_ranks_train_the_joined_batch(name, two_ranks, tmp_path):
     first, second = two_ranks[name]
-    expected = alone(CASES[name], tmp_path)
+    are_the_same(first, second, alone(CASES[name], tmp_path))
+
+
+def are_the_same(first, second, expected, rtol=1e-6, atol=1e-8):
     assert first.keys() == second.keys() == expected.keys()
     for key, value in expected.items():
         assert_close(second[key], first[key], rtol=0, atol=0, msg=key)
         # Logged figures are rounded by the Trainer.
-        close = {"rtol": 1e-6, "atol": 1e-8} if key.startswith("weight/") else {"rtol": 1e-4, "atol": 1e-4}
+        close = {"rtol": rtol, "atol": atol} if key.startswith("weight/") else {"rtol": 1e-4, "atol": 1e-4}
         assert_close(first[key], value, msg=lambda text, key=key: f"{key}: {text}", **close)
 
 
@@ -100,7 +102,7 @@ def test_without_synchronisation_the_result_is_another(name, two_ranks, tmp_path
 )
 def test_accumulated_steps_are_the_whole_step(options, tmp_path):
     whole = alone(options, tmp_path)
-    for pieces in (4, 8):
+    for pieces in (2, 4, 8):
         cut = alone(options, tmp_path, accumulation=pieces)
         for key in (key for key in whole if key.startswith("weight/")):
             assert_close(cut[key], whole[key], rtol=1e-6, atol=1e-8, msg=lambda text, key=key: f"{key}: {text}")
@@ -116,6 +118,5 @@ def test_a_memory_shared_by_a_micro_batch_depends_on_how_a_step_is_cut(tmp_path)
 def test_zero_2_trains_the_joined_batch(tmp_path):
     ((first, second),) = on_two_ranks([ZERO2], tmp_path, DS_ACCELERATOR="cpu")
     expected = alone(ZERO2, tmp_path)
-    for key, value in expected.items():
-        assert_close(second[key], first[key], rtol=0, atol=0, msg=key)
-        assert_close(first[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    # DeepSpeed's own copy of the weights is float32, whatever the model's type.
+    are_the_same(first, second, expected, rtol=1e-4, atol=1e-5)

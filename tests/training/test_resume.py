@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from chat_folder import make_chat, make_model
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.training.checkpoints import checkpoints_in, prepare_output
+from memdlm.workflows.resuming import differences
 
 WORKER = Path(__file__).parents[1] / "train_worker.py"
 
@@ -154,3 +155,89 @@ def test_the_best_checkpoint_is_kept_and_loaded(folder, tmp_path):
     assert Path(state["best_model_checkpoint"]) == kept
     assert trained(out)[min(trained(out))].equal(trained(kept)[min(trained(kept))])
     assert torch.isfinite(torch.cat([value.flatten() for value in trained(out).values()])).all()
+
+
+def test_options_that_make_another_run_of_it_are_refused_by_name(folder, tmp_path):
+    out = tmp_path / "run"
+    checkpoint = folder / "whole" / "checkpoint-4"
+    refused = start(flags(folder, out, resume=checkpoint, learning_rate=0.02, mem_inner_lr=0.3, logging_steps=1))
+    assert refused.returncode == 2
+    last = refused.stderr.splitlines()[-1]
+    assert "learning_rate was 0.01, now 0.02" in last
+    assert "mem_inner_lr was 0.1, now 0.3" in last
+    assert "--resume_changed" in last
+    assert "logging_steps" not in last
+    assert not (out / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_what_is_logged_and_saved_may_change_and_does(folder, tmp_path):
+    out = tmp_path / "run"
+    checkpoint = folder / "whole" / "checkpoint-4"
+    again = start(flags(folder, out, resume=checkpoint, logging_steps=1, save_steps=3, save_total_limit=1))
+    assert again.returncode == 0, again.stderr
+    expected, found = trained(folder / "whole"), trained(out)
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert [path.name for path in checkpoints_in(out)] == ["checkpoint-8"]
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [2, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.slow
+def test_a_change_that_is_asked_for_is_written_down(folder, tmp_path):
+    out = tmp_path / "run"
+    checkpoint = folder / "whole" / "checkpoint-4"
+    more = {"resume": checkpoint, "resume_changed": True, "learning_rate": 0.02}
+    again = start(flags(folder, out, **more))
+    assert again.returncode == 0, again.stderr
+    assert "resume: learning_rate was 0.01, now 0.02" in again.stderr
+    run = json.loads((out / "run.json").read_text())
+    assert run["changed_on_resume"] == ["learning_rate was 0.01, now 0.02"]
+
+
+@pytest.mark.slow
+def test_data_that_have_changed_are_noticed(folder, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text((folder / "chat.jsonl").read_text())
+    out = tmp_path / "run"
+    first = start(flags(folder, out, dataset_args=chat, max_steps=2))
+    assert first.returncode == 0, first.stderr
+    make_chat(chat, 12, seed=1)
+    refused = start(flags(folder, out, dataset_args=chat, max_steps=2, resume="latest"))
+    assert refused.returncode == 2
+    assert "the data, or the tokenizer they are encoded with, have changed" in refused.stderr.splitlines()[-1]
+
+
+USUAL = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "world_size": 1,
+    "lr_scheduler_type": "cosine",
+    "max_steps": 10,
+    "mem_enabled": False,
+}
+RECUT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "world_size": 2}
+SHARED = {"mem_enabled": True, "mem_per_sample": False, "mem_sync_inner": None, "mem_outer_gradient": "first_order"}
+
+
+@pytest.mark.parametrize(
+    ("both", "now", "names"),
+    [
+        ({}, RECUT, []),
+        ({}, {"world_size": 2}, ["world_size"]),
+        ({"lora_dropout": 0.1}, RECUT, sorted(RECUT)),
+        (SHARED, RECUT, sorted(RECUT)),
+        (SHARED, {"per_device_train_batch_size": 1, "world_size": 2}, []),
+        (SHARED | {"mem_sync_inner": False}, {"gradient_accumulation_steps": 2, "world_size": 2}, []),
+        (SHARED | {"mem_sync_inner": False}, {"per_device_train_batch_size": 1, "world_size": 2}, 2),
+        (SHARED | {"mem_per_sample": True}, RECUT, []),
+        ({}, {"max_steps": 20}, ["max_steps"]),
+        ({"lr_scheduler_type": "constant"}, {"max_steps": 20}, []),
+        ({}, {"save_steps": 7, "report_to": ["wandb"], "eval_strategy": "steps", "dataloader_num_workers": 2}, []),
+        ({}, {"eval_dataset_args": "x", "weight_decay": 0.5}, ["weight_decay"]),
+    ],
+    ids=str,
+)
+def test_which_options_make_another_run(both, now, names):
+    found = [each.split(" was ")[0] for each in differences(USUAL | both, USUAL | both | now)]
+    assert len(found) == names if isinstance(names, int) else found == names

@@ -14,6 +14,7 @@ from memdlm.data.records import SUFFIXES, read_directory, read_file, to_conversa
 from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.errors import DataError
 from memdlm.files import under_base
+from memdlm.hub import look_for
 
 BASE_VARIABLE = "BASE_DATASETS_DIR"
 HELD_OUT, SPLIT_SEED = 0.05, 42
@@ -168,6 +169,7 @@ def _train_first(split: str) -> tuple[bool, str]:
 
 
 def _from_hub(where: str | Path, spec: DatasetSpec, known: HubDataset) -> Splits:
+    look_for(where)
     datasets = importlib.import_module("datasets")
     chosen = spec.selectors.get("name")
     joined: dict[str, list[Any]] = {}

@@ -123,10 +123,10 @@ class MaskedLoss:
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Planner-aware path learning (PAPL, arXiv 2509.23405): the loss counts more where decoding would go next.
+    """Planner-aware path learning (PAPL, arXiv 2509.23405, Eq. 7): the loss counts more where decoding would go next.
 
-    A masked token's cross-entropy counts 1 + weight * share times, where the shares of a row are the softmax of its
-    log-probabilities over `temperature`: 1 in all, without gradient.
+    A masked token's cross-entropy counts 1 + weight * share times (weight is the paper's alpha), where the shares of a
+    row are the softmax of its masked tokens' log-probabilities over `temperature` (tau): 1 in all, without gradient.
     """
 
     weight: float

@@ -5,10 +5,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from memdlm.diffusion.choice import COMMITS
+from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
 from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
 
 CACHES = ("exact", "none", "approximate")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
 
 
@@ -58,7 +60,21 @@ class GenerationConfig:
     )
     right_shift_logits: bool | None = option(False, "The network predicts position i at i - 1.")
     eos_early_stop: bool | None = option(True, "Stop a row once it is known up to its first EOS; the text is the same.")
+    soft_mask: bool | None = option(
+        False, "Soft-masking: masked positions are shown as what was last predicted there; for models trained with it."
+    )
+    soft_mask_top_k: int | None = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1)
+    soft_mask_scale: float | None = option(
+        0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1
+    )
+    soft_mask_steepness: float | None = option(5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0)
+    soft_mask_centre: float | None = option(
+        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", maximum=0
+    )
     cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
+    compile: str | None = option(
+        None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
+    )
     cache_refresh: int | None = option(8, "With the approximate cache: steps until all is recomputed.", minimum=1)
     cache_scope: str | None = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
@@ -76,6 +92,10 @@ class GenerationConfig:
         for is_wrong, message in self._conflicts():
             if is_wrong:
                 raise ConfigError(message)
+
+    def soft(self, mask_token_id: int) -> SoftMask | None:
+        """Return how predictions are fed back; None: not at all."""
+        return soft_mask_of(self, mask_token_id) if self.soft_mask else None
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Options that cannot take effect beside each other."""
@@ -115,6 +135,19 @@ class GenerationConfig:
                 "stochastic_transfer belongs to transfer_schedule 'dllm'; leave one of them out.",
             ),
             (
+                not self.soft_mask and soft_mask_options(self) != soft_mask_options(type(self)),
+                "soft_mask_top_k, soft_mask_scale, soft_mask_steepness and soft_mask_centre have no effect without "
+                "soft_mask=True; add it or leave them out.",
+            ),
+            (
+                bool(self.soft_mask) and self.compile is not None,
+                "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
+            ),
+            (
+                bool(self.soft_mask) and self.cfg_scale != 0,
+                "soft_mask and cfg_scale: which of guidance's two predictions to feed back is not defined; use one.",
+            ),
+            (
                 self.begin_suppress == "forbid" and not self.begin_suppress_tokens,
                 "begin_suppress has no effect without begin_suppress_tokens; name some.",
             ),
@@ -134,12 +167,12 @@ class GenerationConfig:
 
     @classmethod
     def llada21_quality(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for quality."""
+        """LLaDA2.1, as its model card recommends for quality."""
         return cls(**{"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_new_tokens": 512} | changes)
 
     @classmethod
     def llada21_speed(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for speed."""
+        """LLaDA2.1, as its model card recommends for speed: commit early, then edit whatever is predicted otherwise."""
         return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
 
 

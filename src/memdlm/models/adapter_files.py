@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from memdlm.errors import CheckpointError, ConfigError, did_you_mean
+from memdlm.hub import look_for
 from memdlm.models.outer_adapters import Target, adapter_config, attach, check_free, find_targets, slots
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -141,6 +142,7 @@ def with_tokenizer(adapter: str | Path, base: str | None = None, *, token: str |
 def _has(name: str | Path, file: str, token: str | bool | None) -> bool:
     if Path(name).exists():
         return (Path(name) / file).is_file()
+    look_for(name)
     try:
         return (
             cached_file(

@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from memdlm.errors import CheckpointError, did_you_mean
+from memdlm.hub import is_offline, look_for
 from memdlm.models.families import FAMILIES, Family, family_of
 from memdlm.models.published import PublishedConfig, config_class_for, config_class_of_tensors
 
@@ -30,6 +31,10 @@ def published_fields(
     if path is None:
         if optional:
             return None
+        if is_offline(name):
+            raise CheckpointError(
+                f"model: {name!r} is no folder here and not among the cached models, and the hub cannot be asked."
+            )
         raise CheckpointError(f"model: {name!r} has no config.json.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -109,6 +114,7 @@ def tensor_names(name: str, *, revision: str | None = None, token: str | bool | 
 
 def find_file(name: str, file: str, *, revision: str | None, token: str | bool | None) -> Path | None:
     """Return the local path of a file of a folder or hub repository, or None if it is not there."""
+    look_for(name)
     try:
         path = cached_file(name, file, revision=revision, token=token, _raise_exceptions_for_missing_entries=False)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import transformers
 
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS, Planner
 from memdlm.diffusion.schedules import SCHEDULES
+from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
 from memdlm.options import as_flags, from_flags, option, validate
@@ -34,8 +36,26 @@ class DiffusionConfig:
     )
     planner_temperature: float = option(1.0, "PAPL: low, and only the surest masked tokens count more.", above=0)
 
+    soft_mask_prob: float = option(
+        0.0,
+        "Soft-masking: the share of rows that are shown a first pass's predictions in place of [MASK]; 0 is off.",
+        minimum=0,
+        maximum=1,
+    )
+    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1)
+    soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
+    soft_mask_steepness: float = option(5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0)
+    soft_mask_centre: float = option(
+        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", maximum=0
+    )
+
     def __post_init__(self) -> None:
         validate(self)
+        if self.soft_mask_prob == 0 and soft_mask_options(self) != soft_mask_options(type(self)):
+            raise ConfigError(
+                "soft_mask_top_k, soft_mask_scale, soft_mask_steepness and soft_mask_centre have no effect without "
+                "soft_mask_prob; set soft_mask_prob above 0, or leave them out."
+            )
         if self.planner_weight == 0 and self.planner_temperature != 1.0:
             raise ConfigError(
                 f"planner_temperature={self.planner_temperature} has no effect without planner_weight; "
@@ -45,6 +65,10 @@ class DiffusionConfig:
     def planner(self) -> Planner | None:
         """Build the planner's part of the loss; None: the plain loss."""
         return Planner(self.planner_weight, self.planner_temperature) if self.planner_weight > 0 else None
+
+    def soft(self, mask_token_id: int) -> SoftMask | None:
+        """Build what feeds predictions back (soft-masking); None: nothing does."""
+        return soft_mask_of(self, mask_token_id) if self.soft_mask_prob > 0 else None
 
 
 if TYPE_CHECKING:
@@ -59,6 +83,11 @@ if TYPE_CHECKING:
         stratified_times: bool
         planner_weight: float
         planner_temperature: float
+        soft_mask_prob: float
+        soft_mask_top_k: int
+        soft_mask_scale: float
+        soft_mask_steepness: float
+        soft_mask_centre: float
 else:
     _Flags = dataclasses.make_dataclass(
         "_Flags",
@@ -75,8 +104,21 @@ else:
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where figures can go: names of packages, and of the extras that install them."""
+
+
 def _trackers() -> str:
     return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+
+
+def _refuse_missing(trackers: Collection[str]) -> None:
+    for name in TRACKERS:
+        if name in trackers and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"report_to={name!r}, but {name} is not installed. Install it with: pip install 'memdlm[{name}]', or "
+                "choose another of tensorboard, wandb, trackio and none."
+            )
 
 
 @dataclass
@@ -93,6 +135,13 @@ class TrainingArguments(_Flags):
         default_factory=_trackers,
         metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
     )
+    project: str = dataclasses.field(
+        default="memdlm",
+        metadata={"help": "Under which project wandb (unless WANDB_PROJECT is set) and trackio file the run."},
+    )
+    run_name: str | None = dataclasses.field(
+        default=None, metadata={"help": "What they call it; unset: the last part of output_dir."}
+    )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
         metadata={"help": "Must stay off: the collator reads columns that the network does not."},
@@ -106,6 +155,7 @@ class TrainingArguments(_Flags):
             super().__post_init__()
         except (ValueError, ImportError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+        _refuse_missing(self.report_to or ())
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns=True would drop labels; leave it False.")
         if self.label_smoothing_factor:
@@ -114,6 +164,11 @@ class TrainingArguments(_Flags):
             )
         self.diffusion = from_flags(DiffusionConfig, self)
         self.memory = self._memory()
+        if self.memory is not None and self.soft_mask_prob > 0:
+            raise ConfigError(
+                f"soft_mask_prob={self.soft_mask_prob} and mem_enabled=True: soft-masking is a baseline without "
+                "memory; what a write would see in place of [MASK] is not defined. Use one of them."
+            )
 
     def _memory(self) -> MemoryConfig | None:
         if not self.mem_enabled:

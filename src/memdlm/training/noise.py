@@ -17,6 +17,8 @@ TIMES, UNIFORM = "noise_times", "noise_uniform"
 """Batch entries [B] and [B, L]: U[0, 1) draws for the times and for the masks."""
 WRITE = "noise_write"
 """Batch entry: the keys that the memory's draws of each row derive from."""
+SOFT = "noise_soft"
+"""Batch entry [B]: U[0, 1) draws for whether a row is soft-masked."""
 
 GOLDEN = 0.6180339887498949
 """Fractional part of the golden ratio: multiples of it fill [0, 1) evenly at every length."""
@@ -36,6 +38,8 @@ def add_noise(
         batch[TIMES] = torch.cat([torch.rand(1, generator=row) for row in rows])
         width = batch["input_ids"].shape[1]
         batch[UNIFORM] = torch.stack([torch.rand(width, generator=row) for row in rows])
+        soft = [derive(seed, "soft", epoch, sample) for sample in batch[SAMPLE]]
+        batch[SOFT] = torch.cat([torch.rand(1, generator=row) for row in soft])
         batch[WRITE] = tuple(f"{seed}/write/{epoch}/{sample}" for sample in batch[SAMPLE])
     if stratified:
         _stratify(batches, derive(seed, "strata", step), world_size)

@@ -4,19 +4,22 @@ Plain functions on tensors; the Trainer only calls them.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from memdlm.diffusion.losses import MaskedLoss, Planner, masked_loss
-from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions
+from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
 from memdlm.diffusion.schedules import Schedule
+from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
 from memdlm.models.prefix import Prefix
+from memdlm.models.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
@@ -114,6 +117,7 @@ def memory_of(
     pad_token_id: int,
     randomness: Randomness,
     is_alone: bool = False,
+    attention_pattern: AttentionPattern | None = None,
 ) -> Iterator[Written]:
     """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
 
@@ -122,7 +126,9 @@ def memory_of(
     if memory.config.write_source != "response":
         is_prompt = memory.config.write_source == "prompt"
         ids, labels, mask = prompt_only(batch, pad_token_id) if is_prompt else visible_only(batch)
-        with memory.write(ids, labels, mask, randomness, is_alone=is_alone) as written:
+        with memory.write(
+            ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
+        ) as written:
             yield written
     else:
         with memory.write(
@@ -133,6 +139,7 @@ def memory_of(
             anchor=batch.noised,
             is_padding=batch.is_padding,
             is_alone=is_alone,
+            attention_pattern=attention_pattern,
         ) as written:
             yield written
 
@@ -146,14 +153,41 @@ def score(
     right_shift_logits: bool = False,
     prefix: Prefix | None = None,
     planner: Planner | None = None,
+    attention_pattern: AttentionPattern | None = None,
+    soft: SoftMask | None = None,
+    is_soft: Tensor | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
+
+    With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
     """
     denoise = ModelDenoiser(
-        model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
+        model,
+        attention_mask=batch.attention_mask,
+        attention_pattern=attention_pattern,
+        right_shift_logits=right_shift_logits,
+        prefix=prefix,
     )
-    return masked_loss(
-        denoise, batch.clean, batch.noised, batch.is_maskable, schedule=schedule, weighting=weighting, planner=planner
-    )
+    with _softened(model, denoise, batch, soft, is_soft):
+        return masked_loss(
+            denoise,
+            batch.clean,
+            batch.noised,
+            batch.is_maskable,
+            schedule=schedule,
+            weighting=weighting,
+            planner=planner,
+        )
+
+
+def _softened(
+    model: nn.Module, denoise: ModelDenoiser, batch: Batch, soft: SoftMask | None, is_soft: Tensor | None
+) -> AbstractContextManager[None]:
+    if soft is None or is_soft is None:
+        return nullcontext()
+    positions = positions_of(batch.noised.is_masked & is_soft[:, None])
+    if positions.numel() == 0:
+        return nullcontext()
+    return blended_inputs(model, *soft.ask(denoise, batch.noised.ids, positions))

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.masks import AttentionPattern, Windowed
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.learned import LearnedTraining
-from memdlm.training.noise import TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
+from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
 from memdlm.training.saving import SavingTrainer
@@ -27,6 +28,8 @@ from memdlm.training.tracking import Means, Speed, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
 
+ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
+"""What an optimizer step trains with."""
 TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
@@ -35,12 +38,14 @@ class MemDLMTrainer(SavingTrainer):
     """Train a masked diffusion language model, with memory if `args.mem_enabled`.
 
     Logged beside transformers' own figures, all per maskable token: `nll` and `ppl`, the bound without memory, in
-    training and evaluation alike; `nll_memory`, the bound with the memory that training writes. With the published
+    training and evaluation alike; `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on
+    the steps of `mem_batch_mix` that see no further than `mem_batch_reach`). With the published
     `mem_write_source=response` the memory has seen the labels it is scored on: compare models by `nll`, never by
     `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
     same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
     memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
-    `grad_norm` is of the outer gradient alone.
+    `grad_norm` is of the outer gradient alone. With soft-masking, training's own figure is `nll_soft`: rows that see a
+    first pass's predictions are no bound; evaluation's `nll` is, and sees none.
 
     `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when there is
     neither.
@@ -83,12 +88,13 @@ class MemDLMTrainer(SavingTrainer):
                 "compare models by nll, never by nll_memory."
             )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
+        self._soft = args.diffusion.soft(self.mask_token_id)
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
         self._epoch = 0
         self._sampler: EpochSampler | None = None
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(_RunCallback(self))
 
     def _new_memory(self, model: nn.Module) -> ParametricMemory:
         return ParametricMemory(
@@ -206,22 +212,45 @@ class MemDLMTrainer(SavingTrainer):
 
     def _outer_sums(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the weighted nats and the maskable tokens of every row, both [B], with and without memory as told."""
-        mix = 1.0 if self.memory is None else self.memory.config.outer_mix
+        mode, pattern = self._mode()
+        mix = 1.0 if self.memory is None or mode == TEXT else self.memory.config.outer_mix
         sums: Tensor | float = 0.0
         if mix > 0 or self._is_logged_step():
-            with torch.set_grad_enabled(mix > 0):
-                honest = self._score(model if self.memory is None or mix > 0 else self.memory.model, batch)
-            self._means.add_rows("nll", honest.bound, honest.counts, batch.noised.t)
+            with self._without_trace() if mix == 0 else nullcontext():
+                own = model if self.memory is None or mix > 0 else self.memory.model
+                honest = self._score(own, batch, is_soft=self._softens(inputs))
+            name = "nll" if self._soft is None else "nll_soft"
+            self._means.add_rows(name, honest.bound, honest.counts, batch.noised.t)
             sums = mix * honest.sums if mix > 0 else 0.0
             if mix == 1:
                 return honest.sums, honest.counts
         if self.memory is None:
             raise AssertionError("without memory all of the loss is")
         rows = [derive(key) for key in inputs[WRITE]]
-        self._count_write(self._open.enter_context(self._written(batch, rows)))
-        lost = self._score(model, batch, self.memory.prefix)
-        self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
+        self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
+        lost = self._score(model, batch, self.memory.prefix, pattern)
+        self._means.add(
+            "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
+        )
         return sums + (1 - mix) * lost.sums, lost.counts
+
+    def _mode(self) -> tuple[str, AttentionPattern | None]:
+        """Return what this optimizer step trains with (`mem_batch_mix`; alike on all ranks), and who then sees whom."""
+        config = None if self.memory is None else self.memory.config
+        if config is None or config.batch_shares is None or config.batch_reach is None:
+            return BOTH, None
+        alone, text, _ = config.batch_shares
+        drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
+        mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
+        return mode, Windowed(config.batch_reach) if mode == ALONE else None
+
+    @contextmanager
+    def _without_trace(self) -> Iterator[None]:
+        """Keep no graph, and leave the global random state as it is: dropout must not depend on what is logged."""
+        device = self.args.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type="cuda"):
+            yield
 
     def _is_logged_step(self) -> bool:
         if self.args.logging_strategy == "no":
@@ -276,7 +305,18 @@ class MemDLMTrainer(SavingTrainer):
             spare_padding=self._spare_padding,
         )
 
-    def _score(self, model: nn.Module, batch: Batch, prefix: Prefix | None = None) -> Any:
+    def _softens(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        return None if self._soft is None else inputs[SOFT] < self.args.soft_mask_prob
+
+    def _score(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        prefix: Prefix | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        *,
+        is_soft: Tensor | None = None,
+    ) -> Any:
         return score(
             model,
             batch,
@@ -285,12 +325,29 @@ class MemDLMTrainer(SavingTrainer):
             right_shift_logits=self.args.right_shift_logits,
             prefix=prefix,
             planner=self.args.diffusion.planner(),
+            attention_pattern=attention_pattern,
+            soft=self._soft,
+            is_soft=is_soft,
         )
 
-    def _written(self, batch: Batch, randomness: Randomness, *, is_alone: bool = False) -> Any:
+    def _written(
+        self,
+        batch: Batch,
+        randomness: Randomness,
+        attention_pattern: AttentionPattern | None = None,
+        *,
+        is_alone: bool = False,
+    ) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
-        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness, is_alone=is_alone)
+        return memory_of(
+            self.memory,
+            batch,
+            pad_token_id=self.pad_token_id,
+            randomness=randomness,
+            is_alone=is_alone,
+            attention_pattern=attention_pattern,
+        )
 
     # Logging --------------------------------------------------------------------------------------------------
 
@@ -314,11 +371,15 @@ class MemDLMTrainer(SavingTrainer):
         super().log(logs, *args, **kwargs)
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the trainer which epoch begins."""
+class _RunCallback(TrainerCallback):
+    """Tells the trainer which epoch begins, and lets what was told hold after an interruption too."""
 
     def __init__(self, trainer: MemDLMTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log, evaluate and save as often as told now; a checkpoint's state brings its own intervals along."""
+        state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass it on; after an interruption the state's epoch is a fraction further."""

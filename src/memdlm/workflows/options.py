@@ -94,6 +94,9 @@ class RunOptions:
         "never",
         "never: start anew; latest: go on from the newest whole checkpoint in output_dir, if there is one; or a path.",
     )
+    resume_changed: bool = option(
+        False, "Resume although options or data that change the result are not those of the interrupted run."
+    )
     overwrite_output_dir: bool = option(False, "Delete the checkpoints of an earlier run in output_dir.")
     dry_run: bool = option(False, "Print the configuration, sizes and step counts, and stop; no weights are loaded.")
 

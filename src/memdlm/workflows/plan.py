@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
-from memdlm.data.sources import BASE_VARIABLE
+from memdlm.data.sources import BASE_VARIABLE, load_conversations
 from memdlm.data.specs import parse_specs
 from memdlm.errors import CheckpointError, DataError, MemDLMError
 from memdlm.files import under_base
@@ -27,7 +27,7 @@ from memdlm.models.quantisation import linears_of_blocks
 from memdlm.models.readout import MAX_LOGITS
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
-from memdlm.workflows.datasets import load_data
+from memdlm.workflows.datasets import TRAIN, load_data
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
 
@@ -68,7 +68,7 @@ def resolved(plan: RunPlan) -> dict[str, Any]:
     for part in (plan.model, *((plan.lora,) if plan.model.lora else ()), plan.data, plan.run):
         found |= dataclasses.asdict(part)
     arguments = plan.arguments
-    usual = {field.name: _default(field) for field in dataclasses.fields(transformers.TrainingArguments)}
+    usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
     own = {field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)
     for field in dataclasses.fields(TrainingArguments):
         value = getattr(arguments, field.name)
@@ -85,7 +85,8 @@ NOT_OPTIONS = {"accelerator_config", "deepspeed_plugin", "distributed_state", "l
 """Fields that transformers fills in, or changes the form of, itself."""
 
 
-def _default(field: "dataclasses.Field[Any]") -> Any:
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """Return the default of a dataclass's field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -180,7 +181,7 @@ def describe_plan(plan: RunPlan, display: Display) -> str:
     except CheckpointError as error:
         if not _is_on_the_hub(plan.model.path):
             raise
-        lines.append(f"# model, and with it steps: unknown here ({_one_line(error)})")
+        lines += [f"# model: unknown here ({_one_line(error)})", *_about_steps_without_model(plan)]
     else:
         lines += [*_about_model(plan, model), *_about_steps(plan, display)]
     return "\n".join(lines)
@@ -208,14 +209,33 @@ def _about_steps(plan: RunPlan, display: Display) -> list[str]:
     try:
         data = load_data(plan.data, tokenizer, evaluates=plan.arguments.eval_strategy != "no", display=display)
     except DataError as error:
-        parts = parse_specs(plan.data.dataset_args)
-        if not any(_is_on_the_hub(str(under_base(part.name, BASE_VARIABLE))) for part in parts):
-            raise
-        steps = plan.arguments.max_steps
-        return [f"# steps: {steps if steps > 0 else 'unknown here'} ({_one_line(error)})"]
+        return _unknown_steps(plan, error)
     counts = [f"{split:<19} {dataclasses.asdict(found)}" for split, found in data.counts.items()]
     steps = step_counts(plan.arguments, len(data.train))
     return ["# steps", *(f"{name:<19} {value:,}" for name, value in steps.items()), *counts]
+
+
+def _about_steps_without_model(plan: RunPlan) -> list[str]:
+    """Say how many conversations there are: how many of them fit, only the tokenizer knows."""
+    if plan.data.load_preprocessed_data:
+        return ["# steps: unknown here (whose tokenizer preprocessed data were made with cannot be checked)"]
+    try:
+        splits = load_conversations(plan.data.dataset_args)
+    except DataError as error:
+        return _unknown_steps(plan, error)
+    steps = step_counts(plan.arguments, len(splits[TRAIN])) if TRAIN in splits else {}
+    found = [f"{split:<19} {len(conversations):,} conversations" for split, conversations in splits.items()]
+    counts = [f"{name:<19} {value:,}" for name, value in steps.items()]
+    return ["# steps, at most (which conversations fit, only the tokenizer knows)", *counts, *found]
+
+
+def _unknown_steps(plan: RunPlan, error: DataError) -> list[str]:
+    """Say that data on the hub could not be counted; raises `error` if they are somewhere else."""
+    parts = parse_specs(plan.data.dataset_args)
+    if not any(_is_on_the_hub(str(under_base(part.name, BASE_VARIABLE))) for part in parts):
+        raise error
+    steps = plan.arguments.max_steps
+    return [f"# steps: {steps if steps > 0 else 'unknown here'} ({_one_line(error)})"]
 
 
 def _is_on_the_hub(name: str) -> bool:

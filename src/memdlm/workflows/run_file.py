@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,25 @@ from memdlm import __version__
 from memdlm.files import replace_files
 from memdlm.workflows.datasets import RunData
 from memdlm.workflows.plan import RunPlan, resolved
+from memdlm.workflows.resuming import RUN_FILE, earlier_run
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed")
 
 
-def write_run_file(plan: RunPlan, data: RunData, checkpoint: Path | None) -> None:
-    """Write options, versions, seeds, commit and data of a run into its output folder."""
+def write_run_file(plan: RunPlan, data: RunData, checkpoint: Path | None, changed: Sequence[str] = ()) -> None:
+    """Write options, versions, seeds, commit and data of a run into its output folder.
+
+    `changed` says how the run differs from the one that wrote `checkpoint`; what the latter had changed stays listed.
+    """
     arguments = plan.arguments
+    earlier = None if checkpoint is None else earlier_run(checkpoint)
     facts = {
         "memdlm": __version__,
         "commit": source_commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "resumed_from": None if checkpoint is None else str(checkpoint),
+        "changed_on_resume": [*(earlier or {}).get("changed_on_resume", ()), *changed],
         "seed": arguments.seed,
         "data_seed": arguments.data_seed,
         "options": resolved(plan),
@@ -42,7 +49,7 @@ def write_run_file(plan: RunPlan, data: RunData, checkpoint: Path | None) -> Non
             "manifest": data.manifest,
         },
     }
-    replace_files({Path(arguments.output_dir) / "run.json": (json.dumps(facts, indent=2) + "\n").encode()})
+    replace_files({Path(arguments.output_dir) / RUN_FILE: (json.dumps(facts, indent=2) + "\n").encode()})
 
 
 def source_commit() -> dict[str, Any] | None:

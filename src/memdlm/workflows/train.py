@@ -1,5 +1,6 @@
 """A training run from files: load, encode, train, save."""
 
+import os
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
 from memdlm.workflows.plan import RunPlan
+from memdlm.workflows.resuming import check_same_data, check_same_run
 from memdlm.workflows.run_file import write_run_file
 
 
@@ -31,20 +33,25 @@ def run_training(
 ) -> Path:
     """Train as told and leave the final weights and tokenizer in `arguments.output_dir`, which is returned.
 
-    Everything that can be wrong with the data is found before the first step. Raises DataError, ConfigError or
-    CheckpointError.
+    Everything that can be wrong with the data, or with going on from a checkpoint, is found before the first step.
+    Raises DataError, ConfigError or CheckpointError.
     """
     lora = LoRAOptions() if lora_options is None else lora_options
     display = Display() if display is None else display
     run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
+    name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
     checkpoint = start_of(run, arguments, out)
+    plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
+    changed = [] if checkpoint is None else check_same_run(plan, checkpoint, display)
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
     for split, counts in data.counts.items():
         display.say(f"{split}: {describe(counts)}")
+    if checkpoint is not None:
+        changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
         make_model(model_options, lora, arguments.seed),
         arguments,
@@ -54,8 +61,7 @@ def run_training(
         processing_class=tokenizer,
     )
     if arguments.should_save:
-        plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
-        write_run_file(plan, data, checkpoint)
+        write_run_file(plan, data, checkpoint, changed)
     if checkpoint is not None:
         display.say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -63,6 +69,14 @@ def run_training(
     # The log, which `memdlm report` reads, also where no checkpoint was wanted.
     trainer.save_state()
     return out
+
+
+def name_for_trackers(arguments: TrainingArguments) -> None:
+    """Say under which project and name a run is filed, where it is not said yet."""
+    arguments.run_name = arguments.run_name or Path(arguments.output_dir).absolute().name
+    if "wandb" in (arguments.report_to or ()):
+        # transformers reads wandb's project from the environment alone.
+        os.environ.setdefault("WANDB_PROJECT", arguments.project)
 
 
 def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:

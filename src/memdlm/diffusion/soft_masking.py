@@ -1,0 +1,82 @@
+"""Soft-masking ("Soft-Masked Diffusion Language Models", Hersche et al., arXiv 2510.17206): feedback for masks.
+
+A position that stays masked is shown to the next pass as a mix of the mask token's embedding and those of the tokens
+that the last pass found likely, instead of as [MASK] alone. With p the last prediction and H its entropy in nats:
+
+    input = (1 - lambda) e(mask) + lambda sum over the k likeliest tokens of p_i / (their sum) e(i)
+    lambda = scale * sigmoid(steepness * (-H(p) - centre))
+
+As in the self-conditioning of Chen et al. (Analog Bits, arXiv 2208.04202), a part of the training rows goes through a
+first pass without gradient whose prediction is then fed back, so that the network learns to read it. The paper learns
+scale, steepness and centre; here they are options, with the values of its authors' example configuration as defaults.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from memdlm.types import Denoise, Ids, Logits, Positions, Project
+
+
+class Feedback(NamedTuple):
+    """What N masked positions are shown as."""
+
+    positions: Positions
+    tokens: Tensor
+    """[N, k] int64, the likeliest tokens."""
+    weights: Tensor
+    """[N, k], their probabilities, 1 in all."""
+    share: Tensor
+    """[N] lambda: how much of the input they are; the rest is the mask token's."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SoftMask:
+    """How a prediction becomes feedback; also the `Readout` that keeps no more of the logits than that."""
+
+    mask_token_id: int
+    top_k: int
+    scale: float
+    steepness: float
+    centre: float
+
+    def __call__(self, features: Tensor, chosen: slice, project: Project) -> Tensor:
+        """Return [n, 2k + 1]: tokens, weights and share, in one tensor of floats."""
+        found = self.feedback(project(features), torch.arange(chosen.start, chosen.stop))
+        return torch.cat((found.tokens.to(found.weights.dtype), found.weights, found.share[:, None]), dim=1)
+
+    def feedback(self, logits: Logits, positions: Positions) -> Feedback:
+        """Return the feedback of predictions `logits` [N, V] at `positions` [N]; the mask token is never a part of it.
+
+        In float32 at least: token numbers must come through `__call__` unharmed.
+        """
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = wide.index_fill(-1, torch.tensor(self.mask_token_id, device=wide.device), float("-inf"))
+        logs = wide.log_softmax(-1)
+        entropy = torch.special.entr(logs.exp()).sum(-1)
+        likeliest = logs.topk(self.top_k, dim=-1)
+        share = self.scale * torch.sigmoid(self.steepness * (-entropy - self.centre))
+        return Feedback(positions, likeliest.indices, likeliest.values.softmax(-1), share)
+
+    @torch.no_grad()
+    def ask(self, denoise: Denoise, ids: Ids, positions: Positions) -> Feedback:
+        """Return the feedback of a first pass over `ids`, without gradient."""
+        found = denoise.read(ids, positions, self)
+        tokens, weights, share = found.split((self.top_k, self.top_k, 1), dim=1)
+        return Feedback(positions, tokens.long(), weights, share.squeeze(1))
+
+
+_OPTIONS = ("top_k", "scale", "steepness", "centre")
+
+
+def soft_mask_options(config: Any) -> list[Any]:
+    """Return the values of `config`'s soft_mask_* options (or, of a configuration class, their defaults)."""
+    return [getattr(config, f"soft_mask_{name}") for name in _OPTIONS]
+
+
+def soft_mask_of(config: Any, mask_token_id: int) -> SoftMask:
+    """Build a `SoftMask` from `config`'s soft_mask_* options."""
+    return SoftMask(mask_token_id=mask_token_id, **dict(zip(_OPTIONS, soft_mask_options(config), strict=True)))
