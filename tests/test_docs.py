@@ -35,7 +35,11 @@ STANDS_FOR = {
     "MEMDLM": f"{DEMO}/memdlm-seed0",
     "ADAPTER": "runs/lora",
     "RUN": "runs/lora",
+    "ANOTHER_RUN": "runs/whole",
+    "runs/ruler": "runs/lora",
+    "runs/babilong_2k": "runs/whole",
     "held_out.jsonl": "chat.jsonl",
+    "tatsu-lab/alpaca[train:5000]": "tatsu-lab/alpaca[train:20]",
     "cuda": "cpu",
 }
 """Placeholders of the documentation -> what the test puts there, all made by `workshop`.
@@ -45,7 +49,6 @@ Published names stay what they are: BASE_MODELS_DIR and BASE_DATASETS_DIR point 
 SMALLER = {
     "preprocess": ["--num_proc", "1"],
     "train": ["--max_steps", "1", "--report_to", "none", "--disable_tqdm", "True"],
-    "train --resume": ["--max_steps", "2", "--report_to", "none", "--disable_tqdm", "True"],
     "exposure-bias": ["--steps", "2", "--num_samples", "2"],
     "eval": ["--limit", "1", "--metadata", '{"max_seq_lengths": [160], "num_samples": 1}'],
 }
@@ -88,8 +91,9 @@ def workshop(tmp_path_factory):
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train = f"train --model {DEMO}/memdlm-seed0 --dataset_args chat.jsonl --lora True --output_dir runs/lora --bf16 False"
-        assert main([*train.split(), *SMALLER["train"]]) == 0
+        train = ["train", "--model", f"{DEMO}/memdlm-seed0", "--dataset_args", "chat.jsonl", *SMALLER["train"]]
+        assert main([*train, "--output_dir", "runs/whole"]) == 0
+        assert main([*train, "--output_dir", "runs/lora", "--lora", "True"]) == 0
     return folder
 
 
@@ -132,8 +136,7 @@ def words_of(line):
 
 def run(words):
     """Run one `memdlm` command in this process."""
-    key = "train --resume" if words[0] == "train" and "--resume" in words else words[0]
-    assert main([*words, *SMALLER.get(key, [])]) == 0, shlex.join(words)
+    assert main([*words, *SMALLER.get(words[0], [])]) == 0, shlex.join(words)
 
 
 def known_target(words):
@@ -158,13 +161,11 @@ def known_flags(words):
 
 def planned(words):
     """The run that a launcher would start, up to the loading of weights; and the launcher's own arguments."""
-    at = words.index("train")
     if words[0] == "sbatch":
-        assert (
-            subprocess.run(["bash", "-n", ROOT / next(word for word in words if word.endswith(".sh"))]).returncode == 0
-        )
         at = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+        assert subprocess.run(["bash", "-n", ROOT / words[at]]).returncode == 0
     else:
+        at = words.index("train")
         parser = importlib.import_module("accelerate.commands.launch").launch_command_parser()
         launched = parser.parse_args(words[2:])
         assert (launched.training_script, launched.module) == ("memdlm", True)
