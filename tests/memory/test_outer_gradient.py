@@ -83,6 +83,7 @@ def test_the_exact_gradient_is_that_of_finite_differences(family, steps):
         {"inner_adapter_type": "full"},
         {"per_sample": False},
         {"inner_layer_fraction": 1.0, "inner_dropout": 0.3},
+        {"inner_grad_clip": 0.05, "inner_clip_scope": "global"},
         {"inner_grad_clip": 0.05, "num_inner_epochs": 2, "num_inner_steps": 1},
         {"learn_start": False, "learn_lr": False},
     ],
