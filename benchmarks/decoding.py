@@ -1,13 +1,14 @@
 """Decoding against the plain loop that recomputes everything, on the same random weights, in one process.
 
     python benchmarks/decoding.py [--families llada2 lladamoe] [--prompts 2048] [--batches 1] [--new 64] [--rounds 3]
-                                  [--memory] [--cache approximate] [--output benchmarks/results/decoding.json]
+                                  [--memory] [--cache approximate] [--compile default] [--prompt_cache]
+                                  [--output benchmarks/results/decoding.json]
 
 Medium models (hidden 512, 10 layers, vocabulary 32768), on the CPU in one thread; both ways take turns. The ratio of
 the medians is what counts; times are of the CPU, so that other programs do not count. The plain loop is the published
 one: the whole canvas (LLaDA2.x: up to the block's end) through the network at every step, every position projected
 onto the vocabulary, rows one after the other. It must give the same tokens, or the run stops; the approximate cache
-need not, and its agreement is reported.
+need not, and its agreement is reported. With --prompt_cache ours has decoded the same prompts without memory before.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.inference import GenerationConfig, generate
+from memdlm.inference import GenerationConfig, PromptCache, generate
+from memdlm.inference.config import COMPILE_MODES
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model
 from memdlm.randomness import derive
@@ -105,8 +107,13 @@ def measure(family: str, prompt: int, batch: int, options: argparse.Namespace) -
     model = build_model(MODELS[family](), seed=0).eval()
     tokenizer = build_word_tokenizer(f"w{index:05}" for index in range(V - 5))
     rows = list(torch.randint(5, V, (batch, prompt), generator=derive("benchmark", prompt, batch)))
-    config = GenerationConfig(max_new_tokens=options.new, eos_early_stop=False, cache=options.cache)
+    config = GenerationConfig(
+        max_new_tokens=options.new, eos_early_stop=False, cache=options.cache, compile=options.compile
+    )
     memory = ParametricMemory(model, MemoryConfig(), mask_token_id=tokenizer.mask_token_id) if options.memory else None
+    known = PromptCache(model, memory) if options.prompt_cache else None
+    if options.prompt_cache or options.compile:
+        generate(model, tokenizer, rows, config, prompt_cache=known)
     plain = Plain(model, tokenizer.mask_token_id)
     loop = plain.blocks if family == "llada2" else plain.whole
 
@@ -125,7 +132,7 @@ def measure(family: str, prompt: int, batch: int, options: argparse.Namespace) -
         plain.passes = plain.positions = 0
         seconds, expected = timed(theirs)
         times["plain"].append(seconds)
-        seconds, result = timed(lambda: generate(model, tokenizer, rows, config, memory=memory))
+        seconds, result = timed(lambda: generate(model, tokenizer, rows, config, memory=memory, prompt_cache=known))
         times["ours"].append(seconds)
     responses = [(a[prompt:], b[prompt:]) for a, b in zip(result.sequences, expected, strict=True)]
     agreement = statistics.mean((a == b[: len(a)]).float().mean().item() for a, b in responses)
@@ -142,11 +149,14 @@ def measure(family: str, prompt: int, batch: int, options: argparse.Namespace) -
         "new_tokens": options.new,
         "memory": options.memory,
         "cache": options.cache,
+        "compile": options.compile,
+        "prompt_cache": options.prompt_cache,
         "cpu_seconds": times,
         "tokens_per_second": {name: tokens / seconds for name, seconds in median.items()},
         "time_ratio": median["plain"] / median["ours"],
         "forward_passes": {"plain": plain.passes, "ours": result.num_forward_passes},
         "token_positions": {"plain": plain.positions, "ours": result.num_token_positions},
+        "reused_positions": result.num_reused_positions,
         "position_ratio": plain.positions / result.num_token_positions,
         "token_agreement": agreement,
     }
@@ -167,6 +177,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--cache", default="exact", choices=("exact", "none", "approximate"))
+    parser.add_argument("--compile", default=None, choices=COMPILE_MODES)
+    parser.add_argument("--prompt_cache", action="store_true")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -11,6 +11,7 @@ import pytest
 
 from memdlm.errors import DataError
 from memdlm.evaluation.report import summary_rows, write_report
+from memdlm.evaluation.report_recall import TITLE
 
 LENGTHS = (32, 64, 128)
 FILES = {"report.json", "accuracy_by_length.png", "training_curves.png", "exposure_bias.png", "report.html"}
@@ -106,6 +107,34 @@ def fake_report():
     }
 
 
+def fake_panel():
+    def model(name, seed):
+        row = {"model": name, "seed": seed, "parameters": 5, "steps": 2, "seconds": 1.5, "config": {}}
+        with_memory = [] if name == "MDLM" else [2.0, 0.25]
+        row["curve"] = {"step": [1, 2], "loss": [2.0, 1.5], "nll": [2.0, 6.5], "nll_memory": with_memory}
+        if name == "ours":
+            words = ["fact", "k1", "<v2>"]
+            row["written"] = {
+                "words": words, "before": [1.0, 3.0, 8.0], "after": [1.0, 2.0, 0.5], "is_value": [False, False, True],
+            }  # fmt: skip
+        return row
+
+    return {
+        "task": {**fake_report()["task"], "name": "from memory", "lengths": [32]},
+        "floor": 1.59,
+        "leak": ["MDLM", "published"],
+        "seeds": [0, 1],
+        "models": [model(name, seed) for name in ("MDLM", "published", "ours") for seed in (0, 1)],
+        "accuracy": [
+            {"model": name, "seed": seed, "memory": memory, "length": 32, "accuracy": value, "questions": 40}
+            for name, values in (("MDLM", (0.05, 0.025)), ("ours", (0.95, 0.25)))
+            for seed, value in enumerate(values)
+            for memory in (False, True)
+        ],
+        "exposure_bias": [],
+    }
+
+
 def text_of(folder):
     """The page's words: no style, no tags, single spaces."""
     page = re.sub(r"<style>.*?</style>", "", (folder / "report.html").read_text(), flags=re.S)
@@ -163,6 +192,40 @@ def test_the_sections_come_in_order(written):
         "Accuracy by length", "Training", "Exposure bias", "Cost", "Configuration", "How to reproduce",
     ]  # fmt: skip
     assert page.count("<img ") == 5
+
+
+def test_the_panel_of_recall_comes_first_with_every_seed(written, tmp_path):
+    paths = write_report({**fake_report(), "recall": fake_panel()}, tmp_path)
+    assert {path.name for path in paths} == FILES | {"recall_by_length.png", "recall_losses.png"}
+    page, words = (tmp_path / "report.html").read_text(), text_of(tmp_path)
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == [TITLE, *re.findall(r"<h2>(.*?)</h2>", (written[0] / "report.html").read_text())]
+    assert "ours off 60.0 +- 35.0 95.0, 25.0" in words, "failures are in the table, seed by seed"
+    assert page.count('class="words"') == 2
+    assert page.count("<details open>") == 1
+    assert "the values of the facts, 8.00 before, 0.50 after; the other words: 2.00 before, 1.50 after" in words
+    assert "&lt;v2&gt;" in page
+    assert "1.59 nats per token, is the least" in words
+
+
+def test_an_empty_panel_says_so(tmp_path):
+    panel = {**fake_panel(), "models": [], "accuracy": []}
+    write_report({**fake_report(), "recall": panel}, tmp_path)
+    assert text_of(tmp_path).count("not measured: interrupted") == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("floor", "low", r"report\.recall\.floor must be a number"),
+        ("accuracy", [3], r"report\.recall\.accuracy\[0\] must be an object"),
+        ("models", [{**fake_panel()["models"][4], "written": {"words": ["a"]}}], r"written\.\w+ is missing"),
+        ("models", [fake_panel()["models"][0]] * 2, r"recall\.models\[1\] repeats report\.recall\.models\[0\]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_panel_names_its_field(key, value, match, tmp_path):
+    with pytest.raises(DataError, match=match):
+        write_report({**fake_report(), "recall": {**fake_panel(), key: value}}, tmp_path)
 
 
 def test_the_page_needs_no_other_file(written):

@@ -10,12 +10,16 @@ import torch
 from rich.console import Console
 
 import memdlm.workflows.demo as demo
+import memdlm.workflows.demo_recall as panel
 from memdlm.data import KeyValueRecall
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation import recall
+from memdlm.memory import ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.workflows.demo import ARMS, DemoPlan, checkpoint_name, plan_for, run_demo
+from memdlm.workflows.demo_recall import panel_checkpoint
 from memdlm.workflows.display import Display
+from memdlm.workflows.recall_study import MAIN, OURS, RecallPlan
 
 PLAN = DemoPlan(
     seeds=(0, 1),
@@ -27,8 +31,19 @@ PLAN = DemoPlan(
     batch_size=4,
     num_evals=2,
     answer_steps=2,
+    recall=RecallPlan(
+        task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True),
+        train_length=8,
+        times=(1, 2),
+        num_train=16,
+        num_eval=4,
+        steps=3,
+        batch_size=4,
+        rank=2,
+    ),
 )
-FILES = {"report.json", "report.html", "accuracy_by_length.png", "training_curves.png", "exposure_bias.png"}
+FIGURES = ("accuracy_by_length", "training_curves", "exposure_bias", "recall_by_length", "recall_losses")
+FILES = {"report.json", "report.html", *(f"{name}.png" for name in FIGURES)}
 
 
 def quiet():
@@ -39,7 +54,7 @@ def figures(report):
     """Everything but times."""
     found = json.loads(json.dumps(report))
     found.pop("seconds")
-    for model in found["models"]:
+    for model in [*found["models"], *found["recall"]["models"]]:
         model.pop("seconds")
     return found
 
@@ -60,6 +75,25 @@ def test_everything_is_left_in_the_folder(finished):
     assert len(cells) == len(report["accuracy"]) == 2 * len(rows) * len(PLAN.lengths)
     assert len(report["exposure_bias"]) == 2 * len(rows)
     assert report["seconds"]["total"] > 0
+    panel = report["recall"]
+    rows = [(row["model"], row["seed"]) for row in panel["models"]]
+    assert rows == [(arm, seed) for seed in PLAN.seeds for arm in MAIN], "every seed is shown"
+    cells = {(row["model"], row["seed"], row["memory"], row["length"]) for row in panel["accuracy"]}
+    assert len(cells) == len(panel["accuracy"]) == 2 * len(rows) * len(PLAN.recall.times)
+    assert [row["model"] for row in panel["models"] if "written" in row] == [OURS, OURS]
+
+
+def test_the_panels_checkpoint_loads_with_the_memory_it_learned(finished):
+    out, report = finished
+    folder = out / "checkpoints" / panel_checkpoint(OURS, 0)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    plan, length = PLAN.recall, PLAN.recall.train_length
+    samples = plan.task.records(plan.num_eval, length, seed="recall test")
+    memory = ParametricMemory(model, mask_token_id=tokenizer.mask_token_id)
+    assert memory.learned is not None
+    found = recall(model, tokenizer, samples, steps=plan.task.num_questions, seed=0, memory=memory).accuracy
+    keys = {"model": OURS, "seed": 0, "memory": True, "length": length}
+    assert found == next(row for row in report["recall"]["accuracy"] if keys.items() <= row.items())["accuracy"]
 
 
 def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
@@ -116,6 +150,23 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch):
     assert load_model(tmp_path / "checkpoints" / "mdlm-seed0") is not None
 
 
+def test_an_interrupt_in_the_first_panel_leaves_what_is_finished(tmp_path, monkeypatch):
+    real, calls = panel.train_arm, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(panel, "train_arm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["model"] for row in report["recall"]["models"]] == ["MDLM", "published"]
+    assert report["models"] == []
+
+
 def test_an_interrupt_does_not_replace_an_earlier_report(tmp_path, monkeypatch):
     (tmp_path / "report.json").write_text("earlier")
     interrupt_second_model(monkeypatch)
@@ -152,3 +203,5 @@ def test_the_quick_demo_is_reproducible_and_learns_something(tmp_path):
     for row in first["accuracy"]:
         if row["length"] == plan.train_length:
             assert row["accuracy"] > 3 * plan.task.chance
+    found = {row["memory"]: row["accuracy"] for row in first["recall"]["accuracy"] if row["model"] == OURS}
+    assert found[True] > found[False]

@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from memdlm.cli.parsing import Parser
-from memdlm.evaluation.report import summary_rows
+from memdlm.evaluation.report_data import accuracy_rows
 from memdlm.workflows.demo import plan_for, run_demo
 from memdlm.workflows.display import Display
 
@@ -27,17 +27,18 @@ def main(argv: Sequence[str]) -> int:
     display = Display()
     report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip())
     console = Console()
-    console.print(_table(report))
+    console.print(_table(report["recall"], "Facts out of attention's reach: accuracy in percent"))
+    console.print(_table(report, "Open book: accuracy in percent"))
     print(f"The whole report: {out / 'report.html'}")
     return 0
 
 
-def _table(report: dict) -> Table:
-    task = report["task"]
-    table = Table(title=f"Accuracy in percent, mean over seeds (chance {100 * task['chance']:.1f})")
+def _table(part: dict, title: str) -> Table:
+    task = part["task"]
+    table = Table(title=f"{title}, mean over seeds (chance {100 * task['chance']:.1f})")
     table.add_column("model")
     table.add_column("memory")
-    rows = summary_rows(report)
+    rows = accuracy_rows(part)
     for cell in rows[0]["cells"]:
         table.add_column(f"{cell['length']} words", justify="right")
     for row in rows:

@@ -1,4 +1,4 @@
-"""The report of a demo: numbers as JSON, three figures, and one HTML page to look at and pass on."""
+"""The report of a demo: numbers as JSON, figures, and one HTML page to look at and pass on."""
 
 import json
 from collections.abc import Mapping
@@ -8,14 +8,16 @@ from typing import Any
 from memdlm.evaluation.report_data import check_report, summary_rows
 from memdlm.evaluation.report_figures import BIAS_PANELS, accuracy_by_length, png, training_curves
 from memdlm.evaluation.report_page import page
+from memdlm.evaluation.report_recall import training_losses
 from memdlm.files import replace_files
 
 __all__ = ["summary_rows", "write_report"]
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.json, three PNGs and report.html into `folder` and return their paths.
+    """Write report.json, report.html and the figures as PNGs into `folder` and return their paths.
 
+    There are three figures, and two more where the report has a part `recall`.
     Lists of the report may be empty: what they would show is then said to be missing. Everything is made
     before the first file is touched, and every file is replaced whole, so that a failure leaves an earlier
     report as it was. The same report gives the same bytes.
@@ -27,8 +29,16 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
         "accuracy_by_length.png": png([("Accuracy by length (dots: single seeds)", accuracy_by_length)], data),
         "training_curves.png": png([("Evaluation loss (thin: single seeds)", training_curves)], data),
         "exposure_bias.png": png(bias, data, size=(11.5, 3.7)),
-        "report.html": page(data).encode(),
     }
+    if "recall" in data:
+        part = data["recall"]
+        contents |= {
+            "recall_by_length.png": png(
+                [("Accuracy from memory alone (dots: single seeds)", accuracy_by_length)], part
+            ),
+            "recall_losses.png": png([("Training loss (thin: single seeds)", training_losses)], part),
+        }
+    contents["report.html"] = page(data).encode()
     paths = [folder / name for name in contents]
     replace_files(dict(zip(paths, contents.values(), strict=True)))
     return paths

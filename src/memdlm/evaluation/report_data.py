@@ -17,6 +17,38 @@ Report: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]
 
 _ANY_OTHER_KEY = "*"
+_TASK: dict[str, Any] = {
+    "name": str,
+    "description": str,
+    "chance": float,
+    "train_length": int,
+    "lengths": [int],
+    "num_questions": int,
+}
+_ACCURACY: list[dict[str, Any]] = [
+    {"model": str, "seed": int, "memory": bool, "length": int, "accuracy": float, "questions": int}
+]
+_RECALL: dict[str, Any] = {
+    "task": _TASK,
+    "floor": float,
+    "leak": [str],
+    "seeds": [int],
+    "models": [
+        {
+            "model": str,
+            "seed": int,
+            "parameters": int,
+            "steps": int,
+            "seconds": float,
+            "config": {},
+            "curve": {"step": [int], "loss": [float], "nll": [float], "nll_memory": [float]},
+        }
+    ],
+    "accuracy": _ACCURACY,
+    "exposure_bias": [],
+}
+"""The part that `memdlm demo` measures first: recall from memory alone. Reports of earlier versions have none."""
+_WRITTEN: dict[str, Any] = {"words": [str], "before": [float], "after": [float], "is_value": [bool]}
 _PARALLEL_BIAS = ("static", "sequential", "matched")
 _SHAPE: dict[str, Any] = {
     "title": str,
@@ -28,14 +60,7 @@ _SHAPE: dict[str, Any] = {
     "notes": [str],
     "machine": {"cores": int, "torch": str, "python": str},
     "seconds": {"total": float, _ANY_OTHER_KEY: float},
-    "task": {
-        "name": str,
-        "description": str,
-        "chance": float,
-        "train_length": int,
-        "lengths": [int],
-        "num_questions": int,
-    },
+    "task": _TASK,
     "models": [
         {
             "model": str,
@@ -53,7 +78,7 @@ _SHAPE: dict[str, Any] = {
             },
         }
     ],
-    "accuracy": [{"model": str, "seed": int, "memory": bool, "length": int, "accuracy": float, "questions": int}],
+    "accuracy": _ACCURACY,
     "exposure_bias": [
         {
             "model": str,
@@ -76,13 +101,9 @@ def check_report(report: Report) -> Row:
     """
     data: Row = _plain(report, "report")
     _match(data, _SHAPE, "report")
-    _in_range(data["task"]["chance"], "report.task.chance", most=1)
-    _in_range(data["task"]["train_length"], "report.task.train_length", least=1)
-    for index, length in enumerate(data["task"]["lengths"]):
-        _in_range(length, f"report.task.lengths[{index}]", least=1)
-    for index, row in enumerate(data["accuracy"]):
-        _in_range(row["accuracy"], f"report.accuracy[{index}].accuracy", most=1)
-        _in_range(row["length"], f"report.accuracy[{index}].length", least=1)
+    _check_accuracy(data, "report")
+    if "recall" in data:
+        _check_recall(data["recall"], "report.recall")
     for index, row in enumerate(data["models"]):
         curve, field = row["curve"], f"report.models[{index}].curve"
         _same_length(curve, "step", ("loss",), field)
@@ -91,9 +112,32 @@ def check_report(report: Report) -> Row:
     for index, row in enumerate(data["exposure_bias"]):
         _same_length(row, "step", _PARALLEL_BIAS, f"report.exposure_bias[{index}]")
     _once_each(data, "models", ("model", "seed"))
-    _once_each(data, "accuracy", ("model", "seed", "memory", "length"))
     _once_each(data, "exposure_bias", ("model", "seed", "memory"))
     return data
+
+
+def _check_accuracy(data: Row, field: str) -> None:
+    _in_range(data["task"]["chance"], f"{field}.task.chance", most=1)
+    _in_range(data["task"]["train_length"], f"{field}.task.train_length", least=1)
+    for index, length in enumerate(data["task"]["lengths"]):
+        _in_range(length, f"{field}.task.lengths[{index}]", least=1)
+    for index, row in enumerate(data["accuracy"]):
+        _in_range(row["accuracy"], f"{field}.accuracy[{index}].accuracy", most=1)
+        _in_range(row["length"], f"{field}.accuracy[{index}].length", least=1)
+    _once_each(data, "accuracy", ("model", "seed", "memory", "length"), field)
+
+
+def _check_recall(data: Row, field: str) -> None:
+    _match(data, _RECALL, field)
+    _check_accuracy(data, field)
+    for index, row in enumerate(data["models"]):
+        curve, inner = row["curve"], f"{field}.models[{index}]"
+        with_memory = ("nll_memory",) if curve["nll_memory"] else ()
+        _same_length(curve, "step", ("loss", "nll", *with_memory), f"{inner}.curve")
+        if "written" in row:
+            _match(row["written"], _WRITTEN, f"{inner}.written")
+            _same_length(row["written"], "words", ("before", "after", "is_value"), f"{inner}.written")
+    _once_each(data, "models", ("model", "seed"), field)
 
 
 def _plain(value: Any, field: str) -> Any:
@@ -147,13 +191,13 @@ def _same_length(row: Row, steps: str, others: Iterable[str], field: str) -> Non
             )
 
 
-def _once_each(data: Row, name: str, keys: tuple[str, ...]) -> None:
+def _once_each(data: Row, name: str, keys: tuple[str, ...], field: str = "report") -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for index, row in enumerate(data[name]):
         first = seen.setdefault(tuple(row[key] for key in keys), index)
         if first != index:
             same = ", ".join(f"{key} {row[key]!r}" for key in keys)
-            raise DataError(f"report.{name}[{index}] repeats report.{name}[{first}]: {same}.")
+            raise DataError(f"{field}.{name}[{index}] repeats {field}.{name}[{first}]: {same}.")
 
 
 def model_names(data: Report) -> list[str]:
@@ -293,7 +337,8 @@ class Series:
         return [(x, statistics.fmean(table[x] for table in tables)) for x in shared]
 
 
-def _series(data: Report, rows: Iterable[tuple[str, bool, Iterable[tuple[float, float | None]]]]) -> list[Series]:
+def series_of(data: Report, rows: Iterable[tuple[str, bool, Iterable[tuple[float, float | None]]]]) -> list[Series]:
+    """Group (model, memory, points) rows, one per seed, into lines; models in the order of the report."""
     found: dict[tuple[str, bool], list[tuple[tuple[float, float], ...]]] = {}
     for model, memory, points in rows:
         curve = tuple((x, y) for x, y in points if y is not None)
@@ -306,7 +351,7 @@ def _series(data: Report, rows: Iterable[tuple[str, bool, Iterable[tuple[float, 
 def loss_series(data: Report) -> list[Series]:
     """Evaluation loss over training steps; the loss with memory is a series of its own."""
     names = ((False, "eval_nll"), (True, "eval_nll_memory"))
-    return _series(
+    return series_of(
         data,
         (
             (row["model"], memory, zip(row["curve"]["eval_step"], row["curve"][name], strict=True))
@@ -320,7 +365,7 @@ def loss_series(data: Report) -> list[Series]:
 def bias_series(data: Report, below: str | None) -> list[Series]:
     """Sequential loss over decoding steps, divided by the loss named `below` unless that is None."""
     kept, _ = measured_bias(data)
-    return _series(
+    return series_of(
         data,
         (
             (

@@ -31,7 +31,7 @@ NARROW = (3.6, 2.9)
 # Okabe and Ito's palette, the colours that stand out on white first; markers repeat with another period.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#666666"
+GREY = "#666666"
 _DASHED = (0, (5, 2))
 _STYLE = {
     "font.size": 10,
@@ -97,7 +97,7 @@ def _figure(panels: Sequence[tuple[str, Draw]], report: Report, size: tuple[floa
         draw(axes, report)
         axes.set_title(title, loc="left")
         if not axes.lines:
-            axes.text(0.5, 0.5, _EMPTY, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+            axes.text(0.5, 0.5, _EMPTY, transform=axes.transAxes, ha="center", va="center", color=GREY)
             axes.set_axis_off()
         handles |= {str(line.get_label()): line for line in axes.lines if not str(line.get_label()).startswith("_")}
     if handles:
@@ -185,7 +185,7 @@ def accuracy_by_length(axes: Axes, report: Report) -> None:
         axes.scatter(x, y, s=11, color=look.colour, alpha=0.6, linewidths=0, zorder=4)
     if report["task"]["chance"] is not None:
         chance = 100 * report["task"]["chance"]
-        axes.axhline(chance, color=_GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
+        axes.axhline(chance, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
     axes.set_xscale("log")
     axes.set_xlim(lengths[0] / span**0.07, lengths[-1] * span**0.07)
     trained = report["task"]["train_length"]
@@ -200,7 +200,8 @@ def multiple(length: int, train_length: int) -> str:
     return f"{length / train_length:.3g}\N{MULTIPLICATION SIGN}"
 
 
-def _draw_series(axes: Axes, report: Report, series: Sequence[Series], name: Callable[[Series], str]) -> None:
+def draw_series(axes: Axes, report: Report, series: Sequence[Series], name: Callable[[Series], str]) -> None:
+    """Draw the mean of each series, and its seeds thin beside it."""
     for one in series:
         look = _look(report, one.model, one.memory)
         mean = one.mean()
@@ -221,7 +222,7 @@ def training_curves(axes: Axes, report: Report) -> None:
 
     series = loss_series(report)
     if series:
-        _draw_series(axes, report, series, name)
+        draw_series(axes, report, series, name)
         axes.set_ylim(bottom=0)
         axes.set(xlabel="training step", ylabel="evaluation loss, nats per token")
 
@@ -231,8 +232,8 @@ def _draw_bias(axes: Axes, report: Report, below: str | None) -> None:
     if not series:
         return
     if below:
-        axes.axhline(1, color=_GREY, linestyle=(0, (2, 2)), linewidth=1.2)
-    _draw_series(axes, report, series, lambda one: _label(one.model, one.memory))
+        axes.axhline(1, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2)
+    draw_series(axes, report, series, lambda one: _label(one.model, one.memory))
     axes.set(xlabel="decoding step", ylabel="ratio" if below else "nats per token")
     if not below:
         axes.set_ylim(bottom=0)

@@ -41,6 +41,12 @@ figure img { display: block; width: 100%; height: auto; background: #fff; border
   border-radius: 6px; padding: 6px }
 figure.one img { max-width: 46rem }
 figcaption { font-size: .88rem; margin-top: .5rem }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem }
+.words { display: flex; flex-wrap: wrap; gap: .35rem; margin: .7rem 0 }
+.word { min-width: 3.4rem; padding: .1rem .35rem .3rem; background: var(--box); border-radius: 4px; font-size: .84rem }
+.word.asked { font-weight: bold }
+.word i { display: block; height: 4px; min-width: 1px; margin-top: 2px; background: #8c959f }
+.word i.after { background: #d55e00 }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18.5rem), 1fr)) }
 .panels figure { margin: 0 }
 .panels h3 { font-size: .95rem; margin: 0 0 .4rem }

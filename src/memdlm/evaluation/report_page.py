@@ -3,27 +3,18 @@
 import json
 from html import escape
 
-from memdlm.evaluation.report_data import Report, Row, bias_rows, model_names, summary_rows
-from memdlm.evaluation.report_figures import BIAS_PANELS, NARROW, accuracy_by_length, multiple, training_curves
-from memdlm.evaluation.report_html import (
-    DOT,
-    document,
-    duration,
-    figure,
-    fold,
-    missing,
-    numbers,
-    percent,
-    span,
-    table,
-    who,
-)
+from memdlm.evaluation.report_accuracy import accuracy_section
+from memdlm.evaluation.report_data import Report, bias_rows, model_names
+from memdlm.evaluation.report_figures import BIAS_PANELS, NARROW, training_curves
+from memdlm.evaluation.report_html import DOT, document, duration, figure, fold, missing, numbers, span, table, who
+from memdlm.evaluation.report_recall import TITLE, recall_section
 
 
 def page(report: Report) -> str:
     """The whole page for a checked report."""
     sections = (
-        ("Accuracy by length", _accuracy(report)),
+        *(((TITLE, recall_section(report["recall"])),) if "recall" in report else ()),
+        ("Accuracy by length", accuracy_section(report)),
         ("Training", training_section(report)),
         ("Exposure bias", bias_section(report)),
         ("Cost", _cost(report)),
@@ -57,43 +48,6 @@ def _top(report: Report) -> str:
         items = "\n".join(f"<li>{escape(note)}</li>" for note in report["notes"])
         lines.append(f'<ul class="notes">\n{items}\n</ul>')
     return "\n".join(lines)
-
-
-def _accuracy(report: Report) -> str:
-    rows = summary_rows(report)
-    if not rows:
-        return missing("Accuracy")
-    task = report["task"]
-    head = ["model", "memory"] + [
-        f"{cell['length']}<small>{multiple(cell['length'], task['train_length'])}</small>" for cell in rows[0]["cells"]
-    ]
-    body = [[*who(row), *(_accuracy_cell(cell) for cell in row["cells"])] for row in rows]
-    questions = sorted({row["questions"] for row in report["accuracy"]})
-    caption = (
-        "Percent of questions answered correctly, mean over seeds, by length; below each length its multiple "
-        f"of the training length, {task['train_length']}. &plusmn; is half the range where there are two "
-        "seeds and the standard deviation where there are three or more. The value of each seed shows when "
-        f"the pointer rests on a cell. {span(questions)} questions per cell and seed. "
-        f"Chance is {percent(task['chance'])} %. "
-        "&ldquo;No baseline&rdquo;: measured with memory, but not without, so it is not compared."
-    )
-    drawn = figure(
-        report,
-        accuracy_by_length,
-        name="Accuracy by length",
-        caption="Lines are means over seeds, dots are single seeds. Dashed lines with hollow markers: with "
-        "inference-time memory. Grey dashed line: chance. Lines stand slightly apart sideways so that equal "
-        "values stay visible.",
-    )
-    is_comparable = any(cell["values"] for row in rows for cell in row["cells"])
-    return table(caption, head, body, num_text=2) + (f"\n{drawn}" if is_comparable else "")
-
-
-def _accuracy_cell(cell: Row) -> str:
-    note = f"<small>{escape(cell['note'])}</small>" if cell["values"] and cell["note"] else ""
-    if not cell["values"]:
-        return f'<td class="missing">{escape(cell["note"])}</td>'
-    return numbers(cell["values"], cell["seeds"], percent, note)
 
 
 def training_section(report: Report) -> str:

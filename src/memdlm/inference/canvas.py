@@ -15,12 +15,12 @@ from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompts import SpecialIds, pad
-from memdlm.models.families import family_of
-from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.families import decoding_pattern
+from memdlm.models.masks import AttentionPattern, BlockCausal
 from memdlm.models.wrappers import unwrap
 from memdlm.types import Ids, PositionSet
 
-BLOCK, THRESHOLD = 32, 0.95
+THRESHOLD = 0.95
 """What block-causal families are decoded with by default."""
 
 
@@ -43,6 +43,13 @@ class Canvas:
 
     most_new: int
     """The tokens asked for per row; of an infilling, those of a block."""
+    num_shares: int
+    """Among how many blocks `steps` are shared out; of a response, as many as fit it, wherever its prompt ends."""
+
+    @property
+    def most_asked(self) -> int:
+        """The most positions of a row that a step can predict."""
+        return max(int((self.is_open & block).sum(1).max()) for block in self.blocks)
 
     @property
     def is_there(self) -> PositionSet:
@@ -63,9 +70,7 @@ def pattern_for(model: nn.Module, config: GenerationConfig, asked: AttentionPatt
     Raises ConfigError when a block-causal pattern and `block_size` disagree.
     """
     if asked is None:
-        family = family_of(getattr(unwrap(model), "config", None))
-        is_block_causal = family is not None and family.is_block_causal
-        return BlockCausal(config.block_size or BLOCK) if is_block_causal else Full()
+        return decoding_pattern(getattr(unwrap(model), "config", None), config.block_size)
     if isinstance(asked, BlockCausal) and config.block_size not in (None, asked.block):
         raise ConfigError(
             f"block_size {config.block_size} and attention_pattern {asked} disagree; tokens that are decoded together "
@@ -106,6 +111,7 @@ def response_canvas(
         prompt_lengths=prompts,
         response_ends=ends,
         most_new=new,
+        num_shares=math.ceil(new / block),
     )
 
 
@@ -121,16 +127,18 @@ def infill_canvas(
     _warn_if_long(model, ids.shape[1])
     ids = ids.to(device)
     block = pattern.block if isinstance(pattern, BlockCausal) else config.block_size or ids.shape[1]
+    blocks = absolute_blocks(ids.shape[0], ids.shape[1], block, device)
     return Canvas(
         ids=ids,
         lengths=lengths,
         is_open=ids == special.mask,
-        blocks=absolute_blocks(ids.shape[0], ids.shape[1], block, device),
+        blocks=blocks,
         block_size=block,
         pattern=pattern,
         prompt_lengths=torch.zeros_like(lengths),
         response_ends=lengths,
         most_new=block,
+        num_shares=len(blocks),
     )
 
 
@@ -148,7 +156,7 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
         return AtLeast(threshold=threshold, num_to_transfer=config.num_to_transfer or 1)
     steps = config.steps_per_block
     if steps is None:
-        steps = canvas.block_size if config.steps is None else math.ceil(config.steps / len(canvas.blocks))
+        steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
     if threshold is not None:
         # As published: no more steps than tokens were asked for.
         return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, canvas.most_new))

@@ -10,6 +10,7 @@ from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
 
 CACHES = ("exact", "none", "approximate")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
 
 
@@ -71,6 +72,9 @@ class GenerationConfig:
         -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", maximum=0
     )
     cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
+    compile: str | None = option(
+        None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
+    )
     cache_refresh: int | None = option(8, "With the approximate cache: steps until all is recomputed.", minimum=1)
     cache_scope: str | None = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
@@ -136,6 +140,10 @@ class GenerationConfig:
                 "soft_mask=True; add it or leave them out.",
             ),
             (
+                bool(self.soft_mask) and self.compile is not None,
+                "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
+            ),
+            (
                 bool(self.soft_mask) and self.cfg_scale != 0,
                 "soft_mask and cfg_scale: which of guidance's two predictions to feed back is not defined; use one.",
             ),
@@ -159,12 +167,12 @@ class GenerationConfig:
 
     @classmethod
     def llada21_quality(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for quality."""
+        """LLaDA2.1, as its model card recommends for quality."""
         return cls(**{"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_new_tokens": 512} | changes)
 
     @classmethod
     def llada21_speed(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its authors recommend for speed."""
+        """LLaDA2.1, as its model card recommends for speed: commit early, then edit whatever is predicted otherwise."""
         return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
 
 

@@ -1,13 +1,15 @@
 """A model as the denoiser of one canvas: only asked rows run, and only asked positions reach the vocabulary."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
+from memdlm.inference.compiled import CompiledSteps
+from memdlm.inference.prompt_cache import Prefill
 from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
 from memdlm.models.backbone import MaskedDiffusionLM
@@ -26,6 +28,8 @@ class Meter:
 
     passes: int = 0
     positions: int = 0
+    reused: int = 0
+    """Positions of prompts whose lower blocks a prompt cache held; the upper blocks alone ran on them."""
 
 
 @final
@@ -46,32 +50,34 @@ class CanvasDenoiser(Denoise):
         right_shift_logits: bool = False,
         meter: Meter | None = None,
         of_rows: OfRows | None = None,
+        prefill: Prefill | None = None,
+        compiled: CompiledSteps | None = None,
         soft: SoftFeedback | None = None,
     ) -> None:
         self.soft = soft
         self.model, self.view, self.pattern = model, view, pattern
         self.right_shift_logits = right_shift_logits
         self.meter = Meter() if meter is None else meter
-        self.of_rows = of_rows
+        self.of_rows, self.prefill, self.compiled = of_rows, prefill, compiled
         self.is_ours = isinstance(unwrap(model), MaskedDiffusionLM)
 
     def logits(self, ids: Ids, positions: Positions) -> Logits:
         """Return [N, V] logits of the tokens at `positions` of the canvas `ids` [B, T]."""
         asked = Asked.of(positions, ids.shape[1], right_shift=self.right_shift_logits and self.is_ours)
+        if self.prefill is not None and self.prefill.is_due(asked):
+            self._restore(self.prefill, ids, asked)
         part = self.view.plan(asked)
         columns = part.columns
         rows = contiguous(asked.rows, ids.device)
         shown = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1).to(ids.device))
         self.meter.passes += 1
         self.meter.positions += shown.numel()
-        is_part = self.of_rows is not None and asked.rows.numel() < ids.shape[0]
         with ExitStack() as around:
-            if self.of_rows is not None and is_part:
-                around.enter_context(self.of_rows(asked.rows))
+            around.enter_context(self._reading(asked.rows, ids))
             if self.soft is not None:
                 places = asked.rows[:, None] * ids.shape[1] + columns.clamp(max=ids.shape[1] - 1)
                 around.enter_context(self.soft.shown(shown, places.to(ids.device)))
-            found = self._ours(shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
+            found = self._ours(ids, shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
         self.view.done(asked, part)
         if self.soft is not None:
             self.soft.learn(found, positions)
@@ -81,15 +87,55 @@ class CanvasDenoiser(Denoise):
         """Decoding needs no hidden states."""
         raise NotImplementedError("a canvas denoiser gives logits; use ModelDenoiser for hidden states.")
 
-    def _ours(self, shown: Ids, asked: Asked, part: Pass) -> Logits:
+    def _reading(self, rows: Tensor, ids: Ids) -> AbstractContextManager[None]:
+        """Let calls on `rows` [R] of the canvas read their own memories."""
+        is_part = self.of_rows is not None and rows.numel() < ids.shape[0]
+        return self.of_rows(rows) if self.of_rows is not None and is_part else nullcontext()
+
+    def _restore(self, prefill: Prefill, ids: Ids, asked: Asked) -> None:
+        """Put known beginnings of prompts in place; only the blocks that a memory changes run on them."""
+        known = prefill.restore(ids, asked)
+        if known is None:
+            return
+        rows, hidden, part = known
+        self.meter.reused += int(part.last.sum())
+        if prefill.cache.first == len(prefill.cache.network.model.layers):
+            return
+        # Of the last block nothing is needed but its keys and values.
+        one = torch.zeros(len(rows), 1, dtype=torch.int64, device=ids.device)
+        with self._reading(rows, ids):
+            self.model(
+                inputs_embeds=hidden,
+                start_layer=prefill.cache.first,
+                window=self.view.window(rows, part, ids.device),
+                queries=one,
+                project=False,
+            )
+
+    def _ours(self, ids: Ids, shown: Ids, asked: Asked, part: Pass) -> Logits:
         queries, places = asked.queries(part.first)
-        window = self.view.window(asked, part, shown.device)
+        window = self.view.window(asked.rows, part, shown.device)
         masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if window is None else {}
+        begin: dict[str, Any] = {"input_ids": shown}
+        if self.prefill is not None and self.prefill.is_due(asked):
+            first = self.prefill.cache.first
+            lower = self.model(input_ids=shown, window=window, stop_layer=first, project=False).hidden_states[0]
+            self.prefill.keep(ids, asked, part, lower)
+            begin = {"inputs_embeds": lower, "start_layer": first}
+        elif self.compiled is not None:
+            width = queries.shape[1]
+            hidden = self.compiled.hidden(shown, queries.to(shown.device), window, masks)
+            return self._network().predict(hidden[:, :width].flatten(0, 1).index_select(0, places.to(shown.device)))
         out = self.model(
-            input_ids=shown, queries=queries.to(shown.device), positions=places.to(shown.device), window=window, **masks
+            **begin, queries=queries.to(shown.device), positions=places.to(shown.device), window=window, **masks
         )
         logits: Logits = out.logits
         return logits
+
+    def _network(self) -> MaskedDiffusionLM:
+        network = unwrap(self.model)
+        assert isinstance(network, MaskedDiffusionLM)
+        return network
 
     def _foreign(self, shown: Ids, asked: Asked, part: Pass) -> Logits:
         denoise = ModelDenoiser(

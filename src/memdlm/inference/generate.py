@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from memdlm.diffusion.sampling import Step
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.job import Job, infill_job, response_job
+from memdlm.inference.prompt_cache import PromptCache
 from memdlm.inference.prompts import Prompt, visible
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.masks import AttentionPattern
@@ -28,6 +29,8 @@ class Generation:
     num_forward_passes: int
     num_token_positions: int
     """Positions that went through the network, summed over passes."""
+    num_reused_positions: int
+    """Positions of prompts that a `prompt_cache` held: only the blocks that a memory changes ran on them."""
     num_tokens: int
     """Tokens generated, up to each response's end."""
     unresolved: int
@@ -43,17 +46,28 @@ def generate(
     memory: ParametricMemory | None = None,
     generator: Randomness | None = None,
     attention_pattern: AttentionPattern | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Generation:
     """Decode a response to each of `prompts` (texts, lists of messages, or lists of ids; lengths may differ).
 
     With a `memory`, each prompt is written before it is decoded. `generator` draws memories and samples: one for the
     batch, or one per row; None: a fixed one per row, so that a row's response is that of running it alone.
     `attention_pattern` None is the family's way: block-causal for LLaDA2.x, else full. A mask token in a prompt stays
-    what it is, a blank that the model sees; `infill` fills it. Warns when prompt and response exceed the positions
-    the model was trained on. Raises DataError for an empty prompt and ConfigError for options that cannot be honoured.
+    what it is, a blank that the model sees; `infill` fills it. With a `prompt_cache` (block-causal families), what
+    earlier calls with it computed for the beginning of a prompt is not computed again; the tokens are the same.
+
+    Warns when prompt and response exceed the positions the model was trained on. Raises DataError for an empty prompt
+    and ConfigError for options that cannot be honoured.
     """
     job = response_job(
-        model, tokenizer, prompts, config, memory=memory, generator=generator, attention_pattern=attention_pattern
+        model,
+        tokenizer,
+        prompts,
+        config,
+        memory=memory,
+        generator=generator,
+        attention_pattern=attention_pattern,
+        prompt_cache=prompt_cache,
     )
     return responses(job, run(job), tokenizer)
 
@@ -67,13 +81,21 @@ def stream(
     memory: ParametricMemory | None = None,
     generator: Randomness | None = None,
     attention_pattern: AttentionPattern | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[Step]:
     """Decode like `generate`, but yield after every denoising step, for live display.
 
     A step's canvas may hold whole blocks beyond `max_new_tokens` (LLaDA2.x).
     """
     job = response_job(
-        model, tokenizer, prompts, config, memory=memory, generator=generator, attention_pattern=attention_pattern
+        model,
+        tokenizer,
+        prompts,
+        config,
+        memory=memory,
+        generator=generator,
+        attention_pattern=attention_pattern,
+        prompt_cache=prompt_cache,
     )
     yield from job.steps()
 
@@ -90,10 +112,11 @@ def infill(
 ) -> Generation:
     """Fill the mask tokens inside `sequences` (texts with mask tokens, or ids), in absolute blocks of `block_size`.
 
-    `max_new_tokens`, `max_length` and `eos_early_stop` play no part. With a `memory`, the given tokens of each sequence
-    are written. `texts` are the whole sequences. A block-causal pattern (the default of LLaDA2.x) does not see what
-    follows the block; pass `attention_pattern=Full()` to use both sides. Raises DataError when a sequence has no mask
-    token.
+    `max_new_tokens`, `max_length` and `eos_early_stop` play no part; `steps` are shared out among the blocks of the
+    longest sequence, as published (`steps_per_block` does not depend on the batch). With a `memory`, the given tokens
+    of each sequence are written. `texts` are the whole sequences. A block-causal pattern (the default of LLaDA2.x) does
+    not see what follows the block; pass `attention_pattern=Full()` to use both sides. Raises DataError when a sequence
+    has no mask token.
     """
     job = infill_job(
         model, tokenizer, sequences, config, memory=memory, generator=generator, attention_pattern=attention_pattern
@@ -140,6 +163,7 @@ def _generation(job: Job, sequences: list[Tensor], texts: list[str], tokens: int
         texts=texts,
         num_forward_passes=job.meter.passes,
         num_token_positions=job.meter.positions,
+        num_reused_positions=job.meter.reused,
         num_tokens=tokens,
         unresolved=unresolved,
     )

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from memdlm.diffusion.guidance import ClassifierFree
 from memdlm.diffusion.sampling import Step, denoise_canvas
 from memdlm.diffusion.stopping import EosStop, StableAnswer
+from memdlm.errors import ConfigError
 from memdlm.inference.canvas import (
     Canvas,
     edit_for,
@@ -21,8 +22,10 @@ from memdlm.inference.canvas import (
     reveal_for,
     rule_for,
 )
+from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
+from memdlm.inference.prompt_cache import Prefill, PromptCache
 from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, pad, special_ids
 from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
@@ -51,6 +54,7 @@ class Job:
     meter: Meter
     stops: bool
     """Whether end tokens may finish a row."""
+    prompt_cache: PromptCache | None = None
 
     def steps(self) -> Iterator[Step]:
         """Write the memory, if there is one, and fill the canvas; yields after every denoising step."""
@@ -83,19 +87,31 @@ class Job:
         )
 
     def _plain(self) -> CanvasDenoiser:
+        view = _view(self.model, self.canvas, self.config)
         return CanvasDenoiser(
             self.model,
-            _view(self.model, self.canvas, self.config),
+            view,
             pattern=self.canvas.pattern if isinstance(unwrap(self.model), MaskedDiffusionLM) else None,
             right_shift_logits=bool(self.config.right_shift_logits),
             meter=self.meter,
             of_rows=None if self.memory is None else self.memory.of_rows,
+            prefill=None if self.prompt_cache is None else _prefill(self.prompt_cache, view, self.model, self.memory),
+            compiled=None if self.config.compile is None else self._compiled(self.config.compile),
             soft=self._soft(),
         )
 
     def _soft(self) -> SoftFeedback | None:
         soft, ids = self.config.soft(self.special.mask), self.canvas.ids
         return None if soft is None else SoftFeedback(soft, self.model, ids.shape, ids.device)
+
+    def _compiled(self, mode: str) -> CompiledSteps:
+        network = unwrap(self.model)
+        if not isinstance(network, MaskedDiffusionLM) or self.config.right_shift_logits:
+            raise ConfigError(
+                f"compile {mode!r} covers our families without right_shift_logits; {type(network).__name__} can be "
+                "passed through torch.compile before generate."
+            )
+        return CompiledSteps(network.model, mode, self.canvas.most_asked)
 
     def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
         """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
@@ -124,6 +140,26 @@ def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
     return Whole(canvas.lengths)
 
 
+def prompt_cache_for(model: nn.Module, memory: ParametricMemory | None, config: GenerationConfig) -> PromptCache | None:
+    """Return a cache for calls on `model` with `memory` or without, or None where none can be used."""
+    network = unwrap(model)
+    is_usable = isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
+    is_usable = is_usable and isinstance(pattern_for(model, config, None), BlockCausal) and config.cache == "exact"
+    if not is_usable or config.right_shift_logits or (memory is not None and memory.first_block == 0):
+        return None
+    return PromptCache(model, memory)
+
+
+def _prefill(cache: PromptCache, view: View, model: nn.Module, memory: ParametricMemory | None) -> Prefill:
+    cache.check(model, memory)
+    if not isinstance(view, FinishedBlocks):
+        raise ConfigError(
+            "prompt_cache continues from finished blocks, which only a block-causal pattern with cache='exact' (and no "
+            "right_shift_logits) has; leave prompt_cache out."
+        )
+    return Prefill(cache, view)
+
+
 def response_job(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,13 +169,14 @@ def response_job(
     memory: ParametricMemory | None = None,
     generator: Randomness | None = None,
     attention_pattern: AttentionPattern | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Job:
     """Prepare responses to `prompts`; the arguments are those of `generate`."""
     config = GenerationConfig() if config is None else config
     special = special_ids(tokenizer)
     rows = encode_prompts(tokenizer, prompts)
     canvas = response_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
-    return _job(model, config, special, rows, canvas, memory, generator, stops=True)
+    return _job(model, config, special, rows, canvas, memory, generator, stops=True, prompt_cache=prompt_cache)
 
 
 def infill_job(
@@ -170,6 +207,7 @@ def _job(
     generator: Randomness | None,
     *,
     stops: bool,
+    prompt_cache: PromptCache | None = None,
 ) -> Job:
     # One per row, all alike: every row gets the numbers it would get alone.
     randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
@@ -183,4 +221,5 @@ def _job(
         randomness=randomness,
         meter=Meter(),
         stops=stops,
+        prompt_cache=prompt_cache,
     )

@@ -83,8 +83,8 @@ class View(ABC):
     def plan(self, asked: Asked) -> Pass:
         """Return the pass that answers a question."""
 
-    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow | None:
-        """Return what else the pass attends to; None: nothing, it sees all it needs."""
+    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow | None:
+        """Return what else a pass over `rows` [R] attends to; None: nothing, it sees all it needs."""
         return None
 
     def done(self, asked: Asked, part: Pass) -> None:
@@ -128,12 +128,16 @@ class FinishedBlocks(View):
         self.cache = KeyValues(lengths.numel(), length)
         self._kept = torch.zeros_like(lengths)
 
+    def skip(self, rows: Tensor, lengths: Tensor) -> None:
+        """Note that the cache holds the first `lengths` [R] columns of `rows` [R]."""
+        self._kept[rows] = lengths
+
     def plan(self, asked: Asked) -> Pass:
         """Take what is not kept, up to the block's end."""
         last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
         return Pass(self._kept[asked.rows], last)
 
-    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow:
+    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow:
         """See one's own block and those before it."""
         columns, end = part.columns, int(part.last.max())
         visible = None
@@ -144,7 +148,7 @@ class FinishedBlocks(View):
             if part.start is None:
                 visible &= seen < part.last.to(device)[:, None, None]
             visible = visible[:, None]
-        return _window(self.cache, asked, part, end, visible, device)
+        return _window(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Keep all blocks but the current one."""
@@ -175,15 +179,15 @@ class Approximate(View):
             return Pass(torch.zeros_like(ends), ends)
         return Pass(self._first[asked.rows], ends if self.scope == "prefix" else self._last[asked.rows])
 
-    def window(self, asked: Asked, part: Pass, device: torch.device) -> KeyValueWindow:
+    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow:
         """See all of the row."""
-        ends = self.lengths[asked.rows]
+        ends = self.lengths[rows]
         end = int(ends.max())
         is_even = bool((ends == end).all())
         visible = None
         if not is_even:
             visible = (torch.arange(end, device=device) < ends.to(device)[:, None])[:, None, None, :]
-        return _window(self.cache, asked, part, end, visible, device)
+        return _window(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Age."""
@@ -191,11 +195,11 @@ class Approximate(View):
 
 
 def _window(
-    cache: KeyValues, asked: Asked, part: Pass, end: int, visible: Tensor | None, device: torch.device
+    cache: KeyValues, rows: Tensor, part: Pass, end: int, visible: Tensor | None, device: torch.device
 ) -> KeyValueWindow:
     columns = part.columns
     columns = columns.where(columns < part.last[:, None], torch.tensor(cache.length))
-    return KeyValueWindow(cache, contiguous(asked.rows, device), columns.to(device), part.start, end, visible)
+    return KeyValueWindow(cache, contiguous(rows, device), columns.to(device), part.start, end, visible)
 
 
 def contiguous(rows: Tensor, device: torch.device) -> slice | Tensor:

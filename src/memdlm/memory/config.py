@@ -16,6 +16,7 @@ from memdlm.options import option, validate
 Part = TypeVar("Part")
 
 WRITE_SOURCES = ("response", "prompt", "both")
+ATTENTIONS = ("full", "decode")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
 
@@ -88,6 +89,19 @@ class MemoryConfig:
     learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
     learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0)
     learned_rates_lr: float = option(0.03, "Outer learning rate of the logarithms of the learned rates.", above=0)
+    attention: str = option(
+        "full",
+        "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
+        choices=ATTENTIONS,
+    )
+    batch_mix: str | None = option(
+        None,
+        "Shares of the optimizer steps that train with memory alone, with the text in sight alone, and with both, such "
+        "as 1,1,1; unset: always both.",
+    )
+    batch_reach: int | None = option(
+        None, "Steps with memory alone: how far attention sees to either side, in tokens.", minimum=0
+    )
     sync_inner: bool | None = option(
         None,
         "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
@@ -105,11 +119,21 @@ class MemoryConfig:
             raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
         self._refuse_idle_options()
         self._refuse_idle_learning()
+        self._refuse_bad_mix()
         if self.sync_inner and self.per_sample is not False:
             raise ConfigError(
                 f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
                 "of its own. Set mem_per_sample=False, or leave mem_sync_inner out."
             )
+
+    @property
+    def batch_shares(self) -> tuple[float, float, float] | None:
+        """`batch_mix` as shares that sum to 1: memory alone, text alone, both; None: always both."""
+        if self.batch_mix is None:
+            return None
+        numbers = [float(part) for part in self.batch_mix.split(",")]
+        alone, text, both = (number / sum(numbers) for number in numbers)
+        return alone, text, both
 
     @classmethod
     def paper(cls, **changes: Any) -> "MemoryConfig":
@@ -183,6 +207,32 @@ class MemoryConfig:
             raise ConfigError(
                 f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
                 "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
+            )
+
+    def _refuse_bad_mix(self) -> None:
+        if (self.batch_mix is None) != (self.batch_reach is None):
+            raise ConfigError(
+                f"mem_batch_mix={self.batch_mix!r} and mem_batch_reach={self.batch_reach!r} belong together: set both, "
+                "or neither."
+            )
+        if self.batch_mix is None:
+            return
+        try:
+            numbers = [float(part) for part in self.batch_mix.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 3 or not all(0 <= number < float("inf") for number in numbers) or not sum(numbers):
+            raise ConfigError(
+                f"mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, got "
+                f"{self.batch_mix!r}."
+            )
+        for name, value, only in (("outer_mix", self.outer_mix, 0.0), ("attention", self.attention, "full")):
+            if value != only:
+                raise ConfigError(f"mem_batch_mix is not combined with mem_{name}={value!r}; leave one of them out.")
+        if self.write_source == "response":
+            raise ConfigError(
+                "mem_batch_mix with mem_write_source='response': such a memory holds labels, not the text that is out "
+                "of sight. Set mem_write_source=prompt."
             )
 
     def _refuse_idle_options(self) -> None:

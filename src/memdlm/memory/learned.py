@@ -27,6 +27,8 @@ TRAINING_ONLY = (
     "write_source",
     "outer_gradient",
     "outer_mix",
+    "batch_mix",
+    "batch_reach",
     "learned_start_lr",
     "learned_rates_lr",
     "sync_inner",

@@ -23,7 +23,8 @@ from memdlm.memory.ranks import Ranks
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
 from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.masks import AttentionPattern
+from memdlm.models.families import decoding_pattern
+from memdlm.models.masks import AttentionPattern, BlockCausal
 from memdlm.models.patching import recomputed
 from memdlm.models.prefix import Prefix, SharedPrefix
 from memdlm.models.wrappers import unwrap, unwrap_parallel
@@ -62,7 +63,8 @@ class ParametricMemory:
         self.model, self.mask_token_id = unwrap_parallel(model), mask_token_id
         self.schedule = Linear() if schedule is None else schedule
         self.process_group = process_group
-        self.right_shift_logits, self.attention_pattern = right_shift_logits, attention_pattern
+        self.right_shift_logits = right_shift_logits
+        self.attention_pattern = self._pattern(attention_pattern)
         self.strategy = self.config.strategy()
         self.update = self.config.update()
         self.loss = InnerLoss(
@@ -73,7 +75,8 @@ class ParametricMemory:
         )
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
         self.fast = FastWeights(sites, self.config.adapter())
-        self._first, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        self.first_block, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        """The first block with fast weights; those below compute the same whatever is written."""
         if self.config.outer_gradient != "first_order":
             check_attention(model)
         self.learned = self._new_learned(0)
@@ -82,6 +85,23 @@ class ParametricMemory:
             self.learned.load(folder)
         self._is_open = False
         self._prefix: SharedPrefix | None = None
+
+    def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
+        if self.config.attention == "full":
+            return given
+        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None))
+        if given not in (None, pattern):
+            raise ConfigError(f"mem_attention='decode' writes under {pattern}, not {given}; leave one of them out.")
+        if not isinstance(pattern, BlockCausal):
+            raise ConfigError(
+                "mem_attention='decode' has no effect: this model decodes under full attention. Leave it out."
+            )
+        if self.config.chunk_length is not None and self.config.chunk_length % pattern.block:
+            raise ConfigError(
+                f"mem_chunk_length={self.config.chunk_length} cuts through the blocks of {pattern.block} tokens that "
+                "mem_attention='decode' writes under; use a multiple."
+            )
+        return pattern
 
     def learn_from(self, *keys: int | str) -> None:
         """Begin anew with a learned start that depends on `keys`, and rates of `mem_inner_lr`."""
@@ -103,6 +123,7 @@ class ParametricMemory:
         anchor: Corrupted | None = None,
         is_padding: PositionSet | None = None,
         is_alone: bool = False,
+        attention_pattern: AttentionPattern | None = None,
     ) -> Iterator[Written]:
         """Write `input_ids` [B, L]; inside the block every call of the model reads the result.
 
@@ -112,7 +133,8 @@ class ParametricMemory:
         probability `mem_prompt_mask_ratio` (inference). With a memory per row, row i of any later call reads memory
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
         fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
-        ranks must write at the same time, unless the write `is_alone`.
+        ranks must write at the same time, unless the write `is_alone`. `attention_pattern` is this write's; None: the
+        memory's.
 
         Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
         """
@@ -122,7 +144,8 @@ class ParametricMemory:
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
-        reading = _Reading(anchor is not None and torch.is_grad_enabled(), is_tracked)
+        pattern = self.attention_pattern if attention_pattern is None else attention_pattern
+        reading = _Reading(anchor is not None and torch.is_grad_enabled(), is_tracked, pattern)
         with self._opened():
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
@@ -174,9 +197,9 @@ class ParametricMemory:
             mask_token_id=self.mask_token_id,
             scored=self.config.inner_loss_mask_mode,
         )
-        if self._first > 0:
+        if self.first_block > 0:
             self._prefix = SharedPrefix(
-                self._first,
+                self.first_block,
                 anchor=anchor.ids if reading.anchor_has_gradient else None,
                 is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
             )
@@ -185,7 +208,7 @@ class ParametricMemory:
             return ModelDenoiser(
                 self.model,
                 attention_mask=mask,
-                attention_pattern=self.attention_pattern,
+                attention_pattern=reading.pattern,
                 right_shift_logits=self.right_shift_logits,
                 prefix=prefix,
                 is_constant=is_constant,
@@ -241,6 +264,8 @@ class _Reading:
     """The outer loss continues from what the write computed below the fast weights."""
     is_tracked: bool
     """The outer loss is differentiated through the write."""
+    pattern: AttentionPattern | None
+    """Who sees whom in the write."""
 
 
 def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:

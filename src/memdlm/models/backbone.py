@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError
 from memdlm.models.adapter_files import save_outer_adapter
-from memdlm.models.key_values import KeyValueWindow, Reading
+from memdlm.models.key_values import KeyValueWindow, Reading, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
 from memdlm.models.names import NameTable, to_ours, to_published
@@ -116,6 +116,8 @@ class Backbone(DiffusionPreTrainedModel):
         if self.after_embedding is not None and start_layer is None:
             hidden = self.after_embedding(hidden, keep)
         states = [hidden]
+        if queries is not None and start_layer == len(self.layers):
+            hidden = at(hidden, queries)
         for layer in self.layers[start_layer:stop_layer]:
             narrowed = queries if layer is self.layers[-1] else None
             # Without it the call is what checkpointing and patched layers have always seen.

@@ -17,6 +17,7 @@ from memdlm.models.llada2 import (
     LLaDA21MoeConfig,
 )
 from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.names import renamings
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
@@ -123,7 +124,17 @@ def register() -> None:
             register_checkpoint_conversion_mapping(family.model_type, list(family.conversions), overwrite=True)
 
 
-def family_of(config: PreTrainedConfig) -> Family | None:
+BLOCK = 32
+"""Tokens that block-causal families decode together, unless told otherwise."""
+
+
+def decoding_pattern(config: object, block: int | None = None) -> AttentionPattern:
+    """Return who sees whom while a model of this configuration decodes: blocks of `block` tokens (LLaDA2.x), or all."""
+    family = family_of(config)
+    return BlockCausal(block or BLOCK) if family is not None and family.is_block_causal else Full()
+
+
+def family_of(config: object) -> Family | None:
     """Return the family whose configuration class `config` is, or None for a foreign model."""
     for family in FAMILIES:
         if type(config) is family.config_class:

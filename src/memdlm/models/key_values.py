@@ -26,6 +26,11 @@ class KeyValues:
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
 
+    def held(self, layer: int, row: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return a copy of the first `end` keys and values of a row, [H, end, P]."""
+        key, value = self._layers[layer]
+        return key[row, :, :end].clone(), value[row, :, :end].clone()
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,15 @@ class KeyValueWindow:
                 buffer.transpose(1, 2)[self._row_index(new.device), self.columns] = new.transpose(1, 2)
             found.append(buffer[self.rows, :, : self.end])
         return found[0], found[1]
+
+    def static(self) -> "KeyValueWindow":
+        """Return the same window, with shapes that do not depend on which columns it takes or how many it sees."""
+        length, device = self.cache.length, self.columns.device
+        if self.is_visible is None:
+            is_visible = (torch.arange(length, device=device) < self.end)[None, None, None]
+        else:
+            is_visible = torch.nn.functional.pad(self.is_visible, (0, length - self.end))
+        return KeyValueWindow(self.cache, self.rows, self.columns, None, length, is_visible)
 
     def _row_index(self, device: torch.device) -> Tensor:
         every = torch.arange(self.cache.batch, device=device)

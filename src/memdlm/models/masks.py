@@ -2,7 +2,7 @@
 
 A network here never infers causality. It is told three things, and they are intersected:
 
-* the pattern, an explicit object: `Full()` or `BlockCausal(block)`;
+* the pattern, an explicit object: `Full()`, `BlockCausal(block)` or `Windowed(reach)`;
 * `attention_mask`: None; 2-D bool or 0/1 integers, true where a position may be seen; 4-D bool
   [B or 1, heads or 1, L, L], true where query (row) may see key (column); or 4-D float, added to the scores;
 * the network's own sliding window, if it has one.
@@ -55,6 +55,23 @@ class BlockCausal(AttentionPattern):
         return block[None, :] <= block[:, None]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Windowed(AttentionPattern):
+    """A position sees those at most `reach` away: what lies further must be remembered otherwise."""
+
+    reach: int
+
+    def __post_init__(self) -> None:
+        if self.reach < 0:
+            raise ConfigError(f"Windowed.reach must be at least 0, got {self.reach}.")
+
+    def allowed(self, length: int, device: torch.device) -> Tensor:
+        """Return a band along the diagonal."""
+        place = torch.arange(length, device=device)
+        return (place[:, None] - place[None, :]).abs() <= self.reach
+
+
 def keep_mask(attention_mask: Tensor | None) -> Tensor | None:
     """Return the [B, L] bool keep mask inside `attention_mask`, or None when there is none or it is 4-D."""
     if attention_mask is None or attention_mask.dim() != 2:
@@ -79,8 +96,7 @@ def attention_scores_mask(
     batch, length = hidden.shape[:2]
     allowed = pattern.allowed(length, hidden.device)
     if window is not None:
-        place = torch.arange(length, device=hidden.device)
-        near = (place[:, None] - place[None, :]).abs() <= window
+        near = Windowed(window).allowed(length, hidden.device)
         allowed = near if allowed is None else allowed & near
     if allowed is not None:
         allowed = allowed[None, None]

@@ -17,6 +17,7 @@ from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
 from memdlm.models.prefix import Prefix
 from memdlm.models.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
@@ -116,6 +117,7 @@ def memory_of(
     pad_token_id: int,
     randomness: Randomness,
     is_alone: bool = False,
+    attention_pattern: AttentionPattern | None = None,
 ) -> Iterator[Written]:
     """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
 
@@ -124,7 +126,9 @@ def memory_of(
     if memory.config.write_source != "response":
         is_prompt = memory.config.write_source == "prompt"
         ids, labels, mask = prompt_only(batch, pad_token_id) if is_prompt else visible_only(batch)
-        with memory.write(ids, labels, mask, randomness, is_alone=is_alone) as written:
+        with memory.write(
+            ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
+        ) as written:
             yield written
     else:
         with memory.write(
@@ -135,6 +139,7 @@ def memory_of(
             anchor=batch.noised,
             is_padding=batch.is_padding,
             is_alone=is_alone,
+            attention_pattern=attention_pattern,
         ) as written:
             yield written
 
@@ -148,6 +153,7 @@ def score(
     right_shift_logits: bool = False,
     prefix: Prefix | None = None,
     planner: Planner | None = None,
+    attention_pattern: AttentionPattern | None = None,
     soft: SoftMask | None = None,
     is_soft: Tensor | None = None,
 ) -> MaskedLoss:
@@ -158,7 +164,11 @@ def score(
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
     """
     denoise = ModelDenoiser(
-        model, attention_mask=batch.attention_mask, right_shift_logits=right_shift_logits, prefix=prefix
+        model,
+        attention_mask=batch.attention_mask,
+        attention_pattern=attention_pattern,
+        right_shift_logits=right_shift_logits,
+        prefix=prefix,
     )
     with _softened(model, denoise, batch, soft, is_soft):
         return masked_loss(

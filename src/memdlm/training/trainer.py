@@ -15,6 +15,7 @@ from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.masks import AttentionPattern, Windowed
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
@@ -27,6 +28,8 @@ from memdlm.training.tracking import Means, Speed, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
 
+ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
+"""What an optimizer step trains with."""
 TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
@@ -35,7 +38,8 @@ class MemDLMTrainer(SavingTrainer):
     """Train a masked diffusion language model, with memory if `args.mem_enabled`.
 
     Logged beside transformers' own figures, all per maskable token: `nll` and `ppl`, the bound without memory, in
-    training and evaluation alike; `nll_memory`, the bound with the memory that training writes. With the published
+    training and evaluation alike; `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on
+    the steps of `mem_batch_mix` that see no further than `mem_batch_reach`). With the published
     `mem_write_source=response` the memory has seen the labels it is scored on: compare models by `nll`, never by
     `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
     same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
@@ -208,7 +212,8 @@ class MemDLMTrainer(SavingTrainer):
 
     def _outer_sums(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the weighted nats and the maskable tokens of every row, both [B], with and without memory as told."""
-        mix = 1.0 if self.memory is None else self.memory.config.outer_mix
+        mode, pattern = self._mode()
+        mix = 1.0 if self.memory is None or mode == TEXT else self.memory.config.outer_mix
         sums: Tensor | float = 0.0
         if mix > 0 or self._is_logged_step():
             with self._without_trace() if mix == 0 else nullcontext():
@@ -222,10 +227,22 @@ class MemDLMTrainer(SavingTrainer):
         if self.memory is None:
             raise AssertionError("without memory all of the loss is")
         rows = [derive(key) for key in inputs[WRITE]]
-        self._count_write(self._open.enter_context(self._written(batch, rows)))
-        lost = self._score(model, batch, self.memory.prefix)
-        self._means.add("nll_memory", lost.bound.double().sum(), lost.counts.sum())
+        self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
+        lost = self._score(model, batch, self.memory.prefix, pattern)
+        self._means.add(
+            "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
+        )
         return sums + (1 - mix) * lost.sums, lost.counts
+
+    def _mode(self) -> tuple[str, AttentionPattern | None]:
+        """Return what this optimizer step trains with (`mem_batch_mix`; alike on all ranks), and who then sees whom."""
+        config = None if self.memory is None else self.memory.config
+        if config is None or config.batch_shares is None or config.batch_reach is None:
+            return BOTH, None
+        alone, text, _ = config.batch_shares
+        drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
+        mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
+        return mode, Windowed(config.batch_reach) if mode == ALONE else None
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
@@ -292,7 +309,13 @@ class MemDLMTrainer(SavingTrainer):
         return None if self._soft is None else inputs[SOFT] < self.args.soft_mask_prob
 
     def _score(
-        self, model: nn.Module, batch: Batch, prefix: Prefix | None = None, is_soft: Tensor | None = None
+        self,
+        model: nn.Module,
+        batch: Batch,
+        prefix: Prefix | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        *,
+        is_soft: Tensor | None = None,
     ) -> Any:
         return score(
             model,
@@ -302,14 +325,29 @@ class MemDLMTrainer(SavingTrainer):
             right_shift_logits=self.args.right_shift_logits,
             prefix=prefix,
             planner=self.args.diffusion.planner(),
+            attention_pattern=attention_pattern,
             soft=self._soft,
             is_soft=is_soft,
         )
 
-    def _written(self, batch: Batch, randomness: Randomness, *, is_alone: bool = False) -> Any:
+    def _written(
+        self,
+        batch: Batch,
+        randomness: Randomness,
+        attention_pattern: AttentionPattern | None = None,
+        *,
+        is_alone: bool = False,
+    ) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
-        return memory_of(self.memory, batch, pad_token_id=self.pad_token_id, randomness=randomness, is_alone=is_alone)
+        return memory_of(
+            self.memory,
+            batch,
+            pad_token_id=self.pad_token_id,
+            randomness=randomness,
+            is_alone=is_alone,
+            attention_pattern=attention_pattern,
+        )
 
     # Logging --------------------------------------------------------------------------------------------------
 

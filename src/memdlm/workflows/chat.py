@@ -11,7 +11,7 @@ from rich.console import Console
 
 from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
 from memdlm.files import replace_files
-from memdlm.inference import GenerationConfig, encode_prompts, response_job, responses
+from memdlm.inference import GenerationConfig, PromptCache, encode_prompts, prompt_cache_for, response_job, responses
 from memdlm.models.wrappers import unwrap
 from memdlm.options import option, validate
 from memdlm.randomness import derive
@@ -49,6 +49,11 @@ class Chat:
     turns: list[Message] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     answers: int = 0
+    prompt_cache: PromptCache | None = field(init=False)
+    """What is known of the history, with memory on or off."""
+
+    def __post_init__(self) -> None:
+        self.prompt_cache = prompt_cache_for(self.setup.model, self.setup.memory, self.config)
 
     def hold(self, lines: Iterator[str]) -> None:
         """Answer `lines` until they end or one of them is /exit, then say what it took."""
@@ -81,6 +86,7 @@ class Chat:
             self.config,
             memory=self.setup.memory if self.remembers else None,
             generator=[derive("memdlm chat", self.seed, self.answers)],
+            prompt_cache=self.prompt_cache,
         )
         result, seconds = decode(job, responses, self.setup.tokenizer, console=self.console, trace=self.trace)
         reply = result.texts[0].strip()

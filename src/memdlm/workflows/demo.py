@@ -1,8 +1,9 @@
 """The main job, offline: train small models with and without memory, measure them, and write a report.
 
-Two models learn key-value recall from scratch: standard MDLM, and MemDLM as published (memory written from the
-response in training, from the prompt at inference). Each is measured without and with inference-time memory, at the
-training length and beyond. Whatever comes out is reported.
+First, recall from memory alone (`demo_recall`). Then, with everything in attention's reach, two models learn key-value
+recall from scratch: standard MDLM, and MemDLM as published (memory written from the response in training, from the
+prompt at inference). Each is measured without and with inference-time memory, at the training length and beyond.
+Whatever comes out is reported.
 """
 
 import os
@@ -36,7 +37,9 @@ from memdlm.models.loading import build_model
 from memdlm.models.small import SmallDLMConfig
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
+from memdlm.workflows.demo_recall import empty_panel, fill_panel, panel_seconds, pass_seconds
 from memdlm.workflows.display import Display, show_steps
+from memdlm.workflows.recall_study import RecallPlan, recall_data
 
 ARMS: dict[str, dict[str, Any]] = {"MDLM": {}, "MemDLM (published)": {"mem_enabled": True}}
 """Models of the demo, and the training options in which they differ."""
@@ -49,6 +52,17 @@ NOTES = (
     "and by accuracy.",
     "These are toy models on synthetic text. They show that everything runs and what it does here; they say nothing "
     "about models of a useful size.",
+)
+
+
+QUICK_RECALL = RecallPlan(
+    task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
+    train_length=18,
+    num_train=1600,
+    num_eval=32,
+    steps=100,
+    batch_size=16,
+    rank=8,
 )
 
 
@@ -69,6 +83,9 @@ class DemoPlan:
     num_evals: int = 8
     answer_steps: int = 8
     """Denoising steps in which all answers of a conversation are decoded."""
+    recall: RecallPlan = field(default_factory=RecallPlan)
+    """The first panel."""
+    num_recall_seeds: int = 2
     is_quick: bool = False
 
     @classmethod
@@ -88,6 +105,8 @@ class DemoPlan:
             steps=300,
             num_evals=3,
             answer_steps=4,
+            recall=QUICK_RECALL,
+            num_recall_seeds=1,
             is_quick=True,
         )
 
@@ -110,7 +129,7 @@ class DemoData:
 def run_demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str, Any]:
     """Train, measure and report; returns the report that was written to `out`.
 
-    Leaves `report.html`, `report.json`, three PNGs and `checkpoints/<model>-seed<n>/` (folders for
+    Leaves `report.html`, `report.json`, five PNGs and `checkpoints/<model>-seed<n>/` (folders for
     `memdlm.load_model`). On Ctrl-C the report of what is finished is written (beside an earlier complete one, into
     `out/interrupted`), then KeyboardInterrupt goes on. Raises DataError when `out` is, or lies under, a file.
     """
@@ -119,13 +138,15 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[
     report = _empty_report(plan, command)
     try:
         with _single_thread():
-            data = _make_data(plan, display)
-            display.say(f"Estimated time: {_minutes(_estimate(plan, data))}, more if the machine is busy.")
+            data, panel_data = _make_data(plan, display), recall_data(plan.recall)
+            estimate = _estimate(plan, data) + panel_seconds(plan.recall, panel_data, plan.num_recall_seeds)
+            display.say(f"Estimated time: {_minutes(estimate)}, more if the machine is busy.")
+            fill_panel(report["recall"], plan.recall, panel_data, out, display)
             for seed in plan.seeds:
                 for arm in ARMS:
                     _one_model(plan, data, arm, seed, out, display, report)
     except KeyboardInterrupt:
-        if report["models"]:
+        if report["recall"]["models"]:
             report["notes"].append("Interrupted: what was finished until then is shown.")
             folder = out / "interrupted" if (out / "report.json").exists() else out
             _finish(report, folder, display, start)
@@ -169,6 +190,7 @@ def _empty_report(plan: DemoPlan, command: str) -> dict[str, Any]:
         "models": [],
         "accuracy": [],
         "exposure_bias": [],
+        "recall": empty_panel(plan.recall, plan.seeds[: plan.num_recall_seeds]),
     }
 
 
@@ -314,14 +336,8 @@ def checkpoint_name(arm: str, seed: int) -> str:
 
 def _estimate(plan: DemoPlan, data: DemoData) -> float:
     """Time one training pass, and count how many of them the whole demo costs: seconds."""
-    model = _new_model(data, plan.seeds[0])
     batch = Collator(data.tokenizer.pad_token_id)(data.train[: plan.batch_size])
-    spent = []
-    for _ in range(8):
-        start = time.perf_counter()
-        model(batch["input_ids"]).logits.float().logsumexp(-1).mean().backward()
-        spent.append(time.perf_counter() - start)
-    one = sorted(spent)[len(spent) // 2]
+    one = pass_seconds(_new_model(data, plan.seeds[0]), batch["input_ids"])
     # In passes, measured: a step of each arm (network, optimizer and Trainer), and the evaluations of one model.
     training = plan.steps * (STEP_COST["MDLM"] + STEP_COST["MemDLM (published)"])
     evaluation = len(ARMS) * plan.num_eval / plan.batch_size * plan.answer_steps * EVALUATION_COST

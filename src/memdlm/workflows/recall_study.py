@@ -29,6 +29,9 @@ from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.display import show_steps
 
 OURS = "learned to be written"
+MAIN = ("MDLM", "published", "first order", OURS)
+"""The arms of the main comparison."""
+CURVES = ("step", "loss", "nll", "nll_memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,53 +100,90 @@ def recall_data(plan: RecallPlan) -> RecallData:
     )
 
 
-def run_arm(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """One model after its training."""
+
+    model: PreTrainedModel
+    memory: ParametricMemory
+    """What a user of the model would write with."""
+    rates: dict[str, list[float]]
+    """Learned inner learning rates: per tensor, one per step."""
+    curve: dict[str, list[float]]
+    """`step`, `loss`, `nll` and, where it was trained with memory, `nll_memory`: nats per maskable token."""
+    seconds: float
+    cpu_seconds: float
+
+
+def run_arm(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> dict[str, Any]:
+    """Train one model and measure it: accuracy per length with memory on and off, and how it was reached.
+
+    `config` is the memory it is trained with; None trains without, and measures with the published memory.
+    """
+    trained = train_arm(plan, data, config, seed)
+    return {
+        "seed": seed,
+        "steps": plan.steps,
+        "seconds": trained.seconds,
+        "cpu_seconds": trained.cpu_seconds,
+        "parameters": trained.model.num_parameters(),
+        "accuracy": accuracies(plan, data, trained, seed),
+        "curve": trained.curve,
+        "rates": trained.rates,
+        "written": written_losses(trained.model, data, trained.memory, plan.train_length),
+        "config": None if config is None else dataclasses.asdict(config),
+    }
+
+
+def train_arm(
     plan: RecallPlan,
     data: RecallData,
     config: MemoryConfig | None,
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
-) -> dict[str, Any]:
-    """Train one model and measure it: accuracy per length with memory on and off, and how it was reached.
-
-    `config` is the memory it is trained with; None trains without, and measures with the published memory.
-    """
+) -> Trained:
+    """Train one model with the memory `config` (None: without); `on_step` is told how many steps are done."""
     trainer = _trainer(plan, data, config, seed)
     show_steps(trainer, on_step)
     start, cpu = time.perf_counter(), time.process_time()
     trainer.train()
-    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
-    memory = inference_memory(model, data.tokenizer, trainer.memory)
-    rows = [
-        {
-            "length": length,
-            "memory": is_on,
-            "accuracy": recall(
-                model,
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found = {name: [entry[name] for entry in history if name in entry] for name in CURVES}
+    return Trained(
+        model=model,
+        memory=inference_memory(model, data.tokenizer, trainer.memory),
+        rates=_rates(trainer.memory),
+        curve={name: values for name, values in found.items() if values},
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+    )
+
+
+def accuracies(
+    plan: RecallPlan,
+    data: RecallData,
+    trained: Trained,
+    seed: int,
+    on_samples: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Measure a model at every length with memory on and off; `on_samples` is told how many conversations are done."""
+    rows, done = [], 0
+    for length, samples in data.by_length.items():
+        for is_on in (True, False):
+            found = recall(
+                trained.model,
                 data.tokenizer,
                 samples,
                 steps=plan.task.num_questions,
                 seed=seed,
-                memory=memory if is_on else None,
-            ).accuracy,
-        }
-        for length, samples in data.by_length.items()
-        for is_on in (True, False)
-    ]
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    names = ("step", "loss", "nll", "nll_memory")
-    return {
-        "seed": seed,
-        "steps": plan.steps,
-        **spent,
-        "parameters": model.num_parameters(),
-        "accuracy": rows,
-        "curve": {name: [entry[name] for entry in history if name in entry] for name in names},
-        "rates": _rates(trainer.memory),
-        "written": written_losses(model, data, memory, plan.train_length),
-        "config": None if config is None else dataclasses.asdict(config),
-    }
+                memory=trained.memory if is_on else None,
+            )
+            rows.append({"length": length, "memory": is_on, "accuracy": found.accuracy, "questions": found.questions})
+            done += len(samples)
+            on_samples(done)
+    return rows
 
 
 def inference_memory(
@@ -166,10 +206,11 @@ def inference_memory(
 @torch.no_grad()
 def written_losses(
     model: PreTrainedModel, data: RecallData, memory: ParametricMemory, length: int
-) -> dict[str, list[float] | list[str]]:
+) -> dict[str, list[Any]]:
     """Return, for one conversation's prompt, every word's loss before and after it was written.
 
-    Each word is masked alone, its neighbours in sight, so the two differ by what the memory holds.
+    `is_value` marks what the questions ask for. Each word is masked alone, its neighbours in sight, so the two differ
+    by what the memory holds.
     """
     tokenizer = data.tokenizer
     sample = data.by_length[length][:1]
@@ -185,7 +226,9 @@ def written_losses(
     before = losses()
     with memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
         after = losses()
-    return {"words": tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist()), "before": before, "after": after}
+    words = tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist())
+    is_value = [word in sample[0].answers for word in words]
+    return {"words": words, "before": before, "after": after, "is_value": is_value}
 
 
 def _rates(memory: ParametricMemory | None) -> dict[str, list[float]]:
@@ -195,7 +238,8 @@ def _rates(memory: ParametricMemory | None) -> dict[str, list[float]]:
     return dict(zip(memory.learned.names, rates.T.tolist(), strict=True))
 
 
-def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> MemDLMTrainer:
+def new_model(plan: RecallPlan, data: RecallData, seed: int) -> PreTrainedModel:
+    """Return the untrained network."""
     tokenizer = data.tokenizer
     options: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -206,7 +250,12 @@ def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, se
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model = build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
+    return build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
+
+
+def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> MemDLMTrainer:
+    tokenizer = data.tokenizer
+    model = new_model(plan, data, seed)
     memory: dict[str, Any] = {}
     if config is not None:
         memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -1,0 +1,77 @@
+"""torch.compile for the steps of a decoding: static shapes, and only blocks that nothing outside their code changes."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.errors import ConfigError
+from memdlm.models.backbone import Backbone
+from memdlm.models.experts import Experts
+from memdlm.models.key_values import KeyValueWindow
+from memdlm.types import Ids
+
+Forward: TypeAlias = Callable[..., Any]
+_COMPILED: "WeakKeyDictionary[nn.Module, dict[str, Forward]]" = WeakKeyDictionary()
+
+
+@final
+class CompiledSteps:
+    """Runs a backbone's repeated passes over one canvas through torch.compile, with `mode` as torch knows it
+    ("reduce-overhead" and "max-autotune" record CUDA graphs).
+
+    A pass is compiled when its shape comes a second time: what happens once per canvas, the prompt, is not worth it.
+    Every such pass asks for as many places as a block has, and attends to the whole canvas under a mask, so that
+    neither the step nor the block changes a shape. The blocks from the first with fast weights (or hooks) on run as
+    they are: torch.compile would not notice that they have changed. Raises ConfigError when that is all of them.
+    """
+
+    def __init__(self, backbone: Backbone, mode: str, most_asked: int) -> None:
+        self.backbone, self.most_asked = backbone, most_asked
+        self.first = first_changed_block(backbone)
+        if self.first == 0:
+            raise ConfigError(
+                f"compile {mode!r} has nothing to compile: every block has fast weights or hooks. Leave compile out, "
+                "or adapt fewer blocks (mem_inner_layer_fraction)."
+            )
+        forwards = _COMPILED.setdefault(backbone, {})
+        if mode not in forwards:
+            forwards[mode] = torch.compile(backbone.forward, mode=mode)
+        self.forward = forwards[mode]
+        self._seen: set[tuple[object, ...]] = set()
+
+    def hidden(self, shown: Ids, queries: Tensor, window: KeyValueWindow | None, masks: dict[str, Any]) -> Tensor:
+        """Return the normalised states [R, n, D] at `queries` [R, n] of a pass over `shown` [R, W]."""
+        shape = (tuple(shown.shape), window is None, isinstance(getattr(window, "rows", None), slice))
+        is_repeated = shape in self._seen
+        self._seen.add(shape)
+        forward = self.forward if is_repeated else self.backbone.forward
+        window = None if window is None else window.static()
+        queries = _padded(queries, self.most_asked)
+        if self.first == len(self.backbone.layers):
+            return forward(shown, window=window, queries=queries, **masks).last_hidden_state
+        lower = forward(shown, window=window, stop_layer=self.first, **masks).last_hidden_state
+        # A CUDA graph's output is overwritten when it runs again, which is after this pass.
+        out = self.backbone(inputs_embeds=lower, start_layer=self.first, window=window, queries=queries, **masks)
+        return out.last_hidden_state
+
+
+def first_changed_block(backbone: Backbone) -> int:
+    """Return the index of the first block that hooks or fast weights change; the number of blocks if none does."""
+    for index, layer in enumerate(backbone.layers):
+        if any(_is_changed(module) for module in layer.modules()):
+            return index
+    return len(backbone.layers)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    # torch.compile does not look at hooks again once it has compiled a module (skip_nnmodule_hook_guards).
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return has_hooks or (isinstance(module, Experts) and module.additions is not None)
+
+
+def _padded(queries: Tensor, width: int) -> Tensor:
+    """Return `queries` [R, n] as [R, width]; what is added asks for the first place, and is not read."""
+    return torch.cat((queries, queries.new_zeros(len(queries), width - queries.shape[1])), dim=1)

@@ -1,0 +1,164 @@
+"""Prompts that a block-causal network has seen, kept between decodings: what no memory can change of them.
+
+n tokens of finished blocks   F the first block with fast weights   H key heads   P head width   D model width
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.errors import ConfigError
+from memdlm.inference.views import Asked, FinishedBlocks, Pass
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.key_values import KeyValues
+from memdlm.models.wrappers import unwrap
+from memdlm.types import Ids
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenPrompt:
+    """What the blocks below F computed for a text."""
+
+    ids: Ids
+    """[n] on the CPU."""
+    layers: list[tuple[Tensor, Tensor]]
+    """Per block below F, keys and values [H, n, P]."""
+    hidden: Tensor
+    """[n, D], the input of block F."""
+
+    def shared_with(self, ids: Ids) -> int:
+        """Return how many tokens this text and `ids` [m], on the CPU, begin with in common."""
+        length = min(self.ids.numel(), ids.numel())
+        differs = (self.ids[:length] != ids[:length]).nonzero()
+        return length if differs.numel() == 0 else int(differs[0])
+
+
+@final
+class PromptCache:
+    """Lets calls of `generate` and `stream` continue from prompts that earlier calls have seen, with the same tokens.
+
+        cache = PromptCache(model, memory)
+        generate(model, tokenizer, prompts, memory=memory, prompt_cache=cache)
+        generate(model, tokenizer, prompts, prompt_cache=cache)      # the blocks below the memory are not run again
+
+    Holds the blocks below the first fast weight of `memory`, which compute the same with the memory, with another one
+    and without; the blocks above run again on the prompt. Without a `memory` it holds all blocks: then no memory may
+    be open while it is used. What two prompts begin with is shared, as in a conversation that grows. Valid as long as
+    the model's weights are. `max_prompts` are kept, those used last.
+
+    Raises ConfigError for networks that are not block-causal: there every new token changes the states of the prompt.
+    """
+
+    def __init__(self, model: nn.Module, memory: ParametricMemory | None = None, *, max_prompts: int = 8) -> None:
+        network = unwrap(model)
+        if not isinstance(network, MaskedDiffusionLM) or not network.model.is_cacheable:
+            raise ConfigError(
+                f"prompt_cache: {type(network).__name__} keeps no keys and values; leave prompt_cache out."
+            )
+        if max_prompts < 1:
+            raise ConfigError(f"max_prompts must be at least 1, got {max_prompts}.")
+        self.network = network
+        self.first = len(network.model.layers) if memory is None else memory.first_block
+        if self.first == 0:
+            raise ConfigError(
+                "prompt_cache: the memory changes every block (mem_inner_layer_fraction 1), so nothing of a prompt can "
+                "be kept; leave prompt_cache out."
+            )
+        self.max_prompts = max_prompts
+        self._seen: list[SeenPrompt] = []
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def clear(self) -> None:
+        """Let go of everything, for example after the model was trained further."""
+        self._seen.clear()
+
+    def check(self, model: nn.Module, memory: ParametricMemory | None) -> None:
+        """Raise ConfigError if what is held is not what `model` computes while `memory` is open."""
+        if unwrap(model) is not self.network:
+            raise ConfigError("prompt_cache belongs to another model; make one for this: PromptCache(model, memory).")
+        if memory is not None and memory.first_block < self.first:
+            raise ConfigError(
+                f"prompt_cache holds blocks 0 to {self.first - 1}, but the memory changes blocks from "
+                f"{memory.first_block} on; make it for this memory: PromptCache(model, memory)."
+            )
+
+    def find(self, ids: Ids, block: int) -> tuple[SeenPrompt, int] | None:
+        """Return what shares the longest beginning with `ids` [m], on the CPU, and its length in whole blocks."""
+        shared = [seen.shared_with(ids) // block * block for seen in self._seen]
+        longest = max(shared, default=0)
+        if longest == 0:
+            return None
+        seen = self._seen.pop(shared.index(longest))
+        self._seen.append(seen)
+        return seen, longest
+
+    def restore(self, cache: KeyValues, row: int, seen: SeenPrompt, length: int) -> None:
+        """Put the first `length` keys and values of `seen` into `cache`."""
+        for layer, (key, value) in enumerate(seen.layers):
+            for buffer, kept in zip(cache.of(layer, key[None]), (key, value), strict=True):
+                buffer[row, :, :length] = kept[:, :length]
+
+    def keep(self, ids: Ids, cache: KeyValues, row: int, hidden: Sequence[Tensor]) -> None:
+        """Keep the text `ids` [n], on the CPU; `hidden` are the pieces of [n, D]."""
+        length = ids.numel()
+        if any(seen.shared_with(ids) == length for seen in self._seen):
+            return
+        # Texts that this one continues hold nothing more.
+        self._seen = [seen for seen in self._seen if seen.shared_with(ids) < seen.ids.numel()]
+        layers = [cache.held(layer, row, length) for layer in range(self.first)]
+        self._seen.append(SeenPrompt(ids.clone(), layers, torch.cat(list(hidden))))
+        del self._seen[: -self.max_prompts]
+
+
+@final
+class Prefill:
+    """The first pass over each row of one canvas: what the cache holds of a row is put in place instead of computed,
+    and what it did not hold is kept."""
+
+    def __init__(self, cache: PromptCache, view: FinishedBlocks) -> None:
+        self.cache, self.view = cache, view
+        self._is_new = torch.ones(view.cache.batch, dtype=torch.bool)
+        self._found: dict[int, Tensor] = {}
+
+    def is_due(self, asked: Asked) -> bool:
+        """Whether some of the asked rows have not been passed yet."""
+        return bool(self._is_new[asked.rows].any())
+
+    def restore(self, ids: Ids, asked: Asked) -> tuple[Tensor, Tensor, Pass] | None:
+        """Put known beginnings in place below block F. Return the rows [R] they are in, their input of that block
+        [R, W, D] and the pass over them that the blocks from F on have to make; None: nothing is known."""
+        rows, states = [], []
+        ends = asked.per_row("amin") // self.view.block * self.view.block
+        for row, end in zip(asked.rows.tolist(), ends.tolist(), strict=True):
+            found = self.cache.find(ids[row, :end].cpu(), self.view.block) if self._is_new[row] else None
+            if found is not None:
+                seen, length = found
+                self.cache.restore(self.view.cache, row, seen, length)
+                self._found[row] = seen.hidden[:length]
+                rows.append(row)
+                states.append(seen.hidden[:length])
+        if not rows:
+            return None
+        lengths = torch.tensor([len(state) for state in states])
+        self.view.skip(torch.tensor(rows), lengths)
+        part = Pass(torch.zeros_like(lengths), lengths)
+        return torch.tensor(rows), torch.nn.utils.rnn.pad_sequence(states, batch_first=True), part
+
+    def keep(self, ids: Ids, asked: Asked, part: Pass, hidden: Tensor) -> None:
+        """Keep the finished blocks of new rows; `hidden` [R, W, D] is what the pass handed to block F."""
+        ends = asked.per_row("amin") // self.view.block * self.view.block
+        for index, (row, end, first) in enumerate(
+            zip(asked.rows.tolist(), ends.tolist(), part.first.tolist(), strict=True)
+        ):
+            if self._is_new[row] and end > first:
+                before = [self._found[row]] if row in self._found else []
+                self.cache.keep(ids[row, :end].cpu(), self.view.cache, row, [*before, hidden[index, : end - first]])
+        self._is_new[asked.rows] = False
+        self._found.clear()

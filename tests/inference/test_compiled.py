@@ -1,0 +1,106 @@
+"""Compiled steps give the tokens of plain ones, with a memory and after it."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.errors import ConfigError
+from memdlm.inference import GenerationConfig, compiled, generate
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models import BlockCausal
+from tiny import V, rng, tiny
+
+WORDS = build_word_tokenizer([f"w{index:02}" for index in range(V - 5)])
+PROMPTS = [torch.randint(5, V, (n,), generator=rng(n)) for n in (19, 8)]
+
+
+def memory_of(model, fraction=0.5):
+    config = MemoryConfig(inner_layer_fraction=fraction, inner_rank=4, inner_alpha=16.0, inner_lr=1.0)
+    return ParametricMemory(model, config, mask_token_id=WORDS.mask_token_id)
+
+
+def compare(model, options, backend, pattern=None):
+    options = {"max_new_tokens": 10, "block_size": 4, "eos_early_stop": False} | options
+    plain, fast = GenerationConfig(**options), GenerationConfig(**options, compile="default")
+    memory, seen = memory_of(model), []
+    # Without, with and again without: what was compiled for one must not answer for the other.
+    for open_memory in (None, memory, None, memory):
+        expected = generate(model, WORDS, PROMPTS, plain, memory=open_memory, attention_pattern=pattern)
+        found = generate(model, WORDS, PROMPTS, fast, memory=open_memory, attention_pattern=pattern)
+        assert [row.tolist() for row in found.sequences] == [row.tolist() for row in expected.sequences]
+        seen.append([row.tolist() for row in expected.sequences])
+    assert seen[0] != seen[1], "the memory changes nothing, so this would not notice a stale graph"
+    assert backend.compiled
+
+
+class Counting:
+    """torch.compile, counting what it compiled."""
+
+    def __init__(self, inner):
+        self.inner, self.compiled = inner, 0
+
+    def __call__(self, graph, inputs, **_):
+        self.compiled += 1
+        return graph.forward if self.inner is None else torch._inductor.compile(graph, inputs)
+
+
+@pytest.fixture
+def backend(monkeypatch, request):
+    torch._dynamo.reset()
+    counting = Counting(getattr(request, "param", None))
+    compile_ = torch.compile
+    monkeypatch.setattr(compiled.torch, "compile", lambda f, mode: compile_(f, backend=counting))
+    yield counting
+    torch._dynamo.reset()
+
+
+def test_tokens_are_the_same(backend):
+    compare(tiny("llada", torch.float64), {}, backend)
+
+
+def test_a_step_is_compiled_once_for_all_blocks(backend):
+    model, options = tiny("llada", torch.float64), {"max_new_tokens": 24, "block_size": 4, "eos_early_stop": False}
+    found = [
+        generate(model, WORDS, PROMPTS[:1], GenerationConfig(**options, compile=mode), attention_pattern=BlockCausal(4))
+        for mode in (None, "default", "default")
+    ]
+    assert found[0].sequences[0].equal(found[1].sequences[0])
+    assert found[0].sequences[0].equal(found[2].sequences[0])
+    # One for the steps inside a block, one for those that take the finished block before along.
+    assert backend.compiled == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llada2", {"threshold": 0.3}),
+        ("llada2", {"threshold": 0.3, "editing_threshold": 0.2}),
+        ("llada2", {"cache": "none"}),
+        ("lladamoe", {"cfg_scale": 0.5}),
+        ("llada", {"cache": "approximate", "cache_refresh": 3}),
+    ],
+    ids=str,
+)
+def test_tokens_are_the_same_in_every_family(family, options, backend):
+    compare(tiny(family, torch.float64), options, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [BlockCausal(4), None], ids=str)
+@pytest.mark.parametrize("backend", ["inductor"], indirect=True)
+def test_tokens_are_the_same_through_inductor(pattern, backend):
+    compare(tiny("llada", torch.float64), {}, backend, pattern)
+
+
+def test_what_cannot_be_compiled_is_refused():
+    model = tiny("llada2", torch.float64)
+    run = partial(generate, model, WORDS, PROMPTS)
+    with pytest.raises(ConfigError, match="every block has fast weights"):
+        run(GenerationConfig(max_new_tokens=4, compile="default"), memory=memory_of(model, 1.0))
+    with pytest.raises(ConfigError, match="right_shift_logits"):
+        run(GenerationConfig(max_new_tokens=4, compile="default", right_shift_logits=True))
+    with pytest.raises(ConfigError, match="compile"):
+        GenerationConfig(compile="fast")

@@ -1,0 +1,137 @@
+"""Steps that train with memory alone, with the text alone, or with both; and writes under the mask of decoding."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from memdlm.data import Collator
+from memdlm.errors import ConfigError
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models.masks import BlockCausal, Full, Windowed
+from memdlm.training import MemDLMTrainer, TrainingArguments
+from tiny import MASK, PAD, random_ids, rng, tiny
+
+CONFIG = MemoryConfig.recall(inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, strides=2)
+MIXED = dataclasses.replace(CONFIG, batch_mix="1,1,1", batch_reach=2)
+
+
+def trainer_of(folder, config, **options):
+    ids = random_ids(8, 14).tolist()
+    rows = [{"input_ids": row, "labels": [-100] * 8 + row[8:]} for row in ids]
+    memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        per_device_train_batch_size=4,
+        mem_enabled=True,
+        **{"max_steps": 9, **memory, **options},
+    )
+    model = tiny("small", torch.float64)
+    return MemDLMTrainer(
+        model, arguments, mask_token_id=MASK, train_dataset=rows, eval_dataset=rows[:2], data_collator=Collator(PAD)
+    )
+
+
+def gradients(folder, config, step=0):
+    trainer = trainer_of(folder, config)
+    trainer.create_optimizer()
+    (batch,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.state.global_step = step
+    trainer.training_step(trainer.model, batch)
+    return [p.grad for p in trainer.model.parameters()], [p.grad for p in trainer.memory.learned.parameters()]
+
+
+def test_shares_choose_what_a_step_trains_with(tmp_path):
+    both = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="0,0,1"))
+    always = gradients(tmp_path, CONFIG)
+    for one, other in zip(both[0] + both[1], [*always[0], *always[1]], strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+    text = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="0,2,0"))
+    without = gradients(tmp_path, dataclasses.replace(CONFIG, outer_mix=1.0))
+    assert_close(text[0], without[0], rtol=0, atol=0)
+    assert all(gradient is None for gradient in text[1]), "nothing is written"
+    alone = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="1,0,0"))
+    assert any(not torch.allclose(one, other) for one, other in zip(alone[0], both[0], strict=True))
+    assert all(gradient.any() for gradient in alone[1][:2])
+
+
+def test_a_reach_hides_what_lies_further():
+    """Two layers and three mixings of reach 1: with reach 2 the last five columns see at most eleven back."""
+    model, ids = tiny("small", torch.float64), random_ids(1, 30)
+    other = ids.clone()
+    other[:, :10] = (other[:, :10] + 1) % PAD
+    with torch.no_grad():
+        seen = [model(each, attention_pattern=Windowed(2)).logits[:, -5:] for each in (ids, other)]
+        full = [model(each).logits[:, -5:] for each in (ids, other)]
+    assert_close(seen[0], seen[1], rtol=0, atol=0)
+    assert not torch.allclose(full[0], full[1])
+
+
+def test_a_mixed_run_shows_its_losses_apart_and_draws_the_same_modes_again(tmp_path):
+    histories = []
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, MIXED, logging_steps=1)
+        modes = []
+        for step in range(60):
+            trainer.state.global_step = step
+            modes.append(trainer._mode()[0])
+        assert {modes.count(mode) > 10 for mode in set(modes)} == {True}
+        assert len(set(modes)) == 3
+        trainer.state.global_step = 0
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        names = ["nll_memory" in entry for entry in history], ["nll_memory_alone" in entry for entry in history]
+        assert names == ([m == "both" for m in modes[:9]], [m == "memory alone" for m in modes[:9]])
+        assert all("nll" in entry for entry in history)
+        histories.append([entry["loss"] for entry in history])
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_mix": "1,1,1"}, "mem_batch_mix='1,1,1' and mem_batch_reach=None belong together"),
+        ({"batch_reach": 4}, "mem_batch_mix=None and mem_batch_reach=4 belong together"),
+        ({"batch_mix": "1,1", "batch_reach": 4}, r"three shares \(memory alone, text alone, both\).*got '1,1'"),
+        ({"batch_mix": "0,0,0", "batch_reach": 4}, "got '0,0,0'"),
+        ({"batch_mix": "1,x,0", "batch_reach": 4}, "got '1,x,0'"),
+        ({"batch_mix": "1,-1,2", "batch_reach": 4}, "got '1,-1,2'"),
+        ({"batch_mix": "1,1,1", "batch_reach": 4, "outer_mix": 0.5}, "not combined with mem_outer_mix=0.5"),
+        ({"batch_mix": "1,1,1", "batch_reach": 4, "write_source": "response"}, "holds labels, not the text"),
+    ],
+)
+def test_a_mix_that_means_nothing_is_refused(options, match):
+    with pytest.raises(ConfigError, match=match):
+        MemoryConfig.recall(**options)
+
+
+def test_a_write_under_the_mask_of_decoding_is_block_causal():
+    model, ids = tiny("llada2", torch.float64), random_ids(1, 40)
+    options = {"inner_layer_fraction": 0.5, "inner_target_modules": "down_proj"}
+
+    def written(config, pattern=None):
+        memory = ParametricMemory(model, config, mask_token_id=MASK, attention_pattern=pattern)
+        with memory.write(ids, generator=rng(1)):
+            return [tensor.detach() for tensor in memory.fast.tensors()]
+
+    decode = written(MemoryConfig(attention="decode", **options))
+    for one, other in zip(decode, written(MemoryConfig(**options), BlockCausal(32)), strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+    full = written(MemoryConfig(**options))
+    assert any(not torch.allclose(one, other) for one, other in zip(decode, full, strict=True))
+
+
+def test_a_mask_of_decoding_that_changes_nothing_or_fits_nothing_is_refused():
+    config = MemoryConfig(attention="decode", inner_target_modules="down_proj")
+    with pytest.raises(ConfigError, match="mem_attention='decode' has no effect: this model decodes under full"):
+        ParametricMemory(tiny("llada"), config, mask_token_id=MASK)
+    with pytest.raises(ConfigError, match=r"writes under BlockCausal\(block=32\), not Full\(\)"):
+        ParametricMemory(tiny("llada2"), config, mask_token_id=MASK, attention_pattern=Full())
+    with pytest.raises(ConfigError, match="mem_chunk_length=40 cuts through the blocks of 32"):
+        ParametricMemory(tiny("llada2"), dataclasses.replace(config, chunk_length=40), mask_token_id=MASK)
