@@ -22,7 +22,8 @@ NOT_COMPUTING = {
     *("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"),
     *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "use_cache", "model_type"),
     *("quantization_config", "id2label", "label2id", "problem_type", "_commit_hash", "return_dict"),
-    *("output_hidden_states", "output_attentions", "bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"),
+    *("output_hidden_states", "output_attentions", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"),
 }
 """Fields of a model's configuration that do not change what its weights compute."""
 

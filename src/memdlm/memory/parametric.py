@@ -126,7 +126,7 @@ class ParametricMemory:
         Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
         """
         _check_ids(input_ids, labels)
-        _warn_if_long(self.model, input_ids.shape[1])
+        _warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
@@ -334,8 +334,9 @@ def _warn_if_long(model: nn.Module, length: int) -> None:
     places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if places is not None and length > places:
         warnings.warn(
-            f"input_ids has {length} tokens, but the model was trained on {places} positions "
-            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces.",
+            f"input_ids has {length} tokens to be written at once, but the model was trained on {places} positions "
+            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces "
+            "(mem_chunk_length).",
             stacklevel=4,
         )
 

@@ -136,6 +136,11 @@ def is_memory(folder: str | Path) -> bool:
     return (Path(folder) / HEADER_FILE).is_file()
 
 
+def holds_memories(folder: str | Path) -> bool:
+    """Whether some memory lies in `folder`."""
+    return Path(folder).is_dir() and any(is_memory(each) for each in Path(folder).iterdir())
+
+
 def check_output(folder: str | Path, *, overwrite: bool) -> None:
     """Raise ConfigError when a memory cannot be written to `folder`: only another memory may be replaced."""
     folder = Path(folder)

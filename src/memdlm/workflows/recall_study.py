@@ -108,10 +108,8 @@ def run_arm(
 
     `config` is the memory it is trained with; None trains without, and measures with the published memory.
     """
-    trainer = _trainer(plan, data, config, seed)
-    show_steps(trainer, on_step)
     start, cpu = time.perf_counter(), time.process_time()
-    trainer.train()
+    trainer = trained(plan, data, config, seed, on_step)
     spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     model = trainer.model.eval()
     memory = inference_memory(model, data.tokenizer, trainer.memory)
@@ -144,6 +142,20 @@ def run_arm(
         "written": written_losses(model, data, memory, plan.train_length),
         "config": None if config is None else dataclasses.asdict(config),
     }
+
+
+def trained(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> MemDLMTrainer:
+    """Train one model; `save_final(folder)` of the result keeps it, with what its memory has learned."""
+    trainer = _trainer(plan, data, config, seed)
+    show_steps(trainer, on_step)
+    trainer.train()
+    return trainer
 
 
 def inference_memory(
