@@ -144,10 +144,8 @@ def train_arm(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train one model with the memory `config` (None: without); `on_step` is told how many steps are done."""
-    trainer = _trainer(plan, data, config, seed)
-    show_steps(trainer, on_step)
     start, cpu = time.perf_counter(), time.process_time()
-    trainer.train()
+    trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -185,6 +183,20 @@ def accuracies(
             done += len(samples)
             on_samples(done)
     return rows
+
+
+def trained(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> MemDLMTrainer:
+    """Train one model; `save_final(folder)` of the result keeps it, with what its memory has learned."""
+    trainer = _trainer(plan, data, config, seed)
+    show_steps(trainer, on_step)
+    trainer.train()
+    return trainer
 
 
 def inference_memory(
