@@ -12,7 +12,7 @@ from memdlm.data.documents import read_document
 from memdlm.data.records import read_file
 from memdlm.data.synthetic import exact_match
 from memdlm.errors import ConfigError, DataError
-from memdlm.inference import GenerationConfig, response_job, responses
+from memdlm.inference import GenerationConfig, PromptCache, prompt_cache_for, response_job, responses
 from memdlm.inference.prompts import Prompt
 from memdlm.memory import ParametricMemory, SavedMemory, read_memory
 from memdlm.options import option
@@ -59,6 +59,8 @@ class Asker:
     seed: int = 0
     tally: Tally = field(default_factory=Tally)
     count: int = 0
+    prompt_cache: PromptCache | None = None
+    """What is known of the document shown."""
 
     def answer(self, questions: Sequence[str], console: Console) -> list[str]:
         """Answer a batch of questions, each by itself. The memory must be open."""
@@ -68,6 +70,7 @@ class Asker:
             [self._prompt(question) for question in questions],
             self.config,
             generator=[derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
+            prompt_cache=self.prompt_cache,
         )
         result, seconds = decode(job, responses, self.setup.tokenizer, console=console)
         self.tally.add(result, seconds)
@@ -92,8 +95,9 @@ def asker(options: AskOptions, config: GenerationConfig) -> Iterator[Asker]:
     context = _context(options, saved) if options.keep_context else None
     model, tokenizer = load_parts(options)
     memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    cache = None if context is None else prompt_cache_for(model, memory, config)
     with memory.recall(saved):
-        yield Asker(Setup(model, tokenizer, memory), config, context, options.chat, options.seed)
+        yield Asker(Setup(model, tokenizer, memory), config, context, options.chat, options.seed, prompt_cache=cache)
 
 
 def _context(options: AskOptions, saved: SavedMemory) -> str:
