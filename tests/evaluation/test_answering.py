@@ -8,11 +8,13 @@ import torch
 
 from memdlm.data import build_word_tokenizer
 from memdlm.errors import ConfigError, DataError
+from memdlm.evaluation import answering
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.inference import score
 from memdlm.models import SmallDLMConfig, build_model
 from memdlm.randomness import derive
+from tiny import CONFIGS
 
 WORDS = [f"w{index}" for index in range(20)]
 
@@ -169,3 +171,44 @@ def test_a_pair_is_split_at_the_words(tokenizer):
 
 def test_repetitions_are_numbered():
     assert numbered(["a", "b", "a"]) == ["a#0", "b#0", "a#1"]
+
+
+def scored_by(tokenizer, monkeypatch, is_shared, **arguments):
+    """Likelihoods of six choices on two contexts of a tiny LLaDA2.x, and what they cost."""
+    config = CONFIGS["llada2"]()
+    config.vocab_size = len(tokenizer)
+    one = Answerer(
+        model=build_model(config, seed=0).double().eval(),
+        tokenizer=tokenizer,
+        settings=parse_arguments(
+            {"pretrained": "x", "mc_num": 8, "mc_batch_size": 4, "mc_attention": "decode", "block_size": 4, **arguments}
+        ),
+    )
+    monkeypatch.setattr(answering, "can_share", lambda model: is_shared)
+    contexts = (" ".join(WORDS[:11]), " ".join(WORDS[5:8]))
+    choices = ("w6", "w7 w8", "w1 w2 w3 w4 w5 w6")
+    return one.score([one.pair(context, f" {choice}") for context in contexts for choice in choices]), one.ledger
+
+
+@pytest.mark.parametrize("memory", [{}, {"mem_enabled": True, "mem_inner_lr": 1.0}], ids=["memory off", "memory on"])
+def test_a_context_is_computed_once_for_all_its_choices(tokenizer, monkeypatch, memory):
+    shared, cheap = scored_by(tokenizer, monkeypatch, True, is_check_greedy=True, **memory)
+    plain, dear = scored_by(tokenizer, monkeypatch, False, is_check_greedy=True, **memory)
+    for mine, theirs in zip(shared, plain, strict=True):
+        assert mine.nll == pytest.approx(theirs.nll, rel=1e-10)
+        assert mine.nll.stderr == pytest.approx(theirs.nll.stderr, rel=1e-6)
+        assert mine.is_greedy == theirs.is_greedy
+    # The first context has two finished blocks of four tokens, the second none; 9 tokens of choices, 8 copies each.
+    assert dear.token_positions == 8 * (3 * (11 + 3) + 9 + 9)
+    assert cheap.token_positions == 8 + 8 * (3 * (3 + 3) + 9 + 9)
+    assert cheap.forward_passes == dear.forward_passes + 1
+
+
+def test_decodings_attention_gives_another_number_and_is_refused_where_it_is_the_same(tokenizer, monkeypatch):
+    decode, _ = scored_by(tokenizer, monkeypatch, True)
+    full, _ = scored_by(tokenizer, monkeypatch, True, mc_attention="full", block_size=4)
+    differs = [abs(a.nll - b.nll) > 1e-6 for a, b in zip(decode, full, strict=True)]
+    assert differs == [True, True, True, False, True, True], "the fourth text is one block: all of it is seen"
+    one = answerer(tokenizer, mc_attention="decode")
+    with pytest.raises(ConfigError, match="mc_attention='decode' has no effect"):
+        one.score([one.pair("w1 w2", " w3")])

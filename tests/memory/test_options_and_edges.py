@@ -61,6 +61,7 @@ def test_the_options_keep_the_names_and_defaults_that_users_know():
         ({"inner_dropout": 1.0}, "mem_inner_dropout must be less than 1, got 1.0"),
         ({"inner_dropout": -0.1}, "mem_inner_dropout must be at least 0"),
         ({"inner_dropout": 0.1, "inner_adapter_type": "full"}, "mem_inner_dropout=0.1 has no effect.*'full'"),
+        ({"inner_clip_scope": "global", "inner_grad_clip": 0.0}, "mem_inner_clip_scope='global' has no effect"),
         ({"inner_alpha": 8.0, "inner_adapter_type": "full"}, "mem_inner_alpha=8.0 has no effect"),
         ({"distill_hidden_type": "cosine"}, "mem_distill_hidden_type='cosine' has no effect.*read by distill_hidden"),
         (
@@ -328,6 +329,25 @@ def test_a_batch_of_rows_with_nothing_maskable_beside_others_is_that_row_s_alone
     with torch.no_grad():
         assert_close(logits[1:], model(ids[1:]).logits)
         assert not torch.allclose(logits[:1], model(ids[:1]).logits)
+
+
+@every_family
+def test_a_global_clip_scales_a_whole_memory_by_one_factor(family):
+    """Each sample by its own: the step is as long as the norm allows, and points where the unclipped one does."""
+    model, ids = tiny(family, torch.float64), random_ids(2, 9)
+    moved = {}
+    for scope, clip in (("free", 0.0), ("tensor", 0.01), ("global", 0.01)):
+        options = {} if scope == "free" else {"inner_clip_scope": scope}
+        memory = memory_of(model, inner_lr=1.0, inner_grad_clip=clip, masking_strategy="no_progressive", **options)
+        with memory.write(ids, generator=[rng(0), rng(1)]) as record:
+            # These start at 0, so that they are the step; the others' first gradient is 0.
+            moved[scope] = [value for name, value in memory.fast.named().items() if name.endswith("lora_B")]
+        assert (record.grad_norms > clip).all()
+    for sample in range(2):
+        of = {scope: torch.cat([value.select(-3, sample).flatten() for value in each]) for scope, each in moved.items()}
+        assert_close(of["global"].norm(), torch.tensor(0.01, dtype=torch.float64))
+        assert_close(of["global"] / of["global"].norm(), of["free"] / of["free"].norm())
+        assert of["tensor"].norm() > 0.0101
 
 
 def test_a_memory_of_the_joined_batch_follows_the_token_mean():

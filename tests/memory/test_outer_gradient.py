@@ -84,6 +84,7 @@ def test_the_exact_gradient_is_that_of_finite_differences(family, steps):
         {"inner_adapter_type": "full"},
         {"per_sample": False},
         {"inner_layer_fraction": 1.0, "inner_dropout": 0.3},
+        {"inner_grad_clip": 0.05, "inner_clip_scope": "global"},
         {"inner_grad_clip": 0.05, "num_inner_epochs": 2, "num_inner_steps": 1},
         {"learn_start": False, "learn_lr": False},
     ],
@@ -217,6 +218,22 @@ def test_what_is_kept_between_the_passes_grows_by_less_than_a_step_s_activations
 
     assert held(4, "exact_top") - held(1, "exact_top") < 3 * one_pass() / 2
     assert held(4, "exact") - held(2, "exact") < 2 * one_pass()
+
+
+@pytest.mark.parametrize("family", ["lladamoe", "small"])
+def test_gradient_checkpointing_changes_nothing(family):
+    gradients = []
+    for is_on in (False, True):
+        memory = memory_of(tiny(family, torch.float64).train(), inner_layer_fraction=1.0)
+        if is_on:
+            memory.model.gradient_checkpointing_enable()
+        shake(memory)
+        with memory.write(PROMPT, generator=rng(3)):
+            memory.model(QUESTION).logits.square().mean().backward()
+        gradients.append([p.grad for p in parameters_of(memory)])
+        assert any(getattr(module, "gradient_checkpointing", False) for module in memory.model.modules()) == is_on
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
 
 
 def test_outside_of_training_nothing_is_tracked():

@@ -62,9 +62,23 @@ def test_batches_change_nothing(start, tmp_path):
             assert alone[name] == pytest.approx(together[name], rel=1e-5)
 
 
+def test_what_can_be_trained_on_can_be_measured_on(start, tmp_path):
+    """The grammar of training: mixtures, limits, held-out parts; the test split unless another is named."""
+    rows = start / "rows.jsonl"
+    mixture = f"{rows}[train:2,test:3]+{rows}[train:1,test:1]"
+    found = {}
+    for name, options in (("test", ()), ("train", ("--split", "train"))):
+        out = tmp_path / name
+        assert main(command(start, "--dataset_args", mixture, "--output", str(out), *options)) == 0
+        found[name] = json.loads((out / "exposure_bias.json").read_text())
+    assert [(found[name]["split"], found[name]["conversations"]) for name in found] == [("test", 4), ("train", 3)]
+    assert found["test"]["exposure_bias"] != found["train"]["exposure_bias"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--split", "validation"], "split 'validation' is not known. Possible: train."),
         (["--model2", "a"], "model2 is the same as model"),
         (["--model2", "other"], "has another tokenizer"),
         (["--max_length", "3"], "none of the 6 conversations"),

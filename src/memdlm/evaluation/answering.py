@@ -22,9 +22,13 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut, parse_request
 from memdlm.evaluation.ledger import Ledger, MeteredMemory
 from memdlm.inference.generate import generate
+from memdlm.inference.shared_prompt import SharedPrompt, can_share
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.families import decoding_pattern
+from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.wrappers import unwrap
 from memdlm.randomness import derive
+from memdlm.types import Denoise
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +88,19 @@ class Answerer:
             self.memory.ledger = self.ledger
 
     @property
+    def pattern(self) -> AttentionPattern | None:
+        """Who sees whom while a likelihood is estimated; None: everyone sees everyone."""
+        if self.settings.options.mc_attention == "full":
+            return None
+        block = self.settings.generation.get("block_size")
+        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None), block)
+        if isinstance(pattern, Full):
+            raise ConfigError(
+                "mc_attention='decode' has no effect: this model decodes under full attention. Leave it out."
+            )
+        return pattern
+
+    @property
     def max_length(self) -> int | None:
         """Tokens of prompt and response together: as set, or what the model was trained on; None: no limit."""
         places = getattr(getattr(unwrap(self.model), "config", None), "max_position_embeddings", None)
@@ -133,7 +150,8 @@ class Answerer:
         return answers
 
     def score(self, scorings: Sequence[Scoring], on_done: Callable[[int, Scored], None] | None = None) -> list[Scored]:
-        """Bound the likelihood of every target; texts that share what is written are written once.
+        """Bound the likelihood of every target; texts that share what is written are written once, and with
+        `mc_attention=decode` the finished blocks of a prompt that several share are computed once.
 
         The number of draws per target is `mc_num` in rounds of `mc_batch_size`, whatever the batch size. Logs the
         standard errors. Raises DataError for an empty target and ConfigError for one that does not fit.
@@ -144,8 +162,8 @@ class Answerer:
             by_text.setdefault(each.written, []).append(index)
         for text, members in by_text.items():
             with self.ledger.timed(), self._written(text):
-                for index in members:
-                    found[index] = self._score(scorings[index])
+                for index, denoise in self._denoisers(scorings, members):
+                    found[index] = self._score(scorings[index], denoise)
                     if on_done is not None:
                         on_done(index, found[index])
         self.ledger.requests += len(scorings)
@@ -194,12 +212,27 @@ class Answerer:
             self.ledger.truncated += 1
         return Scoring(written=tuple(prompt), prompt=tuple(prompt), target=tuple(target))
 
-    def _score(self, scoring: Scoring) -> Scored:
+    def _denoisers(self, scorings: Sequence[Scoring], members: Sequence[int]) -> Iterator[tuple[int, Denoise]]:
+        """Yield each of `members`, those with the same prompt together, with the network that scores it."""
+        pattern = self.pattern
+        plain = ModelDenoiser(self.model, attention_pattern=pattern, right_shift_logits=self.shifted)
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index in members:
+            by_prompt.setdefault(scorings[index].prompt, []).append(index)
+        for prompt, indices in by_prompt.items():
+            denoise: Denoise = plain
+            if isinstance(pattern, BlockCausal) and not self.shifted and can_share(self.model):
+                denoise = SharedPrompt(self.model, self._tensor(prompt), pattern)
+                self.ledger.forward_passes += int(denoise.seen > 0)
+                self.ledger.token_positions += denoise.seen
+            for index in indices:
+                yield index, denoise
+
+    def _score(self, scoring: Scoring, denoise: Denoise) -> Scored:
         options = self.settings.options
         prompt, target = self._tensor(scoring.prompt), self._tensor(scoring.target)
         mask = int(self.tokenizer.mask_token_id)
         copies = min(options.mc_num, options.mc_batch_size)
-        denoise = ModelDenoiser(self.model, right_shift_logits=self.shifted)
         with torch.no_grad():
             nll = monte_carlo_nll(
                 denoise,
@@ -213,7 +246,8 @@ class Answerer:
             greedy = options.is_check_greedy and is_greedy(denoise, prompt, target, mask_token_id=mask)
         passes = options.mc_num // copies
         self.ledger.forward_passes += passes + (len(scoring.target) if options.is_check_greedy else 0)
-        self.ledger.token_positions += options.mc_num * (len(scoring.prompt) + len(scoring.target))
+        seen = denoise.seen if isinstance(denoise, SharedPrompt) else 0
+        self.ledger.token_positions += options.mc_num * (len(scoring.prompt) + len(scoring.target) - seen)
         return Scored(nll=nll, is_greedy=greedy)
 
     @contextmanager

@@ -43,6 +43,12 @@ class HarnessOptions:
     add_special_tokens: bool = option(False, "Let the tokenizer add its own special tokens to prompts.")
     mc_num: int = option(128, "Noised copies per log-likelihood.", minimum=1)
     mc_batch_size: int = option(32, "Copies per pass and per stratified round; mc_num is a multiple.", minimum=1)
+    mc_attention: str = option(
+        "full",
+        "Log-likelihoods under full attention, as published for every family, or that of decoding (LLaDA2.x: "
+        "block-causal; the context is then computed once for all its choices and copies).",
+        choices=("full", "decode"),
+    )
     is_check_greedy: bool = option(False, "Also find out whether decoding would give the continuation (slow).")
     request_seed: int = option(0, "Seed of memories, samples and likelihoods; every request has a stream of its own.")
     mem_enabled: bool = option(False, "Write every prompt into memory before it is answered or scored.")

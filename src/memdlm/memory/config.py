@@ -18,6 +18,7 @@ Part = TypeVar("Part")
 WRITE_SOURCES = ("response", "prompt", "both")
 ATTENTIONS = ("full", "decode")
 PAD_UNMASK_MODES = ("none", "inner", "both")
+CLIP_SCOPES = ("tensor", "global")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class MemoryConfig:
     strides: int = option(2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2)
     inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0)
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
+    inner_clip_scope: str = option(
+        "tensor", "What is clipped: every fast-weight tensor, or all of a memory by one norm.", choices=CLIP_SCOPES
+    )
     inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
     inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0)
     inner_dropout: float = option(
@@ -232,6 +236,11 @@ class MemoryConfig:
             )
 
     def _refuse_idle_options(self) -> None:
+        if self.inner_clip_scope != "tensor" and self.inner_grad_clip == 0:
+            raise ConfigError(
+                f"mem_inner_clip_scope={self.inner_clip_scope!r} has no effect with mem_inner_grad_clip=0; set a norm, "
+                "or leave it out."
+            )
         tables: tuple[tuple[str, dict[str, type]], ...] = (
             ("masking_strategy", STRATEGIES),
             ("inner_adapter_type", ADAPTERS),

@@ -40,14 +40,21 @@ class LocalSGD:
 
     inner_lr: float = 0.1
     inner_grad_clip: float = 1.0
-    """Largest L2 norm of one tensor's gradient; 0: no clipping."""
+    """Largest L2 norm of one tensor's gradient, or of all of a sample's together; 0: no clipping."""
+    inner_clip_scope: str = "tensor"
+    """What the norm is of: `tensor` or `global` (the paper's ablation of local gradient normalisation)."""
 
-    def clip(self, gradient: Tensor) -> Tensor:
-        """Scale `gradient` [..., rows, columns] so that no matrix in it exceeds the norm."""
+    def clip(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Scale `gradients`, each [S, rows, columns] or [E, S, rows, columns], so that no norm exceeds the largest."""
         if self.inner_grad_clip == 0:
-            return gradient
-        norm = gradient.flatten(-2).norm(dim=-1)[..., None, None]
-        return gradient * (self.inner_grad_clip / (norm + 1e-12)).clamp(max=1.0)
+            return gradients
+        norms = [gradient.flatten(-2).norm(dim=-1) for gradient in gradients]
+        if self.inner_clip_scope == "global":
+            # Norms of norms, not a root of squares: its derivative at 0 is 0 instead of undefined.
+            of_tensors = [norm.norm(dim=0) if norm.dim() == 2 else norm for norm in norms]
+            norms = [torch.stack(of_tensors).norm(dim=0)] * len(norms)
+        factors = [(self.inner_grad_clip / (norm + 1e-12)).clamp(max=1.0)[..., None, None] for norm in norms]
+        return [gradient * factor for gradient, factor in zip(gradients, factors, strict=True)]
 
     def step(
         self,
@@ -67,8 +74,8 @@ class LocalSGD:
         # Left out before the product: an unsound gradient would reach the rates' own gradient as 0 * nan.
         steps = [torch.where(sound, gradient, 0) for gradient in gradients] if factors is not None else gradients
         return [
-            torch.where(sound, value - rate * self.clip(gradient), value)
-            for value, gradient, rate in zip(values, steps, rates, strict=True)
+            torch.where(sound, value - rate * gradient, value)
+            for value, gradient, rate in zip(values, self.clip(steps), rates, strict=True)
         ]
 
 

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError
 from memdlm.models.adapter_files import save_outer_adapter
-from memdlm.models.key_values import KeyValueWindow, Reading, at
+from memdlm.models.key_values import Reading, Window, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
 from memdlm.models.names import NameTable, to_ours, to_published
@@ -78,7 +78,7 @@ class Backbone(DiffusionPreTrainedModel):
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
-        window: KeyValueWindow | None = None,
+        window: Window | None = None,
         queries: Tensor | None = None,
     ) -> BaseModelOutput:
         """Run the layers.
@@ -198,7 +198,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
-        window: KeyValueWindow | None = None,
+        window: Window | None = None,
         queries: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict tokens.

@@ -4,7 +4,7 @@ B rows of a canvas   T its columns   R rows of one pass   W columns of one pass
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -75,10 +75,34 @@ class KeyValueWindow:
 
 @final
 @dataclass(frozen=True, slots=True)
+class PrefixWindow:
+    """One pass behind a prefix that all rows share: it attends to the prefix and itself, and keeps nothing."""
+
+    prefix: KeyValues
+    """Of one row, [1, prefix.length], every column filled."""
+    columns: Tensor
+    """[1, W] int64, from `prefix.length` on."""
+    is_visible: Tensor | None
+    """[1, 1, W, prefix.length + W] bool, as in `KeyValueWindow`."""
+
+    def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prefix's keys and values with `key` and `value` [R, H, W, P] behind them."""
+        first, second = (
+            torch.cat((held[:, :, : self.prefix.length].expand(len(new), -1, -1, -1), new), dim=2)
+            for held, new in zip(self.prefix.of(layer, key), (key, value), strict=True)
+        )
+        return first, second
+
+
+Window: TypeAlias = KeyValueWindow | PrefixWindow
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Reading:
     """How decoding narrows a layer's pass down."""
 
-    window: KeyValueWindow | None = None
+    window: Window | None = None
     queries: Tensor | None = None
     """[R, n] int64: the only places of the pass whose output is needed (of the last layer); None: all."""
 

@@ -29,6 +29,19 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
 
 
 @contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Let no block of `model` checkpoint itself (transformers' gradient checkpointing)."""
+    blocks = [block for block in model.modules() if getattr(block, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Keep no activations inside `blocks`: the backward pass computes them again. Needs no training mode.
 

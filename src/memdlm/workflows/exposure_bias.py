@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from memdlm import __version__
-from memdlm.data.chat import TRAIN_TURNS, Encoded, encode_records
-from memdlm.data.records import read_records
-from memdlm.errors import ConfigError, DataError
+from memdlm.data.chat import TRAIN_TURNS, Encoded, encode_chat
+from memdlm.data.sources import Conversations, load_conversations
+from memdlm.errors import ConfigError, DataError, MemDLMError, unknown
 from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.report_figures import BIAS_PANELS, png
@@ -29,8 +29,11 @@ class BiasOptions:
 
     model: str = option(MISSING, "Model or adapter: folder or hub name.")
     dataset_args: str = option(
-        MISSING, "A .jsonl, .json or .parquet file, or a saved dataset, with messages or prompt/response."
+        MISSING,
+        "Datasets as in training: hub names, .jsonl, .json or .parquet files, saved folders; joined with +, cut: "
+        "name[test:100].",
     )
+    split: str | None = option(None, "Which split is decoded; unset: test where there is one, else the first.")
     model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
     steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1)
@@ -60,8 +63,9 @@ def measure_exposure_bias(
     model's tokenizer gives other ids, because masks would then not be the same.
     """
     models = [name for name in (options.model, options.model2) if name is not None]
-    texts = _texts(options, options.model)
-    if options.model2 is not None and _ids(_texts(options, options.model2)) != _ids(texts):
+    split, conversations = _conversations(options)
+    texts = _texts(options, conversations, options.model)
+    if options.model2 is not None and _ids(_texts(options, conversations, options.model2)) != _ids(texts):
         raise DataError(f"model2 {options.model2!r} has another tokenizer: its losses per token are not comparable.")
     rows = [row for name in models for row in _measure(options, name, texts, memory, say)]
     data: dict[str, Any] = {
@@ -71,6 +75,7 @@ def measure_exposure_bias(
         "seeds": [options.seed],
         "options": asdict(options),
         "memory": None if memory is None else asdict(memory),
+        "split": split,
         "conversations": len(texts),
         "models": [],
         "accuracy": [],
@@ -114,16 +119,33 @@ def _measure(
     return rows
 
 
-def _texts(options: BiasOptions, name: str) -> list[Encoded]:
+def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
+    splits = load_conversations(options.dataset_args)
+    split = options.split or ("test" if "test" in splits else next(iter(splits)))
+    if split not in splits:
+        raise DataError(f"dataset_args: {options.dataset_args!r}: {unknown('split', split, splits)}")
+    return split, splits[split]
+
+
+def _texts(options: BiasOptions, conversations: Conversations, name: str) -> list[Encoded]:
     """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
-    encoded = encode_records(read_records(options.dataset_args), load_tokenizer(name), train_turns=options.train_turns)
-    fitting = [each for each in encoded if len(each.input_ids) <= options.max_length]
+    tokenizer = load_tokenizer(name)
+    fitting: list[Encoded] = []
+    for index, conversation in enumerate(conversations):
+        try:
+            encoded = encode_chat(tokenizer, conversation["messages"], train_turns=options.train_turns)
+        except MemDLMError as error:
+            raise DataError(f"{options.dataset_args!r}, conversation {index}: {error}") from error
+        if len(encoded.input_ids) <= options.max_length:
+            fitting.append(encoded)
+        if len(fitting) == options.num_samples:
+            break
     if not fitting:
         raise DataError(
-            f"dataset: none of the {len(encoded)} conversations of {options.dataset_args!r} fits into max_length "
-            f"{options.max_length}; raise it."
+            f"dataset: none of the {len(conversations)} conversations of {options.dataset_args!r} fits into "
+            f"max_length {options.max_length}; raise it."
         )
-    return sorted(fitting[: options.num_samples], key=lambda each: -len(each.input_ids))
+    return sorted(fitting, key=lambda each: -len(each.input_ids))
 
 
 def _ids(texts: Sequence[Encoded]) -> list[list[int]]:

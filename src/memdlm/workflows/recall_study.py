@@ -73,7 +73,8 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
     nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
     return {
         "MDLM": None,
-        "published": MemoryConfig.paper(**shape),
+        # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
+        "published": MemoryConfig.paper(per_sample=True, **shape),
         "first order": dataclasses.replace(ours, outer_gradient="first_order"),
         OURS: ours,
         "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
@@ -143,10 +144,8 @@ def train_arm(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train one model with the memory `config` (None: without); `on_step` is told how many steps are done."""
-    trainer = _trainer(plan, data, config, seed)
-    show_steps(trainer, on_step)
     start, cpu = time.perf_counter(), time.process_time()
-    trainer.train()
+    trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -184,6 +183,20 @@ def accuracies(
             done += len(samples)
             on_samples(done)
     return rows
+
+
+def trained(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> MemDLMTrainer:
+    """Train one model; `save_final(folder)` of the result keeps it, with what its memory has learned."""
+    trainer = _trainer(plan, data, config, seed)
+    show_steps(trainer, on_step)
+    trainer.train()
+    return trainer
 
 
 def inference_memory(

@@ -1,0 +1,65 @@
+"""A prompt that many texts begin with, seen once: exact where later tokens cannot change it (block-causal families).
+
+P tokens of the prompt   n of them in finished blocks   L tokens of a text
+"""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.key_values import KeyValues, KeyValueWindow, PrefixWindow
+from memdlm.models.masks import BlockCausal
+from memdlm.models.wrappers import unwrap
+from memdlm.types import Denoise, Ids, Logits, Positions, Readout
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether `model` keeps what it computes of a prompt under a block-causal pattern."""
+    network = unwrap(model)
+    return isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
+
+
+@final
+class SharedPrompt(Denoise):
+    """Predicts positions of texts [B, L] that all begin with one prompt, whose finished blocks are not run again.
+
+    Belongs to one state of the network (one memory). `seen` is n; positions before it must not be asked for.
+    """
+
+    def __init__(self, model: nn.Module, prompt_ids: Tensor, pattern: BlockCausal) -> None:
+        self.model, self.block = model, pattern.block
+        self.seen = prompt_ids.numel() // self.block * self.block
+        self.cache = KeyValues(1, self.seen)
+        if self.seen:
+            columns = torch.arange(self.seen, device=prompt_ids.device)
+            window = KeyValueWindow(self.cache, slice(0, 1), columns[None], 0, self.seen, self._visible(columns))
+            # Of the last layer nothing is needed but its keys and values.
+            one = columns.new_zeros(1, 1)
+            with torch.no_grad():
+                model(input_ids=prompt_ids[None, : self.seen], window=window, queries=one, project=False)
+
+    def logits(self, ids: Ids, positions: Positions) -> Logits:
+        """Return [N, V] logits of the tokens at `positions` of the texts `ids` [B, L]."""
+        return self._call(ids, positions).logits
+
+    def hidden(self, ids: Ids, positions: Positions) -> Tensor:
+        """Return [N, D] normalised last hidden states at `positions`."""
+        return self._call(ids, positions, project=False).hidden_states[-1]
+
+    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+        """Return [N] values, without holding all logits."""
+        values: Tensor = self._call(ids, positions, readout=readout).loss
+        return values
+
+    def _call(self, ids: Ids, positions: Positions, **arguments: Any) -> Any:
+        length = ids.shape[1]
+        columns = torch.arange(self.seen, length, device=ids.device)
+        window = PrefixWindow(self.cache, columns[None], self._visible(columns))
+        places = positions // length * len(columns) + positions % length - self.seen
+        return self.model(input_ids=ids[:, self.seen :], window=window, positions=places, **arguments)
+
+    def _visible(self, columns: Tensor) -> Tensor:
+        seen = torch.arange(int(columns[-1]) + 1, device=columns.device)
+        return ((seen // self.block) <= (columns[:, None] // self.block))[None, None]
