@@ -34,11 +34,14 @@ STANDS_FOR = {
     "MDLM": f"{DEMO}/mdlm-seed0",
     "MEMDLM": f"{DEMO}/memdlm-seed0",
     "ADAPTER": "runs/lora",
+    "LLADA2": "models/inclusionAI/LLaDA2.1-mini",
     "RUN": "runs/lora",
     "ANOTHER_RUN": "runs/whole",
     "runs/ruler": "runs/lora",
     "runs/babilong_2k": "runs/whole",
     "held_out.jsonl": "chat.jsonl",
+    "report.pdf": "report.md",
+    "memories": ".",
     "tatsu-lab/alpaca[train:5000]": "tatsu-lab/alpaca[train:20]",
     "cuda": "cpu",
 }
@@ -49,6 +52,7 @@ Published names stay what they are: BASE_MODELS_DIR and BASE_DATASETS_DIR point 
 SMALLER = {
     "preprocess": ["--num_proc", "1"],
     "train": ["--max_steps", "1", "--report_to", "none", "--disable_tqdm", "True"],
+    "ask": ["--max_new_tokens", "4"],
     "exposure-bias": ["--steps", "2", "--num_samples", "2"],
     "eval": ["--limit", "1", "--metadata", '{"max_seq_lengths": [160], "num_samples": 1}'],
 }
@@ -77,6 +81,8 @@ def workshop(tmp_path_factory):
         tokenizer.save_pretrained(folder / DEMO / name)
     rows = [{"messages": sample.messages} for sample in task.records(30, 30, seed=0)]
     write_jsonl(rows, folder / "chat.jsonl")
+    (folder / "report.md").write_text(rows[0]["messages"][0]["content"])
+    write_jsonl([{"question": "k1 is", "answer": "v3"}], folder / "questions.jsonl")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|role_end|>"]})
     for name, family in PUBLISHED.items():
         config = CONFIGS[family]()
@@ -135,8 +141,9 @@ def words_of(line):
 
 
 def run(words):
-    """Run one `memdlm` command in this process."""
-    assert main([*words, *SMALLER.get(words[0], [])]) == 0, shlex.join(words)
+    """Run one `memdlm` command in this process; a gate may refuse what a random model has written."""
+    fine = (0, 1) if "--gate" in words else (0,)
+    assert main([*words, *SMALLER.get(words[0], [])]) in fine, shlex.join(words)
 
 
 def known_target(words):
