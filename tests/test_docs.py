@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from memdlm.cli import eval as evaluation
+from memdlm.cli.ask import ask_parser
 from memdlm.cli.main import COMMANDS
+from memdlm.cli.memorize import memorize_parser
 from memdlm.cli.parsing import DataclassParser
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.workflows.exposure_bias import BiasOptions
@@ -44,6 +46,13 @@ def test_a_documented_command_is_accepted(line):
         memory = words.index("--mem_enabled")
         options, *_ = DataclassParser((BiasOptions,)).parse({}, words[1:])
         assert (options.steps, options.mem_enabled) == (48, words[memory + 1] == "True")
+    elif words[0] == "memorize":
+        options, _ = memorize_parser().parse({}, words[1:])
+        assert options.output == words[words.index("--output") + 1]
+    elif words[0] == "ask":
+        options, _, given = ask_parser().parse({}, words[1:])
+        assert options.keep_context == ("--keep_context" in words)
+        assert all(question in words for question in given.question)
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`--(mem_\w+)", (ROOT / "docs/evaluation.md").read_text()))))
