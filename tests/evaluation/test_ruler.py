@@ -5,6 +5,7 @@ BABILong and LongBench come from the hub; their loading path runs on local files
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,18 +52,39 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def evaluate(checkpoint, out, tasks, arguments="", metadata=None, more=()):
+def evaluate(checkpoint, out, tasks, arguments="", metadata=None, more=(), processes=1):
     metadata = {"max_seq_lengths": [1024]} if metadata is None else metadata
-    command = [sys.executable, "-c", RUN, "--model", "memdlm", "--model_args", f"pretrained={checkpoint}{arguments}"]
+    out.mkdir(parents=True)
+    (out / "run.py").write_text(RUN)
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+    ]
+    command = [
+        sys.executable,
+        *(launch if processes > 1 else ()),
+        str(out / "run.py"),
+        "--model",
+        "memdlm",
+        "--model_args",
+        f"pretrained={checkpoint}{arguments}",
+    ]
     command += ["--tasks", *tasks, "--metadata", json.dumps(metadata), "--limit", "3", "--output_path", str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SOURCE)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--log_samples", "--batch_size", "3", *more], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(next(out.glob("**/results_*.json")).read_text())
     samples = {
-        path.name.split("_2")[0].removeprefix("samples_"): [json.loads(line) for line in path.read_text().splitlines()]
+        re.fullmatch(r"samples_(.+)_\d{4}-.+", path.name)[1]: [
+            json.loads(line) for line in path.read_text().splitlines()
+        ]
         for path in out.glob("**/samples_*")
     }
     return results, samples
@@ -95,6 +117,26 @@ def test_ruler_runs_with_memory_off_and_on_and_in_any_batch(checkpoint, tmp_path
             ]
         )
     assert answers[1] == answers[3] == answers[8]
+
+
+def test_two_processes_give_the_results_of_one(checkpoint, tmp_path):
+    """The tasks without a network that the test above leaves out, through accelerate's launcher."""
+    tasks = ["ruler_fwe", "niah_multikey_2", "niah_multikey_3"]
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        arguments = ",mem_enabled=True,mem_inner_rank=4,steps=4"
+        results, samples = evaluate(checkpoint, out, tasks, arguments, processes=processes)
+        assert results["config"]["memdlm"]["processes"] == processes
+        scores = {task: results["results"][task]["1024,none"] for task in tasks}
+        answers = {
+            task: sorted((each["doc_hash"], str(each["filtered_resps"])) for each in samples[task]) for task in tasks
+        }
+        assert all(len(each) == 3 for each in answers.values())
+        found.append((scores, answers))
+    assert found[0] == found[1]
+    given = [each["arguments"]["gen_args_0"]["arg_0"] for task in tasks for each in samples[task]]
+    assert all(400 < len(load_tokenizer(checkpoint)(text)["input_ids"]) <= 1024 for text in given)
 
 
 def test_local_files_in_the_hubs_format_are_scored(checkpoint, tmp_path):

@@ -5,14 +5,18 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from memdlm import GenerationConfig, MemoryConfig, ParametricMemory, generate, load_model, load_tokenizer
 from memdlm.cli.main import main
+from memdlm.data.documents import Document
 from memdlm.data.synthetic import exact_match
 from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.errors import DataError
 from memdlm.memory import LocalSGD, inspect_memory, read_memory
 from memdlm.workflows.display import Display
-from memdlm.workflows.memorize import MemorizeOptions, Memorizer
+from memdlm.workflows.memorize import MemorizeOptions, Memorizer, document_ids
 from memdlm.workflows.recall_study import OURS, RecallPlan, arms, recall_data, trained
 from tiny import V, tiny
 
@@ -131,6 +135,18 @@ def test_a_gate_keeps_what_helps_and_refuses_what_harms(gate, doc, tmp_path, cap
     status, _ = memorize(model, doc, "--overwrite")
     assert status == 0
     assert inspect_memory(memory) != first
+
+
+def test_a_document_that_mentions_special_tokens_means_the_words():
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate("<|mask>ab ")}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|e|>", mask_token="<|mask|>")
+    document = Document(path="x", text="a<|mask|>b", sha256="")
+    ids = document_ids(document, tokenizer, as_message=False)
+    assert len(ids) == 10
+    assert tokenizer.mask_token_id not in ids
+    assert tokenizer.mask_token_id in tokenizer(document.text)["input_ids"]
+    with pytest.raises(DataError, match="no chat template"):
+        document_ids(document, tokenizer, as_message=True)
 
 
 def test_held_out_tokens_are_never_seen_by_the_trial(model, doc, monkeypatch):

@@ -17,14 +17,7 @@ from memdlm.workflows.chat import typed
 
 def main(argv: Sequence[str]) -> int:
     """Print one answer per question, and on standard error what it took."""
-    parser = DataclassParser(
-        (AskOptions, GenerationConfig),
-        prog="memdlm ask",
-        description="Answer questions from a memory. Without a question, they are read line by line. "
-        f"Presets: {', '.join(PRESETS)}.",
-    )
-    parser.add_argument("question", nargs="*", help="questions, each answered by itself")
-    options, config, given = parser.parse(preset_defaults(argv), argv)
+    options, config, given = ask_parser().parse(preset_defaults(argv), argv)
     if given.question and options.questions is not None:
         raise ConfigError("give questions on the command line or in a file (--questions), not both.")
     rows = None if options.questions is None else read_questions(options.questions)
@@ -37,6 +30,18 @@ def main(argv: Sequence[str]) -> int:
                     print(ready.answer([question.strip()], Console(stderr=True))[0], flush=True)
         print(f"{ready.count} answers: {ready.tally.line()}", file=sys.stderr)
     return 0
+
+
+def ask_parser() -> DataclassParser:
+    """Return the command's parser."""
+    parser = DataclassParser(
+        (AskOptions, GenerationConfig),
+        prog="memdlm ask",
+        description="Answer questions from a memory. Without a question, they are read line by line. "
+        f"Presets: {', '.join(PRESETS)}.",
+    )
+    parser.add_argument("question", nargs="*", help="questions, each answered by itself")
+    return parser
 
 
 def _batch(ready: Asker, rows: list[dict[str, object]], options: AskOptions) -> None:

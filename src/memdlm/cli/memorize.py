@@ -12,17 +12,21 @@ from memdlm.workflows.memorize import Memorized, MemorizeOptions, memorize
 
 def main(argv: Sequence[str]) -> int:
     """Write the memory and say what it does; returns 1 when the gate refused it."""
-    parser = DataclassParser(
+    options, memory = memorize_parser().parse(learned_defaults(argv), argv)
+    done = memorize(options, from_flags(MemoryConfig, memory, "mem_"), Display())
+    print(f"{options.output}: {described(done)}")
+    print(done.why)
+    return 0 if done.kept else 1
+
+
+def memorize_parser() -> DataclassParser:
+    """Return the command's parser."""
+    return DataclassParser(
         (MemorizeOptions, MemoryFlags),
         prog="memdlm memorize",
         description="Write a document into a memory and keep it. The mem_* options default to what the model's own "
         "memory was trained with, if there is one.",
     )
-    options, memory = parser.parse(learned_defaults(argv), argv)
-    done = memorize(options, from_flags(MemoryConfig, memory, "mem_"), Display())
-    print(f"{options.output}: {described(done)}")
-    print(done.why)
-    return 0 if done.kept else 1
 
 
 def described(done: Memorized) -> str:

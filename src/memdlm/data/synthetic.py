@@ -31,6 +31,17 @@ class Sample:
 
     messages: list[dict[str, str]]
     answers: tuple[str, ...]
+    context: str = ""
+    """What all questions are about; it stands before the first."""
+
+    def alone(self) -> list["Sample"]:
+        """Return one conversation per question: the context, that question, its answer."""
+        first, *others = (message["content"] for message in self.messages[::2])
+        questions = [first.removeprefix(self.context).lstrip(), *others]
+        return [
+            Sample(_turn(f"{self.context} {question}", answer), (answer,), self.context)
+            for question, answer in zip(questions, self.answers, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +75,17 @@ class Task(ABC):
         messages, answers = [], []
         for index, (question, answer) in enumerate(questions):
             text = " ".join([*context, question]) if index == 0 else question
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            messages += _turn(text, answer)
             answers.append(answer)
-        return Sample(messages, tuple(answers))
+        return Sample(messages, tuple(answers), " ".join(context))
 
     def records(self, num: int, length: int, seed: int | str) -> list[Sample]:
         """Return `num` samples; sample i depends on (seed, task, length, i) alone."""
         return [self.sample(derive(seed, self.name, length, index), length) for index in range(num)]
+
+
+def _turn(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def choose(items: Sequence[str], count: int, generator: torch.Generator) -> list[str]:

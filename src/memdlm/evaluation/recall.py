@@ -48,7 +48,8 @@ def recall(
     """Decode all answers of each conversation in one canvas, most confident first, and compare them as text.
 
     The questions of a conversation share its context; their answers are open at the same time and take `steps`
-    denoising steps together. With a `memory`, what stands before the first answer is written, per conversation.
+    denoising steps together. `Sample.alone` asks them one by one, which is what `memdlm eval` does. With a `memory`,
+    what stands before the first answer is written, per conversation.
     `on_batch` is told how many samples are done.
     """
     texts = encode_samples(tokenizer, samples)
@@ -60,12 +61,18 @@ def recall(
         filled = _fill(model, batch, tokenizer.mask_token_id, steps, memory, derive("recall", seed, start))
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
             for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):
-                predicted = tokenizer.decode(row[first:last], skip_special_tokens=True)
+                predicted = tokenizer.decode(_up_to_end(row[first:last], tokenizer), skip_special_tokens=True)
                 correct += exact_match(answer, predicted)
                 questions += 1
         if on_batch is not None:
             on_batch(start + len(part))
     return Recall(correct=correct, questions=questions)
+
+
+def _up_to_end(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return what stands before the first EOS: an answer that goes on behind it is none."""
+    ends = (ids == tokenizer.eos_token_id).nonzero()
+    return ids if ends.numel() == 0 else ids[: int(ends[0])]
 
 
 def _fill(

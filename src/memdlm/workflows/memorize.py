@@ -105,7 +105,9 @@ def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_m
         messages = [{"role": "user", "content": document.text}]
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     else:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        # A page that mentions <|mask|> or an end of text means the words, not the tokens.
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = tokenizer(document.text, **plain)["input_ids"]
     if not ids:
         raise DataError(f"document: {document.path!r} has no tokens.")
     return torch.tensor(ids, dtype=torch.int64)

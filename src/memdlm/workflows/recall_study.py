@@ -55,6 +55,9 @@ class RecallPlan:
     window: int | None = 4
     network: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the network's configuration."""
+    answer_words: int = 1
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the training arguments, such as `use_cpu` and `bf16`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +178,7 @@ def accuracies(
                 trained.model,
                 data.tokenizer,
                 samples,
-                steps=plan.task.num_questions,
+                steps=plan.task.num_questions * plan.answer_words,
                 seed=seed,
                 memory=trained.memory if is_on else None,
             )
@@ -228,7 +231,7 @@ def written_losses(
     tokenizer = data.tokenizer
     sample = data.by_length[length][:1]
     prompt = pad_texts(encode_samples(tokenizer, sample), tokenizer.pad_token_id, model.device).prompt()
-    places = torch.arange(prompt.ids.shape[1])
+    places = torch.arange(prompt.ids.shape[1], device=model.device)
     views = prompt.ids.repeat(len(places), 1)
     views[places, places] = tokenizer.mask_token_id
 
@@ -240,7 +243,8 @@ def written_losses(
     with memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
         after = losses()
     words = tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist())
-    is_value = [word in sample[0].answers for word in words]
+    asked = {word for answer in sample[0].answers for word in answer.split()}
+    is_value = [word in asked for word in words]
     return {"words": words, "before": before, "after": after, "is_value": is_value}
 
 
@@ -272,26 +276,26 @@ def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, se
     memory: dict[str, Any] = {}
     if config is not None:
         memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        max_steps=plan.steps,
-        per_device_train_batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=plan.steps // 4,
-        weight_decay=0.05,
-        adam_beta2=0.95,
-        logging_steps=max(1, plan.steps // 20),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-        mem_enabled=config is not None,
-        **memory,
-    )
+    options: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": plan.steps // 4,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, plan.steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "mem_enabled": config is not None,
+    }
+    arguments = TrainingArguments(**(options | memory | dict(plan.training)))
     return MemDLMTrainer(
         model,
         arguments,
