@@ -40,6 +40,11 @@ def training(folder, memory=False):
     return folder
 
 
+def told(folder, **options):
+    (folder / "run.json").write_text(json.dumps({"options": {"output_dir": str(folder), "lora": True, **options}}))
+    return folder
+
+
 def demo(folder, model="MDLM"):
     row = {"model": model, "seed": 0, "memory": False, "length": 40, "accuracy": 0.9, "questions": 100}
     report = {
@@ -101,6 +106,22 @@ def test_the_standard_model_is_asked_for(tmp_path):
     evaluated = evaluation(tmp_path / "eval")
     assert main(["report", str(evaluated), "--output", str(page)]) == 0
     assert "name the standard model" in words(page)
+
+
+def test_how_the_training_runs_differ_is_said(tmp_path):
+    plain = told(training(tmp_path / "mdlm-seed0"), mem_enabled=False, planner_weight=0.0, seed=0)
+    papl = told(training(tmp_path / "papl-seed0"), mem_enabled=False, planner_weight=1.0, seed=1)
+    memory = told(training(tmp_path / "memdlm-seed0"), mem_enabled=True, planner_weight=0.0, mem_inner_lr=0.1)
+    page = tmp_path / "report.html"
+    assert main(["report", *map(str, (plain, papl, memory)), "--output", str(page)]) == 0
+    text = words(page).split("Where the figures come from")[0]
+    assert "option mdlm papl memdlm" in text
+    assert "mem_enabled false false true" in text
+    assert "planner_weight 0.0 1.0 0.0" in text
+    for name in ("output_dir", "lora", "mem_inner_lr", "seed 0"):
+        assert name not in text
+    assert main(["report", str(memory), "--output", str(page)]) == 0
+    assert "All training runs here use memory" in words(page)
 
 
 def test_lengths_that_were_not_measured_are_left_out(tmp_path):

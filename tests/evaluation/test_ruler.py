@@ -6,6 +6,7 @@ BABILong and LongBench come from the hub; their loading path runs on local files
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ lm_eval = pytest.importorskip("lm_eval")
 wonderwords = pytest.importorskip("wonderwords")
 pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).parents[2] / "src"
+LAUNCH = SOURCE.parent / "recipes" / "accelerate" / "cpu.yaml"
 RUN = "import sys; from memdlm.cli.eval import stock; sys.exit(stock())"
 
 
@@ -52,19 +54,18 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def evaluate(checkpoint, out, tasks, arguments="", metadata=None, more=(), processes=1):
     metadata = {"max_seq_lengths": [1024]} if metadata is None else metadata
     out.mkdir(parents=True)
     (out / "run.py").write_text(RUN)
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        str(processes),
-        "--main_process_port",
-        "0",
-    ]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(LAUNCH), "--num_processes", str(processes)]
+    launch += ["--main_process_port", str(free_port())]
     command = [
         sys.executable,
         *(launch if processes > 1 else ()),

@@ -141,8 +141,10 @@ def test_accelerate_reads_every_launch_configuration(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    kinds = {"ddp": "MULTI_GPU", "cpu": "MULTI_CPU", "fsdp2": "FSDP"}
+    kinds = {"ddp": "MULTI_GPU", "cpu": "MULTI_GPU", "fsdp2": "FSDP"}
     assert config.distributed_type.value == kinds.get(path.stem, "DEEPSPEED")
+    if path.stem == "cpu":
+        assert (config.num_processes, config.use_cpu) == (2, False)
     if path.stem.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
     if path.stem == "fsdp2":

@@ -15,6 +15,13 @@ from memdlm.evaluation.runs import Measured, read_runs
 from memdlm.files import replace_files
 
 _NONE = '<p class="missing">None of the runs has measured it.</p>'
+_NOT_TRAINING = frozenset(
+    [
+        *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "logging_steps", "save_steps"),
+        *("seed", "data_seed", "resume", "resume_changed", "overwrite_output_dir", "num_proc"),
+    ]
+)
+"""Options that say where a run is and how it is watched."""
 _Z = 1.96
 """Standard errors in half of a 95 % interval."""
 
@@ -72,7 +79,8 @@ def _notes(measured: Measured) -> list[str]:
 
 
 def _trained_with_memory(row: Row) -> bool:
-    return bool(row["curve"]["eval_nll_memory"]) or "memory" in row["config"]
+    told = row.get("options", {}).get("mem_enabled", False)
+    return bool(row["curve"]["eval_nll_memory"]) or "memory" in row["config"] or bool(told)
 
 
 def _by_length(measured: Measured) -> str:
@@ -168,9 +176,34 @@ def _scores(measured: Measured) -> str:
 
 
 def _training(measured: Measured) -> str:
-    if not any(row["curve"]["eval_nll"] for row in measured.models):
-        return _NONE
-    return training_section(measured.part(accuracy=[], exposure_bias=[]))
+    parts = []
+    if any(row["curve"]["eval_nll"] for row in measured.models):
+        parts.append(training_section(measured.part(accuracy=[], exposure_bias=[])))
+    told = _differing_options(measured.models)
+    if told:
+        models = list(dict.fromkeys(row["model"] for row in measured.models if row.get("options")))
+        body = [
+            [f'<th scope="row">{escape(name)}</th>', *(_text(", ".join(values.get(model, ()))) for model in models)]
+            for name, values in told.items()
+        ]
+        caption = "The options in which the training runs differ: which are baselines, and what else is not the same."
+        parts.append(table(caption, ["option", *models], body, num_text=1 + len(models)))
+    return "\n".join(parts) or _NONE
+
+
+def _differing_options(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
+    """Per option that is not the same in all training runs that have it: its values by model."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for name, value in row.get("options", {}).items():
+            values = found.setdefault(name, {}).setdefault(row["model"], [])
+            if (text := json.dumps(value)) not in values:
+                values.append(text)
+    return {
+        name: values
+        for name, values in found.items()
+        if name not in _NOT_TRAINING and len({text for each in values.values() for text in each}) > 1
+    }
 
 
 def _costs(measured: Measured) -> str:

@@ -224,6 +224,7 @@ def training_curves(axes: Axes, report: Report) -> None:
     if series:
         draw_series(axes, report, series, name)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="training step", ylabel="evaluation loss, nats per token")
 
 

@@ -29,7 +29,7 @@ class Measured:
     scores: list[Row] = field(default_factory=list)
     """`task`, `metric`, `model`, `seed`, `memory`, `value`, `stderr`, `documents`: what is not by length."""
     models: list[Row] = field(default_factory=list)
-    """Training curves, as in a report."""
+    """Training curves, as in a report; `options`, where a run.json says them, is how each was trained."""
     exposure_bias: list[Row] = field(default_factory=list)
     costs: list[Row] = field(default_factory=list)
     sources: list[Row] = field(default_factory=list)
@@ -185,6 +185,9 @@ def _add_training(measured: Measured, path: Path, run: str) -> None:
     history = data.get("log_history", [])
     model, seed = model_and_seed(run)
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+    run_file = folder / "run.json"
+    options = _read(run_file).get("options", {}) if run_file.is_file() else {}
     measured.models.append(
         {
             "model": model,
@@ -192,10 +195,11 @@ def _add_training(measured: Measured, path: Path, run: str) -> None:
             "steps": data.get("global_step", 0),
             "seconds": seconds[-1] if seconds else None,
             "config": {},
+            "options": options,
             "curve": curve_of(history),
         }
     )
-    measured.sources.append(_source(run, "training", str(path), {}))
+    measured.sources.append(_source(run, "training", str(path), options))
 
 
 def _add_bias(measured: Measured, path: Path, run: str) -> None:
