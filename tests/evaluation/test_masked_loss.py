@@ -1,10 +1,12 @@
 """The loss on masked tokens: equal to its definition, and what interference is made of."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from memdlm.errors import DataError
-from memdlm.evaluation.masked_loss import interference, masked_loss, masked_text
+from memdlm.evaluation.masked_loss import MaskedText, interference, loss_under, masked_loss, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, concatenate
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
 
@@ -39,6 +41,20 @@ def test_it_is_the_mean_cross_entropy_of_what_is_hidden(family, window):
     assert len(expected) == text.num_scored
     found = masked_loss(model, text, mask_token_id=MASK, window=window, batch_size=3)
     assert abs(found - expected.mean()) < 1e-12
+
+
+def test_it_is_measured_under_the_attention_of_the_write():
+    """Block-causal: what a later block holds does not change the loss on an earlier one."""
+    config = dataclasses.replace(CONFIG, attention="decode")
+    memory = ParametricMemory(tiny("llada2", torch.float64), config, mask_token_id=MASK)
+    ids = random_ids(1, 64)[0]
+    is_masked = (torch.arange(64) < 32)[None] & (torch.arange(64) % 3 == 0)
+    changed = ids.where(torch.arange(64) < 32, 5)
+    texts = [MaskedText(ids=each, is_masked=is_masked) for each in (ids, changed)]
+    losses = [loss_under(memory, text) for text in texts]
+    assert abs(losses[0] - losses[1]) < 1e-12
+    full = [masked_loss(memory.model, text, mask_token_id=MASK) for text in texts]
+    assert abs(full[0] - full[1]) > 1e-3
 
 
 def test_interference_compares_none_own_and_combined_on_the_same_masks():

@@ -127,7 +127,7 @@ def test_a_gate_keeps_what_helps_and_refuses_what_harms(gate, doc, tmp_path, cap
     facts = read_memory(memory).provenance["gate"]
     assert (facts["name"], facts["after"] < facts["before"]) == (gate, True)
     first = inspect_memory(memory)
-    monkeypatch.setattr(LocalSGD, "clip", lambda self, gradient: -10 * gradient)  # steps uphill
+    monkeypatch.setattr(LocalSGD, "clip", lambda self, gradients: [-10 * each for each in gradients])  # steps uphill
     status, _ = memorize(model, doc, *more, "--overwrite")
     assert status == 1
     assert "\nnot kept: the loss on" in capsys.readouterr().out

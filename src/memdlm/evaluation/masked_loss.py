@@ -15,6 +15,7 @@ from memdlm.errors import DataError
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.saved import SavedMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
 from memdlm.randomness import derive
 from memdlm.types import PositionSet
 
@@ -60,15 +61,17 @@ def masked_loss(
     window: int | None = None,
     batch_size: int = 8,
     right_shift_logits: bool = False,
+    attention_pattern: AttentionPattern | None = None,
 ) -> float:
     """Return nats per hidden token, the mean over all views, of the model as it is now, an open memory included.
 
     Texts longer than `window` tokens are read in pieces of that length. `batch_size` pieces go through at a time.
+    `attention_pattern` None is full attention.
     """
     length = text.ids.numel()
     window = length if window is None else min(window, length)
     device = next(model.parameters()).device
-    denoise = ModelDenoiser(model, right_shift_logits=right_shift_logits)
+    denoise = ModelDenoiser(model, attention_pattern=attention_pattern, right_shift_logits=right_shift_logits)
     total = 0.0
     for start in range(0, length, window):
         clean, is_masked = text.ids[start : start + window], text.is_masked[:, start : start + window]
@@ -79,6 +82,18 @@ def masked_loss(
             nats = denoise.read(ids.masked_fill(rows, mask_token_id), positions, Nats(ids.flatten()[positions]))
             total += float(nats.double().sum())
     return total / text.num_scored
+
+
+def loss_under(memory: ParametricMemory, text: MaskedText) -> float:
+    """Return `masked_loss` of the memory's model, read in the pieces and under the attention that it writes with."""
+    return masked_loss(
+        memory.model,
+        text,
+        mask_token_id=memory.mask_token_id,
+        window=memory.config.chunk_length,
+        right_shift_logits=memory.right_shift_logits,
+        attention_pattern=memory.attention_pattern,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,21 +135,11 @@ def interference(
     found = []
     for (name, ids), alone in zip(texts.items(), own, strict=True):
         text = masked_text(ids, ratio=ratio, views=views, generator=derive("interference", seed, name))
-
-        def loss(text: MaskedText = text) -> float:
-            return masked_loss(
-                memory.model,
-                text,
-                mask_token_id=memory.mask_token_id,
-                window=memory.config.chunk_length,
-                right_shift_logits=memory.right_shift_logits,
-            )
-
-        without = loss()
+        without = loss_under(memory, text)
         with memory.recall(alone):
-            with_own = loss()
+            with_own = loss_under(memory, text)
         with memory.recall(combined):
-            with_combined = loss()
+            with_combined = loss_under(memory, text)
         found.append(
             Interference(name=name, num_tokens=text.num_scored, without=without, own=with_own, combined=with_combined)
         )

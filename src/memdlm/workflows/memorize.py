@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from memdlm import __version__
 from memdlm.data.documents import Document, read_document
 from memdlm.errors import ConfigError, DataError
-from memdlm.evaluation.masked_loss import MaskedText, masked_loss, masked_text
+from memdlm.evaluation.masked_loss import loss_under, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory, compress
 from memdlm.memory.saved import check_output
 from memdlm.models.wrappers import unwrap
@@ -126,15 +126,15 @@ class Memorizer:
             gate |= self._held_out(ids)
         views = max(1, min(MOST_VIEWS, -(-ENOUGH // max(1, round(RATIO * len(ids))))))
         text = masked_text(ids, ratio=RATIO, views=views, generator=derive("memorize masks", self.options.seed))
-        before = self._loss(text)
+        before = loss_under(self.memory, text)
         with self._written(ids, "writing") as seconds:
-            written = self._loss(text)
+            written = loss_under(self.memory, text)
             saved = self.memory.export()
         measured: dict[str, Any] = {"loss_before": before, "loss_after": written, "num_scored": text.num_scored}
         if self.options.compress_rank is not None:
             saved = compress(saved, self.options.compress_rank)
             with self.memory.recall(saved):
-                measured |= {"loss_after": self._loss(text), "loss_before_compression": written}
+                measured |= {"loss_after": loss_under(self.memory, text), "loss_before_compression": written}
         if self.options.gate == "written":
             gate |= {"before": before, "after": measured["loss_after"], "num_scored": text.num_scored}
         kept = self.options.gate == "none" or gate["after"] < gate["before"]
@@ -145,9 +145,9 @@ class Memorizer:
         """Write without some tokens, which are [MASK] in every state, and return the loss on them before and after."""
         generator = derive("memorize held out", self.options.seed)
         text = masked_text(ids, ratio=self.options.held_out_share, views=1, generator=generator)
-        before = self._loss(text)
+        before = loss_under(self.memory, text)
         with self._written(ids.masked_fill(text.is_masked[0], self.memory.mask_token_id), "writing on trial"):
-            after = self._loss(text)
+            after = loss_under(self.memory, text)
         return {"before": before, "after": after, "num_scored": text.num_scored}
 
     @contextmanager
@@ -162,14 +162,6 @@ class Memorizer:
             with self.display.bar(what, what, len(ids)) as advance:
                 stack.enter_context(self.memory.write(batch, labels, generator=generator, on_chunk=advance))
             yield time.perf_counter() - start
-
-    def _loss(self, text: MaskedText) -> float:
-        return masked_loss(
-            self.memory.model,
-            text,
-            mask_token_id=self.memory.mask_token_id,
-            window=self.memory.config.chunk_length,
-        )
 
 
 def _reason(kept: bool, gate: dict[str, Any]) -> str:
