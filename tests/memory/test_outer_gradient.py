@@ -97,6 +97,24 @@ def test_so_it_is_under_every_option(family, options):
     check(memory)
 
 
+@every_family
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_model_that_checkpoints_its_blocks_has_the_same_gradient(family, steps):
+    found = []
+    for is_checkpointed in (False, True):
+        model = tiny(family, torch.float64).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        memory = memory_of(model, num_inner_steps=steps)
+        shake(memory)
+        # Checkpointed blocks read the memory again in the backward pass, so it must still be open.
+        with memory.write(PROMPT, generator=rng(3)):
+            model(QUESTION).logits.log_softmax(-1)[..., 5].mean().backward()
+        found.append([parameter.grad for parameter in parameters_of(memory)])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert_close(checkpointed, plain)
+
+
 @pytest.mark.parametrize("family", ["llada", "small_windowed"])
 def test_fast_weights_in_attention_are_differentiated_through_it(family):
     memory = memory_of(tiny(family, torch.float64), inner_target_modules="q_proj,v_proj,o_proj")

@@ -37,3 +37,19 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     idle = [block for block in blocks if not (block.training and getattr(block, "gradient_checkpointing", False))]
     with patched({block: partial(checkpoint, block.forward, use_reentrant=False) for block in idle}):
         yield
+
+
+@contextmanager
+def uncheckpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the activations inside `blocks`, also of those that checkpoint themselves.
+
+    For a graph that outlives the state it was built in: to compute it again later would give another one.
+    """
+    own = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    for block in own:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in own:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
