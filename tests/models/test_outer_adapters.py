@@ -6,7 +6,6 @@ import shutil
 import peft
 import pytest
 import torch
-from per_expert import PerExpert
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -15,6 +14,7 @@ from memdlm.errors import CheckpointError, ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import LoRAOptions, add_outer_lora, load_model, load_outer_adapter, merge_outer_adapter
 from memdlm.models.outer_adapters import _shortest_patterns, adapter_config, find_targets
+from per_expert import PerExpert
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))

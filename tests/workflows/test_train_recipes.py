@@ -12,6 +12,7 @@ from memdlm.cli.parsing import DataclassParser
 from memdlm.cli.train import read_recipe
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
+from memdlm.memory import MemoryConfig
 from memdlm.models import LoRAOptions, add_outer_lora, build_model, load_model
 from memdlm.training import TrainingArguments
 from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
@@ -21,7 +22,7 @@ from tiny import CONFIGS
 RECIPES = Path(__file__).parents[2] / "recipes"
 WHOLE = sorted(RECIPES.glob("*.yaml"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
-NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm)")
+NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall)")
 
 
 def parse(recipe, argv=()):
@@ -35,7 +36,10 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
     recipe = read_recipe(path)
     plan = parse(recipe, ["--output_dir", str(tmp_path)])
     method = NAME.fullmatch(path.stem)[3]
-    assert plan.arguments.mem_enabled == (method == "memdlm")
+    assert plan.arguments.mem_enabled == (method != "mdlm")
+    if method == "recall":
+        shown = {"sync_inner": False}  # what training makes of "unset"
+        assert plan.arguments.memory == MemoryConfig.recall(**shown)
     assert (plan.model.load_in_4bit, plan.lora.r, plan.lora.lora_alpha) == (True, 32, 64)
     assert (plan.data.max_length, plan.data.truncation) == (4096, "filter")
     assert (plan.arguments.learning_rate, plan.arguments.lr_scheduler_type) == (2e-5, "cosine")
@@ -44,8 +48,8 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
 
 
 def test_there_is_a_recipe_for_every_backbone_machine_and_method():
-    assert len(WHOLE) == 12
-    assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 12
+    assert len(WHOLE) == 18
+    assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 18
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
@@ -97,6 +101,14 @@ def test_a_dry_run_counts_without_loading_weights(tiny_run, tmp_path, capsys):
     assert [numbers[name] for name in ("rows", "rows per step", "steps", "warm-up steps")] == ["20", "2", "50", "5"]
     assert float(numbers["sum"]) >= 0
     assert not out.exists()
+
+
+def test_the_recall_recipe_trains_a_four_bit_base_and_saves_what_it_learned(tiny_run, tmp_path):
+    recipe, out = str(RECIPES / "llada_moe_1gpu_recall.yaml"), tmp_path / "run"
+    flags = ["--max_steps", "2", "--bf16", "False", "--save_strategy", "no", "--eval_strategy", "no"]
+    flags += ["--mem_inner_layer_fraction", "0.5", "--report_to", "none"]
+    assert main(["train", recipe, *tiny_run, *flags, "--output_dir", str(out)]) == 0
+    assert list(out.rglob("memory_init.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from memdlm.cli.parsing import DataclassParser, Parser
 from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.memory import MemoryConfig
+from memdlm.memory.learned import saved_config
+from memdlm.models.loading import MEMORY_CONFIG_FILE
 from memdlm.options import as_flags, from_flags
 from memdlm.workflows.decoding import DecodingOptions
 
@@ -16,17 +19,36 @@ MemoryFlags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, "
 def parse(
     parser: DataclassParser, argv: Sequence[str]
 ) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig, tuple[Any, ...]]:
-    """Parse flags of `decoding_parser`; a preset's options are the defaults of the others."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=None)
-    preset = first.parse_known_args(list(argv))[0].preset
-    defaults: dict[str, Any] = {}
-    if preset is not None:
-        chosen, plain = GenerationConfig.preset(preset), GenerationConfig()
-        names = [each.name for each in dataclasses.fields(plain)]
-        defaults = {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(plain, name)}
+    """Parse flags of `decoding_parser`; a preset's options, and a learned memory's, are the defaults of the others."""
+    defaults = preset_defaults(argv) | learned_defaults(argv)
     options, config, memory, *others = parser.parse(defaults, argv)
     return options, config, from_flags(MemoryConfig, memory, "mem_"), tuple(others)
+
+
+def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the options of the preset that the flags name."""
+    preset = _early(argv, "preset")
+    if preset is None:
+        return {}
+    chosen, plain = GenerationConfig.preset(preset), GenerationConfig()
+    names = [each.name for each in dataclasses.fields(plain)]
+    return {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(plain, name)}
+
+
+def learned_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """Return, as mem_* flags, what the memory of the named model was trained with, if it was trained."""
+    folder = _early(argv, "adapter") or _early(argv, "model")
+    if folder is None or not (Path(folder) / MEMORY_CONFIG_FILE).is_file():
+        return {}
+    return {f"mem_{name}": value for name, value in dataclasses.asdict(saved_config(folder)).items()}
+
+
+def _early(argv: Sequence[str], flag: str) -> str | None:
+    """Return the value of one flag, before the others can be parsed."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{flag}", default=None)
+    value: str | None = getattr(first.parse_known_args(list(argv))[0], flag)
+    return value
 
 
 def decoding_parser(name: str, description: str, *more: type) -> DataclassParser:

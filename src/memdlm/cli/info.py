@@ -1,8 +1,9 @@
-"""`memdlm info MODEL`: what a model is and where its fast weights would sit, without loading it."""
+"""`memdlm info NAME`: what a model is and where its fast weights would sit, or what a memory holds."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -10,14 +11,15 @@ from rich.table import Table
 
 from memdlm.cli.parsing import Parser
 from memdlm.memory.config import MemoryConfig
+from memdlm.memory.saved import MemorySummary, holds_memories, inspect_memory, is_memory, list_memories
 from memdlm.memory.summary import ModelSummary, summarise
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one model's summary, as tables or as JSON."""
+    """Print the summary of a model, a memory or a folder of memories, as tables or as JSON."""
     defaults = MemoryConfig()
-    parser = Parser(prog="memdlm info", description="Describe a model and its memory; no weights are loaded.")
-    parser.add_argument("model", help="folder or hub name")
+    parser = Parser(prog="memdlm info", description="Describe a model, or memories; no weights are loaded.")
+    parser.add_argument("model", help="folder or hub name of a model, a memory, or a folder of memories")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub repository")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--mem_inner_rank", type=int, default=defaults.inner_rank, help="rank of the fast weights")
@@ -33,6 +35,14 @@ def main(argv: Sequence[str]) -> int:
         help="projections that get fast weights, separated by commas",
     )
     options = parser.parse_args(list(argv))
+    if is_memory(options.model) or holds_memories(options.model):
+        found = [inspect_memory(options.model)] if is_memory(options.model) else list_memories(options.model)
+        if options.json:
+            print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
+        else:
+            for each in found:
+                show_memory(each)
+        return 0
     config = MemoryConfig(
         inner_rank=options.mem_inner_rank,
         inner_layer_fraction=options.mem_inner_layer_fraction,
@@ -77,6 +87,34 @@ def show(summary: ModelSummary, name: str) -> None:
     console.print(table)
     size = summary.num_fast_parameters * 4 / 2**20
     console.print(f"in all {_count(summary.num_fast_parameters)}, {size:.1f} MiB in float32")
+
+
+def show_memory(memory: MemorySummary) -> None:
+    """Print what one memory holds and where it comes from, or why it cannot be read."""
+    console = Console()
+    facts = Table(title=memory.path, title_justify="left", show_header=False)
+    if memory.problem is not None:
+        facts.add_row("unreadable", memory.problem)
+        console.print(facts)
+        return
+    left_out = f"; {memory.num_left_out} experts that add nothing are left out" if memory.num_left_out else ""
+    checked = ["base weights", *(["tokenizer"] if memory.has_tokenizer else [])]
+    facts.add_row("written for", f"{memory.model} ({memory.family})")
+    facts.add_row("checked", ", ".join([*checked, *(["learned start"] if memory.has_learned_start else [])]))
+    facts.add_row("rank", str(memory.rank))
+    facts.add_row("modules", f"{memory.num_modules} in {memory.num_layers} projections{left_out}")
+    facts.add_row("size", f"{memory.num_parameters:,} numbers, {memory.num_bytes / 2**20:.2f} MiB")
+    for name, value in memory.provenance.items():
+        facts.add_row(name, _told(value))
+    console.print(facts)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_told, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _count(number: int) -> str:

@@ -10,12 +10,14 @@ from memdlm.errors import MemDLMError, unknown
 
 COMMANDS = {
     "demo": "the main job, offline: train, evaluate and compare small models, and write a report",
-    "info": "describe a model, and where its fast weights would sit and how large they are",
+    "info": "describe a model and where its fast weights would sit, a memory, or a folder of memories",
     "preprocess": "tokenize a dataset once, for many training runs",
     "train": "train a model from a recipe file and/or flags",
     "generate": "decode a response to a prompt, with or without memory",
     "infill": "fill the mask tokens of a text",
     "chat": "hold a conversation in the terminal",
+    "memorize": "write a document into a memory once, and keep it as a file",
+    "ask": "answer questions from a memory, with the document shown as well or not",
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "exposure-bias": "measure how much a model suffers from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",

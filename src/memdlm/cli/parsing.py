@@ -1,6 +1,7 @@
 """Parsers whose mistakes are our errors: one line that names the flag, the value and the way out."""
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -9,6 +10,9 @@ from transformers import HfArgumentParser
 
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.options import flag_class, from_flags, is_config
+
+SWITCH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}
+"""What HfArgumentParser takes as the value of a switch, in any case."""
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -47,6 +51,7 @@ class DataclassParser(_OneLine, HfArgumentParser):
         for action in self._actions:
             if action.dest in recipe:
                 action.required = False
+        argv = self._spelled_out(argv)
         _, unrecognised = self.parse_known_args(list(argv))
         if unrecognised:
             self.error(f"unrecognized arguments: {' '.join(unrecognised)}")
@@ -57,6 +62,21 @@ class DataclassParser(_OneLine, HfArgumentParser):
             for config, each in zip(self._configs, parsed[:count], strict=True)
         )
         return (*built, *parsed[count:])
+
+    def _spelled_out(self, argv: Sequence[str]) -> list[str]:
+        """Put True behind a switch that stands alone, so that it does not take the next argument for its value."""
+        switches = {
+            flag
+            for action in self._actions
+            if action.nargs == "?" and action.const is True
+            for flag in action.option_strings
+        }
+        words = []
+        for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            words.append(word)
+            if word in switches and following.lower() not in SWITCH_VALUES:
+                words.append("True")
+        return words
 
     def _typed(self, key: str, value: Any) -> Any:
         """Bring a YAML value to the type the flag would have (1e-4 is a string to YAML)."""

@@ -72,10 +72,10 @@ def _leak(part: Report) -> str:
         training_losses,
         name="Training loss with and without memory",
         caption=f"The grey line, {part['floor']:.2f} nats per token, is the least that a model can lose that does not "
-        "see the facts (the few facts that lie next to the questions aside). The published recipe writes its memory "
-        "from the labels that the loss then scores: with that memory its loss falls below the floor, while the loss "
-        "without memory rises. Nothing was learned that a question could be answered with, as the table shows. Thick: "
-        "mean over seeds; thin: single seeds.",
+        "see the facts (the few facts that lie next to the questions aside). The published recipe writes its memory, "
+        "in training, from the labels that the loss then scores. Its loss with memory may therefore fall below that "
+        "line without anything having been learned that answers a question; what the model itself lost is the line "
+        "without memory. Thick: mean over seeds; thin: single seeds.",
     )
 
 

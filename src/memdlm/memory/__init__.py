@@ -1,11 +1,21 @@
 """What an inner loop writes into fast weights, and how a model reads it back."""
 
 from memdlm.memory.adapters import ADAPTERS, Adapter, Full, LoRA
+from memdlm.memory.combining import average, compress, concatenate
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, LocalSGD, Written, run_inner_loop
 from memdlm.memory.objectives import OBJECTIVES, Objective
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.memory.saved import (
+    MemorySummary,
+    SavedMemory,
+    delete_memory,
+    inspect_memory,
+    is_memory,
+    list_memories,
+    read_memory,
+)
 from memdlm.memory.sites import Site, find_sites
 from memdlm.memory.trajectory import STRATEGIES, Anchor, Strategy, TrajectoryStep, trajectory
 
@@ -21,13 +31,23 @@ __all__ = [
     "LoRA",
     "LocalSGD",
     "MemoryConfig",
+    "MemorySummary",
     "Objective",
     "ParametricMemory",
+    "SavedMemory",
     "Site",
     "Strategy",
     "TrajectoryStep",
     "Written",
+    "average",
+    "compress",
+    "concatenate",
+    "delete_memory",
     "find_sites",
+    "inspect_memory",
+    "is_memory",
+    "list_memories",
+    "read_memory",
     "run_inner_loop",
     "trajectory",
 ]

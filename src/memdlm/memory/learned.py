@@ -36,8 +36,12 @@ TRAINING_ONLY = (
     "per_sample",
     "prompt_mask_ratio",
     "pad_unmask_mode",
+    "chunk_length",
 )
-"""Options that may differ between the training of a start and its use: they do not change how a prompt is written."""
+"""Options that may differ between the training of a start and its use: they do not change how a prompt is written.
+
+`chunk_length` does where a text is longer; without it no longer text than those of training could be written at all.
+"""
 
 RATES = "log_rates"
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memdlm.errors import ConfigError
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.patching import patched, uncheckpointed
+from memdlm.models.patching import kept, patched
 from memdlm.models.prefix import GivenPrefix, Prefix, SharedPrefix
 from memdlm.models.wrappers import unwrap
 from memdlm.types import Denoise, Ids
@@ -52,9 +52,9 @@ class ExactGradient:
         denoise: Callable[[Prefix | None], Denoise],
         prefix: SharedPrefix | None,
     ) -> None:
-        self.fast, self.denoise, self.prefix = fast, denoise, prefix
+        self.model, self.fast, self.denoise, self.prefix = model, fast, denoise, prefix
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.adapted, self.blocks = tuple(blocks), _with_attention_above(model, fast, blocks)
+        self.blocks = _with_attention_above(model, fast, blocks)
         check_attention(model)
 
     def connect(
@@ -74,10 +74,10 @@ class ExactGradient:
                 given = GivenPrefix(self.prefix.first, ids, lower[0])
             with (
                 autocast(),
+                # A block that runs again in the second backward pass would find another attention than now.
+                kept(self.model),
                 self.fast.holding(phi, state),
                 self.fast.dropping(update),
-                # Second derivatives are taken when this block has been left.
-                uncheckpointed(self.adapted),
                 patched({block: partial(_explicitly, block.forward) for block in self.blocks}),
             ):
                 losses = loss_of(self.denoise(given))

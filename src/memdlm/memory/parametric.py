@@ -1,14 +1,16 @@
 """A model's parametric memory: write a text into fast weights, read it through any call, leave no trace."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
@@ -17,9 +19,11 @@ from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
+from memdlm.memory.keeping import Keeper, WrittenText
 from memdlm.memory.learned import LearnedWrite, saved_config
 from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
+from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
 from memdlm.models.denoiser import ModelDenoiser
@@ -41,8 +45,9 @@ class ParametricMemory:
         # here the model is bit for bit what it was
 
     Nothing is added to the model: `state_dict()`, `parameters()` and the training mode never change. One block can
-    be open per memory at a time. `process_group` holds the ranks that `mem_sync_inner` joins (None: all). Raises
-    ConfigError when a target names no projection of the model.
+    be open per memory at a time. `process_group` holds the ranks that `mem_sync_inner` joins (None: all). With the
+    `tokenizer`, saved memories are refused under another one. Raises ConfigError when a target names no projection of
+    the model.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class ParametricMemory:
         right_shift_logits: bool = False,
         attention_pattern: AttentionPattern | None = None,
         process_group: ProcessGroup | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
         if config is None:
@@ -83,6 +89,7 @@ class ParametricMemory:
         self.folder: str | None = folder
         if folder is not None and self.learned is not None:
             self.learned.load(folder)
+        self._keeper = Keeper(unwrap(model), self.fast, self.config, tokenizer, mask_token_id)
         self._is_open = False
         self._prefix: SharedPrefix | None = None
 
@@ -124,6 +131,7 @@ class ParametricMemory:
         is_padding: PositionSet | None = None,
         is_alone: bool = False,
         attention_pattern: AttentionPattern | None = None,
+        on_chunk: Callable[[int], None] | None = None,
     ) -> Iterator[Written]:
         """Write `input_ids` [B, L]; inside the block every call of the model reads the result.
 
@@ -134,12 +142,12 @@ class ParametricMemory:
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
         fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
         ranks must write at the same time, unless the write `is_alone`. `attention_pattern` is this write's; None: the
-        memory's.
+        memory's. `on_chunk` is told how many columns are written (with `mem_chunk_length`, several times).
 
         Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
         """
         _check_ids(input_ids, labels)
-        _warn_if_long(self.model, input_ids.shape[1])
+        _warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
@@ -158,9 +166,52 @@ class ParametricMemory:
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
                     written = self._write_chunks(
-                        Text(clean, is_maskable, mask, anchor), randomness, reading, is_alone=is_alone
+                        Text(clean, is_maskable, mask, anchor), randomness, reading, is_alone, on_chunk
                     )
+                self._keeper.source = WrittenText(clean, is_maskable, written)
                 yield written if per_sample else _joined(written)
+
+    def export(self, row: int | None = None) -> SavedMemory:
+        """Inside an open block: return what was written as a thing to keep; `row` picks one of B memories.
+
+        Raises ConfigError outside a block, and for a `row` that is not there or not said.
+        """
+        return self._keeper.export(row, self.learned)
+
+    def save(self, folder: str | Path, row: int | None = None, **provenance: Any) -> SavedMemory:
+        """Inside an open block: write the memory into `folder`, see `memdlm.memory.saved`; returns what is in it.
+
+        The folder is an ordinary PEFT adapter. It appears whole or not at all, in the place of an earlier memory.
+        `provenance` is noted in it (JSON). Raises ConfigError as `export`, and when `folder` holds anything else.
+        """
+        saved = self.export(row).noted(**provenance)
+        saved.save(folder)
+        return saved
+
+    def load(self, folder: str | Path) -> SavedMemory:
+        """Read a memory that `save` wrote, and check that it was written for this model, tokenizer and configuration.
+
+        Raises MemoryFileError with the reason when it is damaged or was written for others.
+        """
+        return self._keeper.load(folder, self.learned)
+
+    def unwritten(self) -> SavedMemory:
+        """Return the learned start alone, which every memory written from it contains; ConfigError if there is none."""
+        return self._keeper.unwritten(self.learned)
+
+    @contextmanager
+    def recall(self, memory: str | Path | SavedMemory) -> Iterator[SavedMemory]:
+        """Read a saved memory, of a folder or from `load`: inside the block every call of the model reads it.
+
+        All rows of a call share it. Raises MemoryFileError as `load`, ConfigError when a block is open already.
+        """
+        if isinstance(memory, SavedMemory):
+            self._keeper.check(memory, self.learned)
+        else:
+            memory = self.load(memory)
+        with self._opened(), self.fast.holding(self._keeper.values(memory), (1, None)):
+            self._keeper.source = memory
+            yield memory
 
     def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
         """Inside an open block: let calls on the texts `rows` [R] alone read their memories."""
@@ -174,10 +225,17 @@ class ParametricMemory:
         """
         return None if self._prefix is None else self._prefix.connected()
 
-    def _write_chunks(self, text: Text, randomness: Randomness, reading: "_Reading", *, is_alone: bool) -> Written:
+    def _write_chunks(
+        self,
+        text: Text,
+        randomness: Randomness,
+        reading: "_Reading",
+        is_alone: bool,
+        on_chunk: Callable[[int], None] | None,
+    ) -> Written:
         """Write a text chunk after chunk into the same fast weights; nothing of a chunk stays but them."""
         parts = list(text.chunks(self.config.chunk_length))
-        written = []
+        written, done = [], 0
         for part in parts:
 
             def draw(shape: torch.Size = part.clean.shape) -> Tensor:
@@ -185,6 +243,9 @@ class ParametricMemory:
 
             anchor = self._anchor(part.clean, part.is_maskable, part.anchor, draw)
             written.append(self._write(anchor, part.mask, draw, reading, is_alone))
+            done += part.clean.shape[1]
+            if on_chunk is not None:
+                on_chunk(done)
         if len(parts) > 1:
             # A later call sees the whole text, of which no chunk knows what lies below.
             self._prefix = None
@@ -253,7 +314,7 @@ class ParametricMemory:
             yield
         finally:
             self.fast.erase()
-            self._prefix, self._is_open = None, False
+            self._prefix, self._keeper.source, self._is_open = None, None, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,8 +358,9 @@ def _warn_if_long(model: nn.Module, length: int) -> None:
     places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if places is not None and length > places:
         warnings.warn(
-            f"input_ids has {length} tokens, but the model was trained on {places} positions "
-            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces.",
+            f"input_ids has {length} tokens to be written at once, but the model was trained on {places} positions "
+            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces "
+            "(mem_chunk_length).",
             stacklevel=4,
         )
 

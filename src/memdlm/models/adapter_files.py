@@ -48,7 +48,7 @@ def load_outer_adapter(model: PreTrainedModel, name: str | Path, *, token: str |
     the model has an adapter already.
     """
     check_free(model)
-    config, tensors = _read(name, token)
+    config, tensors = read_adapter(name, token)
     targets = find_targets(model, with_head=True)
     unknown = [module for module in tensors if module not in targets]
     if unknown:
@@ -70,7 +70,7 @@ def reload_outer_adapter(model: nn.Module, name: str | Path) -> None:
 
     Raises CheckpointError as `load_outer_adapter`, also when rank or scale differ from the model's.
     """
-    config, tensors = _read(name)
+    config, tensors = read_adapter(name)
     own = adapter_config(model)
     if own is None:
         raise CheckpointError(f"adapter {str(name)!r}: the model has no outer adapter to set.")
@@ -104,12 +104,22 @@ def save_outer_adapter(
         for side, parameter in (("A", a), ("B", b)):
             value = parameter.detach() if state_dict is None else state_dict[names[parameter]]
             value = value if expert is None else value[expert]
-            tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.to("cpu", copy=True).contiguous()
+            tensors[parameter_name(module, side)] = value.to("cpu", copy=True).contiguous()
+    write_adapter(folder, config, tensors)
+
+
+def parameter_name(module: str, side: str) -> str:
+    """Return the name in a file of matrix `side` (A or B) of a published module."""
+    return f"base_model.model.{module}.lora_{side}.weight"
+
+
+def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files; `tensors` are named by `parameter_name`, on the CPU and contiguous."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / WEIGHTS_FILE)
     finally:
         temporary.unlink(missing_ok=True)
@@ -159,8 +169,11 @@ def _has(name: str | Path, file: str, token: str | bool | None) -> bool:
         return False  # no such repository: loading it as a model says why
 
 
-def _read(name: str | Path, token: str | bool | None = None) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
-    """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}."""
+def read_adapter(name: str | Path, token: str | bool | None = None) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
+    """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}, fitted to no model yet.
+
+    Raises CheckpointError when files are missing or damaged, or ask for something else than plain LoRA.
+    """
     config = _config(name, token)
     file = _file(name, WEIGHTS_FILE, token)
     try:

@@ -122,11 +122,11 @@ def add_outer_lora(
     chosen = _chosen(model, targets, options.target_modules)
     config = LoraConfig(
         r=options.r,
-        lora_alpha=int(options.lora_alpha) if float(options.lora_alpha).is_integer() else options.lora_alpha,
+        lora_alpha=_whole(options.lora_alpha),
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
         bias="none",
-        target_modules=_shortest_patterns(chosen, _other_names(model, targets, chosen)),
+        target_modules=target_patterns(model, chosen),
         base_model_name_or_path=model.name_or_path if base is None else base,
     )
     attach(model, {name: targets[name] for name in chosen}, config)
@@ -135,6 +135,28 @@ def add_outer_lora(
         a.data.copy_((drawn * 2 - 1) * a.shape[-1] ** -0.5)
         b.data.zero_()
     return model
+
+
+def target_patterns(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
+    """Return what a PEFT configuration calls its target modules to mean exactly the published `modules` of `model`."""
+    return _shortest_patterns(modules, _other_names(model, find_targets(model), modules))
+
+
+def plain_config(modules: Collection[str], *, rank: int, alpha: float, base: str) -> LoraConfig:
+    """Return the configuration of a finished adapter without extras, for `base`."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_whole(alpha),
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(modules),
+        base_model_name_or_path=base,
+    )
+
+
+def _whole(alpha: float) -> float:
+    # PEFT declares alpha as an integer and takes any number; whole ones are written as such.
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def attach(model: PreTrainedModel, chosen: dict[str, Target], config: LoraConfig) -> None:

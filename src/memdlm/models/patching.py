@@ -29,6 +29,19 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
 
 
 @contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Let no block of `model` checkpoint itself (transformers' gradient checkpointing)."""
+    blocks = [block for block in model.modules() if getattr(block, "gradient_checkpointing", False)]
+    for block in blocks:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+@contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Keep no activations inside `blocks`: the backward pass computes them again. Needs no training mode.
 
@@ -37,19 +50,3 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     idle = [block for block in blocks if not (block.training and getattr(block, "gradient_checkpointing", False))]
     with patched({block: partial(checkpoint, block.forward, use_reentrant=False) for block in idle}):
         yield
-
-
-@contextmanager
-def uncheckpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the activations inside `blocks`, also of those that checkpoint themselves.
-
-    For a graph that outlives the state it was built in: to compute it again later would give another one.
-    """
-    own = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
-    for block in own:
-        block.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for block in own:
-            block.gradient_checkpointing = True  # type: ignore[assignment]

@@ -29,23 +29,29 @@ OPEN = "\u2591"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingOptions:
-    """What is decoded with."""
+class ModelOptions:
+    """Which model is used, and how it is loaded."""
 
     model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
     adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
     dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
     device: str | None = option(None, "For example cuda; unset: the CPU.")
     load_in_4bit: bool = option(False, "Quantise the model's weights.")
-    mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
-    seed: int = option(0, "Of memories and samples.")
-    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
-    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
 
     def __post_init__(self) -> None:
         validate(self)
         if self.model is None:
             raise ConfigError("--model is missing: name a folder or a hub repository.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions(ModelOptions):
+    """What is decoded with."""
+
+    mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
+    seed: int = option(0, "Of memories and samples.")
+    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +63,8 @@ class Setup:
     memory: ParametricMemory
 
 
-def load(options: DecodingOptions, memory: MemoryConfig) -> Setup:
-    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written)."""
+def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load model and tokenizer."""
     name = str(options.model)
     model = load_model(
         name,
@@ -67,8 +73,17 @@ def load(options: DecodingOptions, memory: MemoryConfig) -> Setup:
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
     )
-    tokenizer = load_tokenizer(name)
-    return Setup(model, tokenizer, ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id))
+    return model, load_tokenizer(name)
+
+
+def load(options: ModelOptions, memory: MemoryConfig) -> Setup:
+    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written)."""
+    model, tokenizer = load_parts(options)
+    return Setup(
+        model,
+        tokenizer,
+        ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer),
+    )
 
 
 @dataclass(slots=True)

@@ -58,6 +58,7 @@ NOTES = (
 QUICK_RECALL = RecallPlan(
     task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
     train_length=18,
+    times=(1, 4),
     num_train=1600,
     num_eval=32,
     steps=100,

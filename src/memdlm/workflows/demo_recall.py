@@ -48,7 +48,8 @@ def empty_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> dict[str, Any]:
             f"{task.num_questions} questions name a key; the answer is its value, one of {task.num_values}. Attention "
             f"reaches {plan.window} tokens to either side, so when a question is answered its fact is gone: only what "
             "was written into fast weights before can tell it. Memory on: the prompt is written as the model was "
-            "trained to write it (standard MDLM: as published). Memory off: nothing is written.",
+            "trained to write it (standard MDLM and the published recipe: as published for inference). Memory "
+            "off: nothing is written.",
             "chance": task.chance,
             "train_length": plan.train_length,
             "lengths": [plan.train_length * times for times in plan.times],

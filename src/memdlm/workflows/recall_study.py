@@ -55,6 +55,9 @@ class RecallPlan:
     window: int | None = 4
     network: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the network's configuration."""
+    answer_words: int = 1
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the training arguments, such as `use_cpu` and `bf16`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +76,8 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
     nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
     return {
         "MDLM": None,
-        "published": MemoryConfig.paper(**shape),
+        # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
+        "published": MemoryConfig.paper(per_sample=True, **shape),
         "first order": dataclasses.replace(ours, outer_gradient="first_order"),
         OURS: ours,
         "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
@@ -143,10 +147,8 @@ def train_arm(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Train one model with the memory `config` (None: without); `on_step` is told how many steps are done."""
-    trainer = _trainer(plan, data, config, seed)
-    show_steps(trainer, on_step)
     start, cpu = time.perf_counter(), time.process_time()
-    trainer.train()
+    trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -176,7 +178,7 @@ def accuracies(
                 trained.model,
                 data.tokenizer,
                 samples,
-                steps=plan.task.num_questions,
+                steps=plan.task.num_questions * plan.answer_words,
                 seed=seed,
                 memory=trained.memory if is_on else None,
             )
@@ -184,6 +186,20 @@ def accuracies(
             done += len(samples)
             on_samples(done)
     return rows
+
+
+def trained(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> MemDLMTrainer:
+    """Train one model; `save_final(folder)` of the result keeps it, with what its memory has learned."""
+    trainer = _trainer(plan, data, config, seed)
+    show_steps(trainer, on_step)
+    trainer.train()
+    return trainer
 
 
 def inference_memory(
@@ -215,7 +231,7 @@ def written_losses(
     tokenizer = data.tokenizer
     sample = data.by_length[length][:1]
     prompt = pad_texts(encode_samples(tokenizer, sample), tokenizer.pad_token_id, model.device).prompt()
-    places = torch.arange(prompt.ids.shape[1])
+    places = torch.arange(prompt.ids.shape[1], device=model.device)
     views = prompt.ids.repeat(len(places), 1)
     views[places, places] = tokenizer.mask_token_id
 
@@ -227,7 +243,8 @@ def written_losses(
     with memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
         after = losses()
     words = tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist())
-    is_value = [word in sample[0].answers for word in words]
+    asked = {word for answer in sample[0].answers for word in answer.split()}
+    is_value = [word in asked for word in words]
     return {"words": words, "before": before, "after": after, "is_value": is_value}
 
 
@@ -259,26 +276,26 @@ def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, se
     memory: dict[str, Any] = {}
     if config is not None:
         memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        max_steps=plan.steps,
-        per_device_train_batch_size=plan.batch_size,
-        learning_rate=plan.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=plan.steps // 4,
-        weight_decay=0.05,
-        adam_beta2=0.95,
-        logging_steps=max(1, plan.steps // 20),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-        mem_enabled=config is not None,
-        **memory,
-    )
+    options: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": plan.steps // 4,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, plan.steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "mem_enabled": config is not None,
+    }
+    arguments = TrainingArguments(**(options | memory | dict(plan.training)))
     return MemDLMTrainer(
         model,
         arguments,

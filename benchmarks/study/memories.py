@@ -1,0 +1,166 @@
+"""Kept memories of one model that learned to be written: from files, in chunks, side by side, compressed.
+
+    python benchmarks/study/memories.py [--seed 0] [--out benchmarks/study/results/memories-seed0.json]
+
+The model of `recall.py` (key-value facts, sliding window 4, 24 keys, 8 facts per document). A document is written by
+itself, saved, and asked its 8 questions from the file, in prompts that hold nothing else. Accuracy is exact match;
+losses are nats per masked token of the documents. Documents share keys by chance; `disjoint` ones do not.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memdlm.data.synthetic import KeyValueRecall, exact_match
+from memdlm.evaluation.masked_loss import interference
+from memdlm.inference import GenerationConfig, generate
+from memdlm.memory import ParametricMemory, SavedMemory, average, compress, concatenate
+from memdlm.models import load_model, load_tokenizer
+from memdlm.workflows.recall_study import OURS, RecallPlan, arms, recall_data, trained
+
+DOCUMENTS = 64
+
+
+@dataclass(frozen=True)
+class Document:
+    words: str
+    questions: list[str]
+    answers: tuple[str, ...]
+
+    @property
+    def keys(self) -> set[str]:
+        return {word for word in self.words.split() if word.startswith("k")}
+
+
+def documents(task: KeyValueRecall, length: int, count: int) -> Iterator[Document]:
+    for sample in task.records(count, length, seed="recall test"):
+        first, *others = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+        words = first.split()
+        yield Document(" ".join(words[:length]), [" ".join(words[length:]), *others], sample.answers)
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
+        self.memory = ParametricMemory(self.model, mask_token_id=self.tokenizer.mask_token_id, tokenizer=self.tokenizer)
+        self.folder = folder
+
+    def ids(self, document: Document) -> Tensor:
+        return torch.tensor(self.tokenizer(document.words)["input_ids"])
+
+    def written(self, document: Document, chunk: int | None = None) -> SavedMemory:
+        self.memory.config = replace(self.memory.config, chunk_length=chunk)
+        with self.memory.write(self.ids(document)[None]):
+            self.memory.save(self.folder / "doc.mem")
+        return self.memory.load(self.folder / "doc.mem")
+
+    def correct(self, document: Document, saved: SavedMemory | None) -> int:
+        prompts = [[{"role": "user", "content": question}] for question in document.questions]
+
+        def ask() -> list[str]:
+            return generate(self.model, self.tokenizer, prompts, GenerationConfig(max_new_tokens=2)).texts
+
+        if saved is None:
+            found = ask()
+        else:
+            with self.memory.recall(saved):
+                found = ask()
+        return sum(map(exact_match, document.answers, found))
+
+    def accuracy(self, groups: Sequence[Sequence[Document]], memories: Sequence[SavedMemory | None]) -> float:
+        """One memory per group of documents."""
+        right = [self.correct(each, saved) for group, saved in zip(groups, memories, strict=True) for each in group]
+        return sum(right) / sum(len(each.questions) for group in groups for each in group)
+
+
+def groups_of(documents: Sequence[Document], size: int, disjoint: bool) -> list[list[Document]]:
+    """Cut documents into groups, if asked for of documents without a common key (then leaving some out)."""
+    left, groups = list(documents), []
+    while left:
+        group = [left.pop(0)]
+        for other in list(left):
+            if len(group) < size and not (disjoint and any(other.keys & each.keys for each in group)):
+                group.append(other)
+                left.remove(other)
+        if len(group) == size:
+            groups.append(group)
+    return groups
+
+
+def combinations(bench: Bench, found: Sequence[Document], own: dict[str, SavedMemory]) -> list[dict[str, Any]]:
+    start, rows = bench.memory.unwritten(), []
+    for size, disjoint in ((2, False), (2, True), (4, False)):
+        groups = groups_of(found, size, disjoint)
+        parts = [[own[each.words] for each in group] for group in groups]
+        for name, joined in (
+            ("sum, start once", [concatenate(each, start=start) for each in parts]),
+            ("average", [average(each) for each in parts]),
+        ):
+            losses = [
+                each
+                for group, part, both in list(zip(groups, parts, joined, strict=True))[:8]
+                for each in interference(bench.memory, {d.words: bench.ids(d) for d in group}, part, both)
+            ]
+            rows.append(
+                {
+                    "documents": size,
+                    "disjoint": disjoint,
+                    "how": name,
+                    "groups": len(groups),
+                    "accuracy": bench.accuracy(groups, joined),
+                    **{key: mean(getattr(each, key) for each in losses) for key in ("without", "own", "combined")},
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = RecallPlan()
+    with tempfile.TemporaryDirectory() as folder:
+        trained(plan, recall_data(plan), arms(plan)[OURS], options.seed).save_final(folder)
+        bench = Bench(Path(folder))
+        found = list(documents(plan.task, plan.train_length, DOCUMENTS))
+        own = {each.words: bench.written(each) for each in found}
+        single = [[each] for each in found]
+        result: dict[str, Any] = {
+            "seed": options.seed,
+            "own memory": bench.accuracy(single, list(own.values())),
+            "no memory": bench.accuracy(single, [None] * len(single)),
+        }
+        print(result, flush=True)
+        result["compressed"] = {
+            rank: {
+                "accuracy": bench.accuracy(single, small := [compress(each, rank) for each in own.values()]),
+                "relative_error": mean(each.provenance["compression"]["relative_error"] for each in small),
+            }
+            for rank in (8, 4, 2)
+        }
+        print(result["compressed"], flush=True)
+        result["combined"] = combinations(bench, found, own)
+        result["chunks"] = []
+        for length, chunk in ((144, None), (144, 72), (144, 36), (576, None), (576, 144), (576, 36)):
+            longer = list(documents(plan.task, length, 16))
+            written = [bench.written(each, chunk) for each in longer]
+            accuracy = bench.accuracy([[each] for each in longer], written)
+            result["chunks"].append({"words": length, "chunk": chunk, "accuracy": accuracy})
+            print(result["chunks"][-1], flush=True)
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

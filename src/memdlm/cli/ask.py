@@ -1,0 +1,57 @@
+"""`memdlm ask --model MODEL --memory doc.mem "question"`: ask a memory, once, in a batch, or line by line."""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from memdlm.cli.decoding import preset_defaults
+from memdlm.cli.parsing import DataclassParser
+from memdlm.data.records import write_jsonl
+from memdlm.errors import ConfigError
+from memdlm.inference import PRESETS, GenerationConfig
+from memdlm.workflows.ask import Asker, AskOptions, answered, asker, read_questions
+from memdlm.workflows.chat import typed
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one answer per question, and on standard error what it took."""
+    options, config, given = ask_parser().parse(preset_defaults(argv), argv)
+    if given.question and options.questions is not None:
+        raise ConfigError("give questions on the command line or in a file (--questions), not both.")
+    rows = None if options.questions is None else read_questions(options.questions)
+    with asker(options, config) as ready:
+        if rows is not None:
+            _batch(ready, rows, options)
+        else:
+            for question in given.question or typed("> " if sys.stdin.isatty() else ""):
+                if question.strip():
+                    print(ready.answer([question.strip()], Console(stderr=True))[0], flush=True)
+        print(f"{ready.count} answers: {ready.tally.line()}", file=sys.stderr)
+    return 0
+
+
+def ask_parser() -> DataclassParser:
+    """Return the command's parser."""
+    parser = DataclassParser(
+        (AskOptions, GenerationConfig),
+        prog="memdlm ask",
+        description="Answer questions from a memory. Without a question, they are read line by line. "
+        f"Presets: {', '.join(PRESETS)}.",
+    )
+    parser.add_argument("question", nargs="*", help="questions, each answered by itself")
+    return parser
+
+
+def _batch(ready: Asker, rows: list[dict[str, object]], options: AskOptions) -> None:
+    found = []
+    for row in answered(ready, rows, options.batch_size, Console(stderr=True)):
+        found.append(row)
+        if options.output is None:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    if options.output is not None:
+        write_jsonl(found, options.output)
+    compared = [row["correct"] for row in found if "correct" in row]
+    if compared:
+        print(f"{sum(compared)} of {len(compared)} answers are exact", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""How well a model predicts a text's tokens when they are masked: what a memory improves, and what it harms.
+
+The masks are drawn apart from those of any write. Whatever memory is open is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memdlm.diffusion.losses import Nats
+from memdlm.diffusion.masking import positions_of
+from memdlm.errors import DataError
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.memory.saved import SavedMemory
+from memdlm.models.denoiser import ModelDenoiser
+from memdlm.randomness import derive
+from memdlm.types import PositionSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedText:
+    """One text, and which of its tokens each view hides; a hidden token is scored in the view that hides it."""
+
+    ids: Tensor
+    """[L] int64."""
+    is_masked: PositionSet
+    """[n, L]: one row per view."""
+
+    @property
+    def num_scored(self) -> int:
+        """Predictions that the loss is a mean of."""
+        return int(self.is_masked.sum())
+
+
+def masked_text(ids: Tensor, *, ratio: float, views: int, generator: torch.Generator) -> MaskedText:
+    """Hide about `ratio` of the tokens of `ids` [L] in each of `views` views, and at least one.
+
+    No token is hidden twice before all have been hidden once. Raises DataError for a text of no tokens.
+    """
+    length = ids.numel()
+    if length == 0:
+        raise DataError("the text has no tokens; there is nothing to predict.")
+    count = min(length, max(1, round(ratio * length)))
+    rounds = -(-views * count // length)
+    order = torch.cat([torch.randperm(length, generator=generator) for _ in range(rounds)])
+    is_masked = torch.zeros(views, length, dtype=torch.bool)
+    for view in range(views):
+        is_masked[view, order[view * count : (view + 1) * count]] = True
+    return MaskedText(ids=ids.cpu(), is_masked=is_masked)
+
+
+@torch.no_grad()
+def masked_loss(
+    model: nn.Module,
+    text: MaskedText,
+    *,
+    mask_token_id: int,
+    window: int | None = None,
+    batch_size: int = 8,
+    right_shift_logits: bool = False,
+) -> float:
+    """Return nats per hidden token, the mean over all views, of the model as it is now, an open memory included.
+
+    Texts longer than `window` tokens are read in pieces of that length. `batch_size` pieces go through at a time.
+    """
+    length = text.ids.numel()
+    window = length if window is None else min(window, length)
+    device = next(model.parameters()).device
+    denoise = ModelDenoiser(model, right_shift_logits=right_shift_logits)
+    total = 0.0
+    for start in range(0, length, window):
+        clean, is_masked = text.ids[start : start + window], text.is_masked[:, start : start + window]
+        is_masked = is_masked[is_masked.any(1)]  # a view that hides nothing here would be a pass for nothing
+        for rows in is_masked.to(device).split(batch_size) if len(is_masked) else ():
+            ids = clean.to(device).expand(len(rows), -1)
+            positions = positions_of(rows)
+            nats = denoise.read(ids.masked_fill(rows, mask_token_id), positions, Nats(ids.flatten()[positions]))
+            total += float(nats.double().sum())
+    return total / text.num_scored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interference:
+    """What one text lost by sharing a memory, in nats per hidden token."""
+
+    name: str
+    num_tokens: int
+    """Predictions that each loss is a mean of."""
+    without: float
+    """Without any memory."""
+    own: float
+    """With the memory of this text alone."""
+    combined: float
+    """With the combination."""
+
+    @property
+    def cost(self) -> float:
+        """How much worse the combination is than the text's own memory."""
+        return self.combined - self.own
+
+
+def interference(
+    memory: ParametricMemory,
+    texts: Mapping[str, Tensor],
+    own: Sequence[SavedMemory],
+    combined: SavedMemory,
+    *,
+    ratio: float = 0.2,
+    views: int = 5,
+    seed: int = 0,
+) -> list[Interference]:
+    """Measure, for every text (name -> ids [L]), no memory, its `own` memory and the `combined` one on the same masks.
+
+    Raises MemoryFileError when a memory was written for another model, DataError when texts and memories do not pair.
+    """
+    if len(texts) != len(own):
+        raise DataError(f"there are {len(texts)} texts and {len(own)} memories; give one memory per text, in order.")
+    found = []
+    for (name, ids), alone in zip(texts.items(), own, strict=True):
+        text = masked_text(ids, ratio=ratio, views=views, generator=derive("interference", seed, name))
+
+        def loss(text: MaskedText = text) -> float:
+            return masked_loss(
+                memory.model,
+                text,
+                mask_token_id=memory.mask_token_id,
+                window=memory.config.chunk_length,
+                right_shift_logits=memory.right_shift_logits,
+            )
+
+        without = loss()
+        with memory.recall(alone):
+            with_own = loss()
+        with memory.recall(combined):
+            with_combined = loss()
+        found.append(
+            Interference(name=name, num_tokens=text.num_scored, without=without, own=with_own, combined=with_combined)
+        )
+    return found

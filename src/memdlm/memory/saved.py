@@ -1,0 +1,249 @@
+"""Memories as files: a folder in PEFT's layout, with what it was written for and from beside it.
+
+    doc.mem/adapter_model.safetensors   low-rank pairs under published module names
+    doc.mem/adapter_config.json         what PEFT needs to read them
+    doc.mem/memory.json                 fingerprint, options, provenance, checksums
+
+Only safetensors and JSON are read. A folder is written whole or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memdlm.errors import CheckpointError, ConfigError, MemoryFileError
+from memdlm.files import replace_folder
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.fingerprint import Fingerprint
+from memdlm.memory.packing import Layer, Pairs, check_pairs, scale_of
+from memdlm.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, parameter_name, read_adapter, write_adapter
+from memdlm.models.outer_adapters import plain_config
+from memdlm.models.outer_adapters import scale_of as peft_scale
+from memdlm.options import from_mapping
+
+HEADER_FILE = "memory.json"
+FORMAT = 1
+READING = (
+    "inner_adapter_type",
+    "inner_rank",
+    "inner_alpha",
+    "inner_target_modules",
+    "inner_layer_fraction",
+)
+"""Options that say what a memory's values mean; all others are about writing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedMemory:
+    """One memory outside a model, on the CPU."""
+
+    fingerprint: Fingerprint
+    config: MemoryConfig
+    """The options it was written with. Combined and compressed memories may have another rank."""
+    layers: tuple[Layer, ...]
+    rank: int
+    pairs: Pairs
+    targets: tuple[str, ...]
+    """Path ends that PEFT matches with the modules that have a pair, and no others."""
+    provenance: dict[str, Any]
+    """Where it comes from: `tokens` and `ids_sha256` of the text, `write_losses`, and what the caller added."""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return scale_of(self.config)
+
+    @property
+    def reading_config(self) -> MemoryConfig:
+        """The options that reading needs, the others at their defaults."""
+        return MemoryConfig(**{name: getattr(self.config, name) for name in READING})
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the file."""
+        return sum(tensor.numel() for pair in self.pairs.values() for tensor in pair.values())
+
+    def noted(self, **more: Any) -> "SavedMemory":
+        """Return the same memory with `more` provenance."""
+        return dataclasses.replace(self, provenance={**self.provenance, **more})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder, in the place of an earlier memory if there is one.
+
+        Raises ConfigError when `folder` holds anything else.
+        """
+        folder = Path(folder)
+        check_output(folder, overwrite=True)
+        tensors = {
+            parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
+        }
+        config = plain_config(self.targets, rank=self.rank, alpha=self.scale * self.rank, base=self.fingerprint.model)
+        with replace_folder(folder) as growing:
+            write_adapter(growing, config, tensors)
+            header: dict[str, Any] = {
+                "format": FORMAT,
+                "fingerprint": dataclasses.asdict(self.fingerprint),
+                "config": dataclasses.asdict(self.config),
+                "layers": [dataclasses.asdict(layer) for layer in self.layers],
+                "provenance": self.provenance,
+                "sha256": {name: _sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
+            }
+            header["sha256"][HEADER_FILE] = _checksum(header)
+            (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
+        return folder
+
+
+def read_memory(folder: str | Path) -> SavedMemory:
+    """Read a memory; raises MemoryFileError that says what is missing, damaged or changed."""
+    folder = Path(folder)
+    where = f"memory {str(folder)!r}"
+    header = _header(folder, where)
+    try:
+        peft, pairs = read_adapter(folder)
+    except CheckpointError as error:
+        raise MemoryFileError(f"{where}: {error}") from error
+    try:
+        saved = SavedMemory(
+            fingerprint=Fingerprint(**header["fingerprint"]),
+            config=from_mapping(MemoryConfig, header["config"], f"{where}: memory"),
+            layers=tuple(Layer(**fields) for fields in header["layers"]),
+            rank=peft.r,
+            pairs=pairs,
+            targets=tuple(sorted(peft.target_modules or ())),
+            provenance=dict(header["provenance"]),
+        )
+    except (TypeError, KeyError, ConfigError) as error:
+        raise MemoryFileError(f"{where}: {HEADER_FILE} does not say what a memory needs: {error}") from error
+    if abs(peft_scale(peft) - saved.scale) > 1e-9 * saved.scale:
+        raise MemoryFileError(
+            f"{where}: {CONFIG_FILE} says a scale of {peft_scale(peft)}, {HEADER_FILE} one of {saved.scale}; one of "
+            "them was changed."
+        )
+    check_pairs(pairs, saved.layers, saved.rank, where)
+    for name, expected in header["sha256"].items():
+        found = _checksum(header) if name == HEADER_FILE else _sha256(folder / name)
+        if found != expected:
+            raise MemoryFileError(f"{where}: {name} is not what was saved (its checksum differs). Write it again.")
+    return saved
+
+
+def is_memory(folder: str | Path) -> bool:
+    """Whether `folder` looks like a memory."""
+    return (Path(folder) / HEADER_FILE).is_file()
+
+
+def holds_memories(folder: str | Path) -> bool:
+    """Whether some memory lies in `folder`."""
+    return Path(folder).is_dir() and any(is_memory(each) for each in Path(folder).iterdir())
+
+
+def check_output(folder: str | Path, *, overwrite: bool) -> None:
+    """Raise ConfigError when a memory cannot be written to `folder`: only another memory may be replaced."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_memory(folder)):
+        raise ConfigError(f"{str(folder)!r} exists and is no memory; name a new folder, such as doc.mem.")
+    if is_memory(folder) and not overwrite:
+        raise ConfigError(f"{str(folder)!r} holds a memory already; name a new folder, or overwrite it.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemorySummary:
+    """What `memdlm info` says about one memory."""
+
+    path: str
+    problem: str | None
+    """Why it cannot be read; None: it can. All that follows is then empty."""
+    model: str = ""
+    family: str = ""
+    rank: int = 0
+    num_layers: int = 0
+    num_modules: int = 0
+    """Modules with a pair; experts without one add nothing."""
+    num_left_out: int = 0
+    num_parameters: int = 0
+    num_bytes: int = 0
+    """Of all its files."""
+    has_tokenizer: bool = False
+    has_learned_start: bool = False
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def inspect_memory(folder: str | Path) -> MemorySummary:
+    """Describe a memory without its model; raises MemoryFileError when it is damaged."""
+    saved = read_memory(folder)
+    modules = sum(len(layer.modules()) for layer in saved.layers)
+    return MemorySummary(
+        path=str(folder),
+        problem=None,
+        model=saved.fingerprint.model,
+        family=saved.fingerprint.family,
+        rank=saved.rank,
+        num_layers=len(saved.layers),
+        num_modules=len(saved.pairs),
+        num_left_out=modules - len(saved.pairs),
+        num_parameters=saved.num_parameters,
+        num_bytes=sum(file.stat().st_size for file in Path(folder).iterdir()),
+        has_tokenizer=saved.fingerprint.tokenizer is not None,
+        has_learned_start=saved.fingerprint.learned is not None,
+        provenance=saved.provenance,
+    )
+
+
+def list_memories(folder: str | Path) -> list[MemorySummary]:
+    """Describe the memories in `folder`, by name; of a damaged one, `problem` says what is wrong.
+
+    Raises MemoryFileError when there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MemoryFileError(f"there is no folder {str(folder)!r} with memories.")
+    found = []
+    for path in sorted(each for each in folder.iterdir() if is_memory(each)):
+        try:
+            found.append(inspect_memory(path))
+        except MemoryFileError as error:
+            found.append(MemorySummary(path=str(path), problem=str(error)))
+    return found
+
+
+def delete_memory(folder: str | Path) -> None:
+    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing."""
+    folder = Path(folder)
+    if not is_memory(folder):
+        raise MemoryFileError(f"{str(folder)!r} is no memory: it has no {HEADER_FILE}. Nothing was deleted.")
+    others = {path.name for path in folder.iterdir()} - {HEADER_FILE, WEIGHTS_FILE, CONFIG_FILE}
+    if others:
+        raise MemoryFileError(
+            f"{str(folder)!r} holds more than a memory ({', '.join(sorted(others)[:4])}). Nothing was deleted."
+        )
+    shutil.rmtree(folder)
+
+
+def _header(folder: Path, where: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise MemoryFileError(f"{where}: there is no such folder.")
+    try:
+        header = json.loads((folder / HEADER_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise MemoryFileError(f"{where}: {HEADER_FILE} could not be read: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise MemoryFileError(f"{where}: {HEADER_FILE} has format {found!r}; this version reads {FORMAT}.")
+    sums = header.get("sha256")
+    if not isinstance(sums, dict) or set(sums) != {WEIGHTS_FILE, CONFIG_FILE, HEADER_FILE}:
+        raise MemoryFileError(f"{where}: {HEADER_FILE} lacks the checksums.")
+    return header
+
+
+def _checksum(header: dict[str, Any]) -> str:
+    """Return the digest of all that memory.json says but this."""
+    rest = {**header, "sha256": {name: value for name, value in header["sha256"].items() if name != HEADER_FILE}}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
