@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    length, repeats = (256, 2) if options.quick else (2048, 5)
+    length, repeats = (256, 2) if options.quick else (1024, 3)
     tokenizer = build_word_tokenizer(WORDS)
     network = SmallDLMConfig(
         vocab_size=len(tokenizer),

@@ -1,7 +1,7 @@
 """Every command and every Python block of the README and the documentation is run, on tiny checkpoints.
 
-A page is run from its top to its end in a folder of its own. `STANDS_FOR` says what the placeholders are, `SMALLER` which
-flags make a command small, and `NOT_RUN` what cannot be run here, why, and what is checked instead.
+A page is run from its top to its end in a folder of its own. `STANDS_FOR` says what the placeholders are, `SMALLER`
+which flags make a command small, and `NOT_RUN` what cannot be run here, why, and what is checked instead.
 """
 
 import ast
@@ -66,7 +66,7 @@ PUBLISHED = {
 DATASETS = ("Yukang/LongAlpaca-12k", "tatsu-lab/alpaca")
 
 
-# What stands behind the placeholders. ----------------------------------------------------------------------------------
+# What stands behind the placeholders. -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def page_folder(workshop, tmp_path, monkeypatch):
     return tmp_path / "page"
 
 
-# Reading pages. --------------------------------------------------------------------------------------------------------
+# Reading pages. -----------------------------------------------------------------------------------------------------
 
 
 def blocks(path):
@@ -137,7 +137,7 @@ def words_of(line):
     return shlex.split(filled(line), comments=True)
 
 
-# Running, and what is checked where that is not possible. --------------------------------------------------------------
+# Running, and what is checked where that is not possible. -----------------------------------------------------------
 
 
 def run(words):
@@ -269,7 +269,7 @@ def test_a_slow_command_runs(line, page_folder):
         assert done.returncode == 0, done.stderr[-2000:]
 
 
-# What pages say. -------------------------------------------------------------------------------------------------------
+# What pages say. ----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_named_exists():

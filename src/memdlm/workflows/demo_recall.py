@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
+from memdlm.data.synthetic import KeyValueRecall
 from memdlm.files import replace_folder
 from memdlm.memory.config import MemoryConfig
 from memdlm.types import Ids
@@ -41,6 +42,8 @@ EVALUATION_COST = 0.08
 def empty_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> dict[str, Any]:
     """Return the panel before anything was measured."""
     task = plan.task
+    if not isinstance(task, KeyValueRecall):
+        raise AssertionError("the panel tells of keys and values")
     return {
         "task": {
             "name": "recall from memory alone",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memdlm.data.chat import encode_chat
 from memdlm.data.collate import Collator
-from memdlm.data.synthetic import KeyValueRecall, Sample
+from memdlm.data.synthetic import KeyValueRecall, Sample, Task
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.recall import encode_samples, recall
@@ -38,7 +38,7 @@ CURVES = ("step", "loss", "nll", "nll_memory")
 class RecallPlan:
     """Task, model and budget, the same for all arms."""
 
-    task: KeyValueRecall = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
+    task: Task = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
     train_length: int = 36
     """Words of context in training."""
     times: tuple[int, ...] = (1, 4, 16)
