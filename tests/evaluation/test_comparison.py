@@ -108,6 +108,21 @@ def test_the_standard_model_is_asked_for(tmp_path):
     assert "name the standard model" in words(page)
 
 
+def test_the_interval_of_a_share_stays_a_share(tmp_path):
+    for name, score, error in (("all", 1.0, 0.0), ("most", 0.99, (0.99 * 0.01 / 199) ** 0.5), ("other", 0.99, 0.02)):
+        folder = evaluation(tmp_path / name, model=f"runs/{name}-seed0", score=score, task="gsm")
+        file = next(folder.glob("*/results_*.json"))
+        data = json.loads(file.read_text())
+        data["results"]["gsm"]["exact_match_stderr,none"] = error
+        file.write_text(json.dumps(data))
+    page = tmp_path / "report.html"
+    assert main(["report", *(str(tmp_path / name) for name in ("all", "most", "other")), "--output", str(page)]) == 0
+    text = words(page)
+    assert "all off gsm exact_match 1.0000 0.9812 to 1.0000 200" in text
+    assert "most off gsm exact_match 0.9900 0.9643 to 0.9973 200" in text
+    assert "other off gsm exact_match 0.9900 0.9508 to 1.0292 200" in text
+
+
 def test_how_the_training_runs_differ_is_said(tmp_path):
     plain = told(training(tmp_path / "mdlm-seed0"), mem_enabled=False, planner_weight=0.0, seed=0)
     papl = told(training(tmp_path / "papl-seed0"), mem_enabled=False, planner_weight=1.0, seed=1)

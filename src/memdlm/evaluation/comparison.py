@@ -1,6 +1,7 @@
 """Several runs on one page: every figure with its interval, its seeds and its baseline, and what it cost."""
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from html import escape
@@ -140,13 +141,23 @@ def _value(rows: Sequence[Row], digits: int, interval: tuple[float, float] | Non
 
 
 def _interval(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean over seeds, from lm-eval's standard errors over documents."""
+    """The 95 % interval of the mean over seeds: of a share as Wilson's, else from lm-eval's errors over documents."""
     errors = [row["stderr"] for row in rows if row["stderr"] is not None]
     if len(errors) < len(rows):
         return None
     mean = statistics.fmean(row["value"] for row in rows)
+    if all(map(_is_share, rows)):
+        return wilson(mean, sum(row["documents"] for row in rows))
     half = _Z * sum(error**2 for error in errors) ** 0.5 / len(rows)
     return mean - half, mean + half
+
+
+def _is_share(row: Row) -> bool:
+    """Whether a score is a mean of zeros and ones: its standard error is then that of a share."""
+    share, count = row["value"], row["documents"]
+    if not 0 <= share <= 1 or count < 2:
+        return False
+    return bool(math.isclose(row["stderr"], (share * (1 - share) / (count - 1)) ** 0.5, rel_tol=1e-6, abs_tol=1e-12))
 
 
 def _scores(measured: Measured) -> str:

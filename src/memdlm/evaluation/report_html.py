@@ -32,7 +32,7 @@ p, li, figcaption { max-width: 46rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .38rem .8rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap }
-thead th { border-bottom-width: 2px; vertical-align: bottom }
+thead th { border-bottom-width: 2px; vertical-align: bottom; white-space: normal }
 th[scope=row], th.text, td.text { text-align: left }
 th small, td small { display: block; font-weight: normal }
 tr.first > * { border-bottom-style: dotted }
