@@ -99,7 +99,7 @@ def test_a_write_with_the_shared_prefix_is_the_write_without(strategy, objective
     for first in (None, 0):
         memory = memory_of(model, masking_strategy=strategy, inner_loss_type=objective, num_inner_epochs=2)
         if first is not None:
-            monkeypatch.setattr(memory, "_first", first)  # no block lies below: nothing is shared
+            monkeypatch.setattr(memory, "first_block", first)  # no block lies below: nothing is shared
         with memory.write(ids, generator=rng(4)) as written:
             values.append([written.losses, *(value.clone() for value in memory.fast.tensors())])
     assert_close(values[0], values[1], rtol=1e-12, atol=1e-14)

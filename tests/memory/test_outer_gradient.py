@@ -129,7 +129,7 @@ def test_the_upper_gradient_takes_what_lies_below_as_given(family):
         model.zero_grad()
         outer_loss(memory).backward()
         gradients[order] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    first = memory._first
+    first = memory.first_block
     for name, exact in gradients["exact"].items():
         parts = name.split(".")
         is_below = "embed" in name or "after_embedding" in name or (parts[1] == "layers" and int(parts[2]) < first)

@@ -271,7 +271,7 @@ def test_a_write_shares_what_lies_below_its_first_block(name, objective, wrapped
             mask_token_id=MASK,
         )
         if not shared:
-            monkeypatch.setattr(memory, "_first", 0)
+            monkeypatch.setattr(memory, "first_block", 0)
         calls.clear()
         with memory.write(ids, attention_mask=keep, generator=rng()) as record, torch.no_grad():
             results.append([record.losses, *memory.fast.tensors(), model(input_ids=ids, attention_mask=keep).logits])
