@@ -107,7 +107,9 @@ def test_block_causal_is_honoured(name, attention):
     model.set_attn_implementation(attention)
     denoise, everything = ModelDenoiser(model, attention_pattern=BlockCausal(4)), torch.arange(8)
     logits = denoise.logits(ids, everything)
-    assert_close(logits[:4], model(ids[:, :4]).logits[0], **CLOSE)
+    # transformers' eager attention takes its softmax in float32, whose rounding depends on how many columns there are.
+    close = CLOSE if attention == "sdpa" else {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(logits[:4], model(ids[:, :4]).logits[0], **close)
     assert not torch.allclose(logits[4:], ModelDenoiser(model).logits(ids, everything)[4:])
 
 
