@@ -88,7 +88,7 @@ def test_the_panels_checkpoint_loads_with_the_memory_it_learned(finished):
     folder = out / "checkpoints" / panel_checkpoint(OURS, 0)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     plan, length = PLAN.recall, PLAN.recall.train_length
-    samples = plan.task.records(plan.num_eval, length, seed="recall test")
+    samples = plan.task.records(plan.num_eval, length, seed="recall held out")
     memory = ParametricMemory(model, mask_token_id=tokenizer.mask_token_id)
     assert memory.learned is not None
     found = recall(model, tokenizer, samples, steps=plan.task.num_questions, seed=0, memory=memory).accuracy

@@ -43,5 +43,6 @@ def test_a_memory_that_learned_to_be_written_recalls_what_attention_cannot_reach
 
     assert mean(36, True) >= 0.97
     assert mean(144, True) >= 0.95
+    assert mean(576, True) >= 0.80
     assert all(mean(length, False) < 0.1 for length in data.by_length)
     assert all(each["accuracy"] < 0.1 for each in baseline["accuracy"] if not each["memory"])

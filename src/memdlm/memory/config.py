@@ -154,6 +154,7 @@ class MemoryConfig:
             "outer_gradient": "exact",
             "learn_start": True,
             "learn_lr": True,
+            "learned_rates_lr": 0.3,
             "masking_strategy": "strided",
             "strides": 4,
             "num_inner_steps": 1,
@@ -163,6 +164,8 @@ class MemoryConfig:
             "loss_norm_type": "batch",
             "per_sample": True,
         }
+        if not changes.get("learn_lr", True):
+            del options["learned_rates_lr"]
         return cls(**(options | changes))
 
     @property

@@ -82,7 +82,7 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
         OURS: ours,
         "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
         "fixed start": dataclasses.replace(ours, learn_start=False),
-        "fixed rates": dataclasses.replace(ours, learn_lr=False),
+        "fixed rates": MemoryConfig.recall(strides=plan.strides, learn_lr=False, **shape),
         "one memory per batch": dataclasses.replace(ours, per_sample=False),
         "published masks": dataclasses.replace(ours, **nested),
         "response written": dataclasses.replace(ours, write_source="response"),
@@ -100,7 +100,7 @@ def recall_data(plan: RecallPlan) -> RecallData:
     return RecallData(
         tokenizer=tokenizer,
         train=[{"input_ids": each.input_ids, "labels": each.labels} for each in encoded],
-        by_length={length: plan.task.records(plan.num_eval, length, seed="recall test") for length in lengths},
+        by_length={length: plan.task.records(plan.num_eval, length, seed="recall held out") for length in lengths},
     )
 
 
