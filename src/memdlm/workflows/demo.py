@@ -84,8 +84,8 @@ class DemoPlan:
     num_evals: int = 8
     answer_steps: int = 8
     """Denoising steps in which all answers of a conversation are decoded."""
-    recall: RecallPlan = field(default_factory=RecallPlan)
-    """The first panel."""
+    recall: RecallPlan = field(default_factory=lambda: RecallPlan(num_eval=32))
+    """The first panel, with half the conversations of the study per figure."""
     num_recall_seeds: int = 2
     is_quick: bool = False
 
