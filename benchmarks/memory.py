@@ -10,7 +10,6 @@ whose losses must agree. Peak memory is the growth of a fresh process's resident
 
 import argparse
 import datetime
-import gc
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from peak import resident_mb
 from plain import forget, loop_experts
 from plain import write as plain_write
 from torch import Tensor
@@ -259,15 +259,6 @@ def child(job: str, length: int) -> None:
     before = resident_mb("VmRSS", reset=True)
     call()
     print(resident_mb("VmHWM") - before)
-
-
-def resident_mb(field: str, *, reset: bool = False) -> float:
-    """A line of /proc/self/status (Linux), in MB; `reset` lets the high-water mark start from here."""
-    if reset:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) / 1024
 
 
 def training_batch_of(length: int) -> Batch:

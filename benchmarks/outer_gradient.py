@@ -5,7 +5,7 @@
 Mixture of experts (27 M parameters, float32, random weights), one thread; a prompt of 384 tokens is written over two
 strided views into the last of eight blocks, 128 more are scored, two texts at a time. Seconds are process CPU time (the
 machine may be shared), medians over interleaved repetitions. Peak memory is the growth of a fresh process's resident
-set during one step after a first.
+set during its first step.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from peak import resident_mb
 
 from memdlm.diffusion import Corrupted, Linear, normalise
 from memdlm.memory import MemoryConfig, ParametricMemory
@@ -100,15 +100,16 @@ def seconds(repetitions: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
-def peak(name: str) -> int:
-    """Bytes by which the resident set of this process grows when `name` runs, over what a smaller one needed."""
+def peak(name: str) -> float:
+    """MB by which the resident set of this process grows while `name` runs."""
     model = network()
-    # Gradients and the allocator's first pages are there before the measurement.
+    # Gradients are there before the measurement.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step_of(model, name)()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    step = step_of(model, name)
+    before = resident_mb("VmRSS", reset=True)
+    step()
+    return resident_mb("VmHWM") - before
 
 
 def main() -> None:
@@ -123,25 +124,23 @@ def main() -> None:
         return
     found = seconds(arguments.repetitions)
     own = [sys.executable, __file__, "--peak"]
-    bytes_of = {name: int(subprocess.run([*own, name], check=True, capture_output=True).stdout) for name in NAMES}
+    peaks = {name: float(subprocess.run([*own, name], check=True, capture_output=True).stdout) for name in NAMES}
     result = {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "cpu_seconds": found,
-        "peak_bytes": bytes_of,
+        "peak_mb": peaks,
         "time_over_mdlm": {name: found[name] / found["mdlm"] for name in NAMES},
         "time_over_first_order": {f"exact K={k}": found[f"exact K={k}"] / found[f"first_order K={k}"] for k in (1, 2)},
         "memory_over_first_order": {
-            f"exact K={k}": bytes_of[f"exact K={k}"] / bytes_of[f"first_order K={k}"] for k in (1, 2)
+            f"exact K={k}": peaks[f"exact K={k}"] / peaks[f"first_order K={k}"] for k in (1, 2)
         },
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     for name in NAMES:
-        print(
-            f"{name:16} {found[name]:7.2f} CPU s  {bytes_of[name] / 2**20:7.0f} MiB  x{found[name] / found['mdlm']:.2f}"
-        )
+        print(f"{name:16} {found[name]:7.2f} CPU s  {peaks[name]:7.0f} MB  x{found[name] / found['mdlm']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Recall from memory alone: the main comparison and the ablation table, every seed shown.
 
     python benchmarks/study/recall.py --seeds 0 1 2 --arms all --out benchmarks/study/results/recall.json
+    python benchmarks/study/recall.py --context dropped --seeds 0 1 2 3 4 5
+
+With the context dropped the network sees questions alone, in training too, and attention is not limited.
 
 Rows are written as they are measured; arms and seeds that the file already has are not run again.
 """
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from memdlm.evaluation.recall import CONTEXTS
 from memdlm.workflows.recall_study import MAIN, RecallPlan, arms, recall_data, run_arm
 
 AIDS = ("token_mixing", "tie_query_key_init")
@@ -24,12 +28,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(MAIN), help="names, or all")
     parser.add_argument("--without", nargs="+", default=[], choices=AIDS, help="leave out aids of the small family")
+    parser.add_argument("--context", choices=CONTEXTS, default="kept")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/recall.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    plan = RecallPlan(steps=arguments.steps, network=dict.fromkeys(arguments.without, False))
-    suffix = "".join(f", no {name}" for name in arguments.without)
+    is_kept = arguments.context == "kept"
+    plan = RecallPlan(
+        steps=arguments.steps,
+        network=dict.fromkeys(arguments.without, False),
+        context=arguments.context,
+        window=RecallPlan.window if is_kept else None,
+    )
+    suffix = "".join(f", no {name}" for name in arguments.without) + ("" if is_kept else ", context dropped")
     table = arms(plan)
     names = list(table) if arguments.arms == ["all"] else arguments.arms
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

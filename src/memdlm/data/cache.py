@@ -27,6 +27,9 @@ def load_preprocessed(
     Raises DataError when none is found, and when tokenizer, chat template, options or data differ from the manifest's.
     """
     wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
+    if options.context_column is None:
+        # A context that the folder has beside its conversations does no harm to a run without one.
+        del wanted["options"]["context_column"]
     folder = _made_from(dataset_args, wanted, root)
     if folder is not None:
         return read_directory(folder), {str(folder): read_manifest(folder)}

@@ -25,7 +25,8 @@ class Collator:
     * none: padding is hidden.
 
     The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at what was added here, never at an
-    EOS of the row's own) and, unless everything is visible, `attention_mask` [B, L] int64.
+    EOS of the row's own) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids`
+    (what `mem_write_source=context` writes) add `context_ids` [B, C] int64, right-padded, and `is_context` [B, C] bool.
     """
 
     pad_token_id: int
@@ -37,7 +38,7 @@ class Collator:
             raise DataError(unknown("supervise_padding:", self.supervise_padding, SUPERVISE_PADDING))
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids` and `labels`."""
+        """Collate rows with `input_ids` and `labels`, and perhaps `context_ids`."""
         lengths = [len(row["input_ids"]) for row in features]
         width = max(lengths) + (self.supervise_padding == "first")
         if self.pad_to_multiple_of:
@@ -49,13 +50,21 @@ class Collator:
             labels[index, : lengths[index]] = torch.as_tensor(row["labels"])
         column, length = torch.arange(width), torch.tensor(lengths)[:, None]
         is_padding = column >= length
-        batch = {"input_ids": ids, "labels": labels, "is_padding": is_padding}
+        batch = {"input_ids": ids, "labels": labels, "is_padding": is_padding, **self._contexts(features)}
         if self.supervise_padding == "all":
             labels[is_padding] = self.pad_token_id
             return batch
         reach = length + 1 if self.supervise_padding == "first" else length
         labels[is_padding & (column < reach)] = self.pad_token_id
         return {**batch, "attention_mask": (column < reach).long()}
+
+    def _contexts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if "context_ids" not in features[0]:
+            return {}
+        rows = [torch.as_tensor(row["context_ids"], dtype=torch.int64) for row in features]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}
 
 
 def drop_untargeted(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:

@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, final
 
+from transformers import PreTrainedTokenizerBase
+
 from memdlm.errors import DataError, did_you_mean
 
 HIDDEN = {"script", "style", "template", "noscript", "head"}
@@ -51,6 +53,11 @@ def read_document(path: str | Path) -> Document:
         hint = " A scanned PDF has pictures instead of text; run it through OCR first." if suffix == ".pdf" else ""
         raise DataError(f"document: {str(path)!r} has no text.{hint}")
     return Document(path=str(path.absolute()), text=text, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize a text as itself: where it mentions <|mask|> or an end of text, it means the words, not the tokens."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 def text_of_html(source: str) -> str:

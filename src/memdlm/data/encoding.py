@@ -10,6 +10,7 @@ from typing import Any, final
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.data.chat import TRAIN_TURNS, encode_chat
+from memdlm.data.documents import plain_ids
 from memdlm.errors import DataError, MemDLMError
 from memdlm.options import option, validate
 from memdlm.types import IGNORE_INDEX
@@ -18,6 +19,8 @@ TRUNCATIONS = ("filter", "right")
 CHUNK = 256
 """Conversations that a worker encodes at a time."""
 COLUMNS = ("input_ids", "labels", "prompt_length", "length")
+CONTEXT = "context_ids"
+"""Column of the tokens that only a memory sees, with `context_column`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,17 @@ class EncodingOptions:
 
     mask_prompt_loss: bool = option(True, "Never mask, and never score, what is not an answer.")
     train_turns: str = option("last", "Which assistant turns are learned.", choices=TRAIN_TURNS)
+    context_column: str | None = option(
+        None, "Column with a text that is not shown: mem_write_source=context writes it, and the answers need it."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+
+    @property
+    def encoding(self) -> "EncodingOptions":
+        """The part that preprocessed data depends on."""
+        return EncodingOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(EncodingOptions)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +58,18 @@ class Counts:
 
 @final
 class TokenRows(Sequence[dict[str, list[int]]]):
-    """Rows with `input_ids` and `labels`, at most `max_length` tokens long; see `fit`."""
+    """Rows with `input_ids` and `labels`, at most `max_length` tokens long, and perhaps `context_ids`; see `fit`."""
 
-    def __init__(self, rows: Sequence[Any], places: Sequence[int], lengths: Sequence[int], max_length: int) -> None:
-        self.rows, self.places, self.max_length = rows, places, max_length
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        places: Sequence[int],
+        lengths: Sequence[int],
+        max_length: int,
+        *,
+        has_context: bool = False,
+    ) -> None:
+        self.rows, self.places, self.max_length, self.has_context = rows, places, max_length, has_context
         self.lengths = [min(length, max_length) for length in lengths]
         """Tokens of every row, known without reading it."""
 
@@ -60,7 +79,8 @@ class TokenRows(Sequence[dict[str, list[int]]]):
     def __getitem__(self, index: Any) -> Any:
         """Return one row."""
         row = self.rows[self.places[index]]
-        return {name: row[name][: self.max_length] for name in ("input_ids", "labels")}
+        cut = {name: row[name][: self.max_length] for name in ("input_ids", "labels")}
+        return cut | ({CONTEXT: row[CONTEXT]} if self.has_context else {})
 
 
 def fit(
@@ -70,12 +90,14 @@ def fit(
     *,
     max_length: int,
     truncation: str,
+    has_context: bool = False,
 ) -> tuple[TokenRows, Counts]:
     """Choose the rows to train on, and count.
 
     `filter` leaves out rows longer than `max_length` (the paper's choice); `right` keeps the first `max_length` tokens
     of them, that is, cuts their right end off. A row without a target left is dropped: rows whose prompt fills
-    `max_length` would count and teach nothing. `lengths` and `prompt_lengths` are the rows' (in tokens).
+    `max_length` would count and teach nothing. `lengths` and `prompt_lengths` are the rows' (in tokens). With
+    `has_context` the chosen rows keep their context, whole: it is not part of their length.
     """
     places, too_long, shortened, empty = [], 0, 0, 0
     for place, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
@@ -89,22 +111,42 @@ def fit(
     counts = Counts(
         conversations=len(lengths), kept=len(places), too_long=too_long, shortened=shortened, without_target=empty
     )
-    return TokenRows(rows, places, [lengths[place] for place in places], max_length), counts
+    chosen = [lengths[place] for place in places]
+    return TokenRows(rows, places, chosen, max_length, has_context=has_context), counts
 
 
 def encode_one(
     conversation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
 ) -> dict[str, Any]:
-    """Return a row with COLUMNS; `prompt_length` is its length if nothing is learned."""
-    encoded = encode_chat(tokenizer, conversation["messages"], **dataclasses.asdict(options))
+    """Return a row with COLUMNS, and CONTEXT if wanted; `prompt_length` is its length if nothing is learned."""
+    encoded = encode_chat(
+        tokenizer,
+        conversation["messages"],
+        mask_prompt_loss=options.mask_prompt_loss,
+        train_turns=options.train_turns,
+    )
     has_target = any(label != IGNORE_INDEX for label in encoded.labels)
     length = len(encoded.input_ids)
-    return {
+    row = {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
         "prompt_length": encoded.prompt_length if has_target else length,
         "length": length,
     }
+    if options.context_column is None:
+        return row
+    return row | {CONTEXT: _context(conversation, options.context_column, tokenizer)}
+
+
+def _context(conversation: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    text = conversation.get(column)
+    if not isinstance(text, str) or not text.strip():
+        others = ", ".join(name for name in conversation if name != "messages")
+        raise DataError(
+            f"context_column: {column!r} must be a column of text, got {text!r} (columns beside the conversation: "
+            f"{others or 'none'})."
+        )
+    return plain_ids(tokenizer, text)
 
 
 def encode_chunk(

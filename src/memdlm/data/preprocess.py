@@ -1,6 +1,7 @@
 """The preprocessing cache: a tokenized dataset as a folder that `datasets` opens, with a manifest of how it was made.
 
     OUT/dataset_dict.json, OUT/<split>/...   columns input_ids, labels (int32 lists), prompt_length, length
+                                             and, with context_column, context_ids (int32 lists)
     OUT/manifest.json                        what it was made from and with, and what came out
 
 Finished pieces wait in `.OUT.partial` until all are there; an interrupted job goes on where it stopped.
@@ -19,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memdlm import __version__
-from memdlm.data.encoding import COLUMNS, EncodingOptions, in_parallel
+from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
 from memdlm.data.sources import source_state
 from memdlm.errors import DataError
 from memdlm.files import make_folder, replace_files, replace_folder
@@ -113,11 +114,13 @@ def _finished(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
 def _write_piece(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     arrow = importlib.import_module("pyarrow")
     whole = arrow.int32()
-    types = (arrow.list_(whole), arrow.list_(whole), whole, whole)
-    schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
+    types = dict(zip(COLUMNS, (arrow.list_(whole), arrow.list_(whole), whole, whole), strict=True))
+    if CONTEXT in rows[0]:
+        types[CONTEXT] = arrow.list_(whole)
+    schema = arrow.schema(list(types.items()))
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     with arrow.ipc.new_stream(str(temporary), schema) as stream:
-        stream.write_table(arrow.Table.from_pydict({name: [row[name] for row in rows] for name in COLUMNS}, schema))
+        stream.write_table(arrow.Table.from_pydict({name: [row[name] for row in rows] for name in types}, schema))
     os.replace(temporary, file)
 
 

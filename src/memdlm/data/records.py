@@ -81,7 +81,8 @@ def to_conversation(row: Any, where: str) -> dict[str, Any]:
                 asked = f"{asked}\n\n{context}".strip() if context else asked.strip()
             reply = row[answer].strip() if question == "instruction" else row[answer]
             turns = (("user", asked), ("assistant", reply))
-            return {"messages": [{"role": role, "content": content} for role, content in turns]}
+            rest = {name: value for name, value in row.items() if name not in (question, answer)}
+            return {**rest, "messages": [{"role": role, "content": content} for role, content in turns]}
     keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
     raise DataError(
         f"dataset: {where} has neither a list of 'messages' nor 'prompt' and 'response' (or 'instruction' and "

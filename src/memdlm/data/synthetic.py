@@ -36,12 +36,19 @@ class Sample:
 
     def alone(self) -> list["Sample"]:
         """Return one conversation per question: the context, that question, its answer."""
-        first, *others = (message["content"] for message in self.messages[::2])
-        questions = [first.removeprefix(self.context).lstrip(), *others]
         return [
             Sample(_turn(f"{self.context} {question}", answer), (answer,), self.context)
-            for question, answer in zip(questions, self.answers, strict=True)
+            for question, answer in zip(self._questions(), self.answers, strict=True)
         ]
+
+    def without_context(self) -> list[dict[str, str]]:
+        """Return the conversation with the context dropped: questions and answers only."""
+        pairs = zip(self._questions(), self.answers, strict=True)
+        return [message for question, answer in pairs for message in _turn(question, answer)]
+
+    def _questions(self) -> list[str]:
+        first, *others = (message["content"] for message in self.messages[::2])
+        return [first.removeprefix(self.context).lstrip(), *others]
 
 
 @dataclass(frozen=True, kw_only=True)

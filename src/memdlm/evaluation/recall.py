@@ -7,13 +7,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.chat import encode_chat
+from memdlm.data.chat import Encoded, encode_chat
+from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import Sample, exact_match
 from memdlm.diffusion.sampling import Rule, denoise_canvas
-from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
+from memdlm.errors import DataError, unknown
+from memdlm.evaluation.prompts import EncodedText, PaddedBatch, Prompt, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.randomness import derive
+from memdlm.types import IGNORE_INDEX
+
+CONTEXTS = ("kept", "dropped")
+"""Whether the network sees what a conversation is about when it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +35,30 @@ class Recall:
         return self.correct / self.questions
 
 
-def encode_samples(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[EncodedText]:
-    """Tokenize the conversations; every assistant turn is a target."""
-    return [encode_chat(tokenizer, sample.messages, train_turns="all") for sample in samples]
+def encode_samples(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str = "kept"
+) -> list[EncodedText]:
+    """Tokenize the conversations, with their context or without; every assistant turn is a target."""
+    if context not in CONTEXTS:
+        raise DataError(unknown("context:", context, CONTEXTS))
+    conversations = [sample.messages if context == "kept" else sample.without_context() for sample in samples]
+    return [encode_chat(tokenizer, messages, train_turns="all") for messages in conversations]
+
+
+def written_prompt(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str, device: torch.device
+) -> Prompt:
+    """Return what a memory of the conversations holds.
+
+    Context kept: what stands before the first answer. Dropped: the context as plain text, as `memdlm memorize` does.
+    """
+    texts = encode_samples(tokenizer, samples, context)
+    if context == "dropped":
+        rows = [plain_ids(tokenizer, sample.context) for sample in samples]
+        if not all(rows):
+            raise DataError("context='dropped' needs samples that say what their context is (Sample.context).")
+        texts = [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in rows]
+    return pad_texts(texts, tokenizer.pad_token_id, device).prompt()
 
 
 def recall(
@@ -43,22 +70,28 @@ def recall(
     batch_size: int = 32,
     seed: int = 0,
     memory: ParametricMemory | None = None,
+    context: str = "kept",
     on_batch: Callable[[int], None] | None = None,
 ) -> Recall:
     """Decode all answers of each conversation in one canvas, most confident first, and compare them as text.
 
     The questions of a conversation share its context; their answers are open at the same time and take `steps`
     denoising steps together. `Sample.alone` asks them one by one, which is what `memdlm eval` does. With a `memory`,
-    what stands before the first answer is written, per conversation.
-    `on_batch` is told how many samples are done.
+    what stands before the first answer is written, per conversation. With the `context` dropped the network sees
+    questions only, and what is written is the context; `on_batch` is told how many samples are done.
     """
-    texts = encode_samples(tokenizer, samples)
+    texts = encode_samples(tokenizer, samples, context)
     device = next(model.parameters()).device
     correct = questions = 0
     for start in range(0, len(texts), batch_size):
         part, golden = texts[start : start + batch_size], samples[start : start + batch_size]
         batch = pad_texts(part, tokenizer.pad_token_id, device)
-        filled = _fill(model, batch, tokenizer.mask_token_id, steps, memory, derive("recall", seed, start))
+        if memory is None:
+            filled = _fill(model, batch, tokenizer.mask_token_id, steps)
+        else:
+            prompt = written_prompt(tokenizer, golden, context, device)
+            with memory.write(prompt.ids, prompt.labels, prompt.attention_mask, derive("recall", seed, start)):
+                filled = _fill(model, batch, tokenizer.mask_token_id, steps)
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
             for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):
                 predicted = tokenizer.decode(_up_to_end(row[first:last], tokenizer), skip_special_tokens=True)
@@ -75,18 +108,7 @@ def _up_to_end(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return ids if ends.numel() == 0 else ids[: int(ends[0])]
 
 
-def _fill(
-    model: nn.Module,
-    batch: PaddedBatch,
-    mask_token_id: int,
-    steps: int,
-    memory: ParametricMemory | None,
-    generator: torch.Generator,
-) -> Tensor:
-    if memory is not None:
-        prompt = batch.prompt()
-        with memory.write(prompt.ids, prompt.labels, prompt.attention_mask, generator):
-            return _fill(model, batch, mask_token_id, steps, None, generator)
+def _fill(model: nn.Module, batch: PaddedBatch, mask_token_id: int, steps: int) -> Tensor:
     ids = batch.ids.masked_fill(batch.is_target, mask_token_id)
     mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
     denoise = ModelDenoiser(model, attention_mask=mask)

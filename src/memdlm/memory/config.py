@@ -15,7 +15,7 @@ from memdlm.options import option, validate
 
 Part = TypeVar("Part")
 
-WRITE_SOURCES = ("response", "prompt", "both")
+WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
@@ -74,8 +74,9 @@ class MemoryConfig:
     )
     write_source: str = option(
         "response",
-        "What training writes: response (the paper: the labels that the outer loss scores), prompt (no leak), or both "
-        "(the prompt, and of the response what the noised batch shows: no leak).",
+        "What training writes: response (the paper: the labels that the outer loss scores), prompt (no leak), both "
+        "(the prompt, and of the response what the noised batch shows: no leak), or context (a text of its own, see "
+        "context_column, that the network is not shown: no leak).",
         choices=WRITE_SOURCES,
     )
     outer_gradient: str = option(

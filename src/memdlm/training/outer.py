@@ -14,6 +14,7 @@ from memdlm.diffusion.losses import MaskedLoss, Planner, masked_loss
 from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.diffusion.soft_masking import SoftMask
+from memdlm.errors import DataError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
@@ -34,6 +35,10 @@ class Batch:
     is_padding: PositionSet | None
     is_maskable: PositionSet
     noised: Corrupted
+    context: Ids | None = None
+    """[B, C]: what is written with `mem_write_source=context`, and not shown."""
+    is_context: PositionSet | None = None
+    """[B, C]: false at its padding."""
 
 
 def learnable(
@@ -72,6 +77,8 @@ def noise_batch(
         is_padding=is_padding,
         is_maskable=is_maskable,
         noised=noised,
+        context=inputs.get("context_ids"),
+        is_context=inputs.get("is_context"),
     )
 
 
@@ -101,6 +108,26 @@ def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
     return batch.noised.ids, batch.clean.masked_fill(~is_shown, IGNORE_INDEX), batch.attention_mask
 
 
+def context_only(batch: Batch) -> tuple[Ids, Tensor, Tensor]:
+    """Return (ids, labels, attention mask), all [B, C], of the rows' contexts; raises DataError when there are none.
+
+    The first column stays visible in every row, because attention needs something to look at.
+    """
+    if batch.context is None or batch.is_context is None:
+        raise DataError(
+            "mem_write_source=context, but the rows have no `context_ids`: name the column of the text with "
+            "context_column, or add the tokens to the rows."
+        )
+    is_visible = batch.is_context | (torch.arange(batch.context.shape[1], device=batch.context.device) == 0)
+    return batch.context, batch.context.masked_fill(~batch.is_context, IGNORE_INDEX), is_visible
+
+
+def _written_part(batch: Batch, source: str, pad_token_id: int) -> tuple[Ids, Tensor, Tensor | None]:
+    if source == "prompt":
+        return prompt_only(batch, pad_token_id)
+    return context_only(batch) if source == "context" else visible_only(batch)
+
+
 def _genuine(batch: Batch) -> PositionSet:
     """Return [B, L], true where a token is part of the text: neither hidden nor padding."""
     is_genuine = torch.ones_like(batch.clean, dtype=torch.bool)
@@ -124,8 +151,7 @@ def memory_of(
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
     if memory.config.write_source != "response":
-        is_prompt = memory.config.write_source == "prompt"
-        ids, labels, mask = prompt_only(batch, pad_token_id) if is_prompt else visible_only(batch)
+        ids, labels, mask = _written_part(batch, memory.config.write_source, pad_token_id)
         with memory.write(
             ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
         ) as written:

@@ -79,7 +79,14 @@ def _fitting(rows: Any, options: DataOptions, split: str) -> tuple[TokenRows, Co
     lengths, prompts = (
         [row[name] for row in rows] if isinstance(rows, list) else list(rows[name][:]) for name in columns
     )
-    kept, counts = fit(rows, lengths, prompts, max_length=options.max_length, truncation=options.truncation)
+    kept, counts = fit(
+        rows,
+        lengths,
+        prompts,
+        max_length=options.max_length,
+        truncation=options.truncation,
+        has_context=options.context_column is not None,
+    )
     if not kept:
         raise DataError(
             f"dataset: of the {len(lengths)} rows of {options.dataset_args!r} ({split}) none has a token to learn "

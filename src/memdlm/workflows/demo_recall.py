@@ -108,7 +108,7 @@ def _row(
         "rates": trained.rates,
     }
     if arm == OURS:
-        row["written"] = written_losses(trained.model, data, trained.memory, plan.train_length)
+        row["written"] = written_losses(plan, data, trained)
     return row
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memdlm import __version__
-from memdlm.data.documents import Document, read_document
+from memdlm.data.documents import Document, plain_ids, read_document
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.masked_loss import loss_under, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory, compress
@@ -105,9 +105,7 @@ def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_m
         messages = [{"role": "user", "content": document.text}]
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     else:
-        # A page that mentions <|mask|> or an end of text means the words, not the tokens.
-        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids = tokenizer(document.text, **plain)["input_ids"]
+        ids = plain_ids(tokenizer, document.text)
     if not ids:
         raise DataError(f"document: {document.path!r} has no tokens.")
     return torch.tensor(ids, dtype=torch.int64)

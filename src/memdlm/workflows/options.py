@@ -80,11 +80,6 @@ class DataOptions(EncodingOptions):
         "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
     )
 
-    @property
-    def encoding(self) -> EncodingOptions:
-        """The part that preprocessed data depends on."""
-        return EncodingOptions(mask_prompt_loss=self.mask_prompt_loss, train_turns=self.train_turns)
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:

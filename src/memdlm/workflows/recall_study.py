@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memdlm.data.chat import encode_chat
 from memdlm.data.collate import Collator
+from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import KeyValueRecall, Sample, Task
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.evaluation.prompts import pad_texts
-from memdlm.evaluation.recall import encode_samples, recall
+from memdlm.evaluation.recall import encode_samples, recall, written_prompt
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.loading import build_model
@@ -53,6 +52,8 @@ class RecallPlan:
     strides: int = 2
     """Enough where a value stands next to its key."""
     window: int | None = 4
+    context: str = "kept"
+    """`dropped`: the network sees questions alone, in training too; the context is written as a text of its own."""
     network: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the network's configuration."""
     answer_words: int = 1
@@ -72,7 +73,8 @@ class RecallData:
 def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
     """Return the main comparison and its ablations: the memory that each is trained with."""
     shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
-    ours = MemoryConfig.recall(strides=plan.strides, **shape)
+    source = "prompt" if plan.context == "kept" else "context"
+    ours = MemoryConfig.recall(strides=plan.strides, write_source=source, **shape)
     nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
     return {
         "MDLM": None,
@@ -82,7 +84,7 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
         OURS: ours,
         "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
         "fixed start": dataclasses.replace(ours, learn_start=False),
-        "fixed rates": MemoryConfig.recall(strides=plan.strides, learn_lr=False, **shape),
+        "fixed rates": MemoryConfig.recall(strides=plan.strides, write_source=source, learn_lr=False, **shape),
         "one memory per batch": dataclasses.replace(ours, per_sample=False),
         "published masks": dataclasses.replace(ours, **nested),
         "response written": dataclasses.replace(ours, write_source="response"),
@@ -92,14 +94,18 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
 def recall_data(plan: RecallPlan) -> RecallData:
     """Draw the conversations of training and of every evaluated length."""
     tokenizer = build_word_tokenizer(plan.task.words())
-    encoded = (
-        encode_chat(tokenizer, sample.messages, train_turns="all")
-        for sample in plan.task.records(plan.num_train, plan.train_length, seed="recall train")
-    )
+    samples = plan.task.records(plan.num_train, plan.train_length, seed="recall train")
+    train = [
+        {"input_ids": each.input_ids, "labels": each.labels}
+        for each in encode_samples(tokenizer, samples, plan.context)
+    ]
+    if plan.context == "dropped":
+        for row, sample in zip(train, samples, strict=True):
+            row["context_ids"] = plain_ids(tokenizer, sample.context)
     lengths = [plan.train_length * times for times in plan.times]
     return RecallData(
         tokenizer=tokenizer,
-        train=[{"input_ids": each.input_ids, "labels": each.labels} for each in encoded],
+        train=train,
         by_length={length: plan.task.records(plan.num_eval, length, seed="recall held out") for length in lengths},
     )
 
@@ -134,7 +140,7 @@ def run_arm(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, see
         "accuracy": accuracies(plan, data, trained, seed),
         "curve": trained.curve,
         "rates": trained.rates,
-        "written": written_losses(trained.model, data, trained.memory, plan.train_length),
+        "written": written_losses(plan, data, trained),
         "config": None if config is None else dataclasses.asdict(config),
     }
 
@@ -181,6 +187,7 @@ def accuracies(
                 steps=plan.task.num_questions * plan.answer_words,
                 seed=seed,
                 memory=trained.memory if is_on else None,
+                context=plan.context,
             )
             rows.append({"length": length, "memory": is_on, "accuracy": found.accuracy, "questions": found.questions})
             done += len(samples)
@@ -220,17 +227,15 @@ def inference_memory(
 
 
 @torch.no_grad()
-def written_losses(
-    model: PreTrainedModel, data: RecallData, memory: ParametricMemory, length: int
-) -> dict[str, list[Any]]:
-    """Return, for one conversation's prompt, every word's loss before and after it was written.
+def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict[str, list[Any]]:
+    """Return, for what is written of one conversation, every word's loss before and after.
 
     `is_value` marks what the questions ask for. Each word is masked alone, its neighbours in sight, so the two differ
     by what the memory holds.
     """
-    tokenizer = data.tokenizer
-    sample = data.by_length[length][:1]
-    prompt = pad_texts(encode_samples(tokenizer, sample), tokenizer.pad_token_id, model.device).prompt()
+    tokenizer, model = data.tokenizer, trained.model
+    sample = data.by_length[plan.train_length][:1]
+    prompt = written_prompt(tokenizer, sample, plan.context, model.device)
     places = torch.arange(prompt.ids.shape[1], device=model.device)
     views = prompt.ids.repeat(len(places), 1)
     views[places, places] = tokenizer.mask_token_id
@@ -240,7 +245,7 @@ def written_losses(
         return torch.nn.functional.cross_entropy(logits, prompt.ids[0], reduction="none").tolist()
 
     before = losses()
-    with memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
+    with trained.memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
         after = losses()
     words = tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist())
     asked = {word for answer in sample[0].answers for word in answer.split()}

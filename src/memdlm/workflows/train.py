@@ -40,6 +40,7 @@ def run_training(
     display = Display() if display is None else display
     run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
+    refuse_unread_context(data_options, arguments)
     name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
@@ -69,6 +70,18 @@ def run_training(
     # The log, which `memdlm report` reads, also where no checkpoint was wanted.
     trainer.save_state()
     return out
+
+
+def refuse_unread_context(data: DataOptions, arguments: TrainingArguments) -> None:
+    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
+    source = None if arguments.memory is None else arguments.memory.write_source
+    if source == "context" and data.context_column is None:
+        raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")
+    if data.context_column is not None and source != "context":
+        raise ConfigError(
+            f"context_column={data.context_column!r} has no effect without mem_enabled=True and "
+            "mem_write_source=context; set them, or leave it out."
+        )
 
 
 def name_for_trackers(arguments: TrainingArguments) -> None:

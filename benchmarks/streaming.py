@@ -1,0 +1,78 @@
+"""Peak memory and time of writing a text in chunks, from one window to sixteen, beside writing it in one piece.
+
+    python benchmarks/streaming.py [--window 512] [--times 1 2 4 8 16] [--out benchmarks/results/streaming.json]
+
+Mixture of experts (27 M parameters, float32, random weights), one thread. Peak memory is the growth of a fresh
+process's resident set during the write; seconds are process CPU time of that one write.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from peak import resident_mb
+
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models import LLaDAMoEConfig, build_model
+
+VOCABULARY, MASK = 8192, 8191
+WAYS = ("chunks", "one piece")
+
+
+def measure(length: int, chunk: int | None) -> dict[str, float]:
+    """Write `length` tokens in this process."""
+    config = LLaDAMoEConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        expert_intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=65536,
+    )
+    model = build_model(config, seed=0).eval().requires_grad_(False)
+    memory = ParametricMemory(model, MemoryConfig(chunk_length=chunk), mask_token_id=MASK)
+    ids = torch.randint(0, 8000, (1, length), generator=torch.Generator().manual_seed(0))
+    before, start = resident_mb("VmRSS", reset=True), time.process_time()
+    with memory.write(ids, generator=torch.Generator().manual_seed(1)):
+        return {"cpu_seconds": time.process_time() - start, "peak_mb": resident_mb("VmHWM") - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
+    parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.child:
+        length, chunk = arguments.child
+        print(json.dumps(measure(length, chunk or None)))
+        return
+    rows = []
+    for times in arguments.times:
+        for way in WAYS:
+            length = times * arguments.window
+            child = ["--child", str(length), str(arguments.window if way == "chunks" else 0)]
+            run = subprocess.run([sys.executable, __file__, *child], check=True, capture_output=True, text=True)
+            found = json.loads(run.stdout)
+            rows.append({"tokens": length, "way": way, **found})
+            print(f"{length:6} tokens, {way:9} {found['peak_mb']:6.0f} MB {found['cpu_seconds']:6.1f} s", flush=True)
+    result = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**result, "window": arguments.window, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
