@@ -34,6 +34,7 @@ STANDS_FOR = {
     "MDLM": f"{DEMO}/mdlm-seed0",
     "MEMDLM": f"{DEMO}/memdlm-seed0",
     "ADAPTER": "runs/lora",
+    "LLADA": "models/GSAI-ML/LLaDA-8B-Base",
     "LLADA2": "models/inclusionAI/LLaDA2.1-mini",
     "RUN": "runs/lora",
     "ANOTHER_RUN": "runs/whole",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_exactness import memory_of, network, prompts_of, same, words
 
+from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, generate
 
 FAMILIES = ("llada", "llada_switches", "lladamoe")
@@ -44,3 +45,12 @@ def test_it_is_not_exact_so_nobody_gets_it_unasked():
     agreement = torch.stack([(a[20:] == b[20:]).float().mean() for a, b in pairs]).mean()
     assert agreement < 1
     assert GenerationConfig().cache == "exact"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llada2", {}), ("small", {}), ("llada", {"right_shift_logits": True})], ids=str
+)
+def test_where_it_cannot_take_effect_it_is_refused(family, options):
+    config = GenerationConfig(max_new_tokens=4, cache="approximate", **options)
+    with pytest.raises(ConfigError, match="cache='approximate' is for LLaDA and LLaDA-MoE"):
+        generate(network(family), words(), prompts_of([5]), config)

@@ -127,16 +127,22 @@ def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
     """Return how much each pass recomputes: as little as gives the same tokens, unless asked to approximate."""
     network, pattern, length = unwrap(model), canvas.pattern, canvas.ids.shape[1]
     is_cacheable = isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
-    if not is_cacheable or config.right_shift_logits:
+    is_cacheable = is_cacheable and not config.right_shift_logits
+    if config.cache == "approximate":
+        if not is_cacheable or not isinstance(pattern, Full):
+            raise ConfigError(
+                "cache='approximate' is for LLaDA and LLaDA-MoE with full attention and without right_shift_logits, "
+                f"not for {type(network).__name__} with {pattern}; leave cache out (LLaDA2.x has an exact one)."
+            )
+        return Approximate(
+            canvas.lengths, length, refresh=config.cache_refresh or 8, scope=config.cache_scope or "dual"
+        )
+    if not is_cacheable:
         return Whole(canvas.lengths)
     if isinstance(pattern, BlockCausal):
         if config.cache == "none":
             return UpToBlock(canvas.lengths, pattern.block)
         return FinishedBlocks(canvas.lengths, pattern.block, length)
-    if config.cache == "approximate" and isinstance(pattern, Full):
-        return Approximate(
-            canvas.lengths, length, refresh=config.cache_refresh or 8, scope=config.cache_scope or "dual"
-        )
     return Whole(canvas.lengths)
 
 
