@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from memdlm.data import Collator
-from memdlm.inference import GenerationConfig, Generation, generate
+from memdlm.inference import Generation, GenerationConfig, generate
 from memdlm.models import LLaDAConfig, build_model
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments

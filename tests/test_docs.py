@@ -82,6 +82,7 @@ def workshop(tmp_path_factory):
         tokenizer.save_pretrained(folder / DEMO / name)
     rows = [{"messages": sample.messages} for sample in task.records(30, 30, seed=0)]
     write_jsonl(rows, folder / "chat.jsonl")
+    write_jsonl([{**row, "document": "k1 is v3 the grass is green"} for row in rows], folder / "documents.jsonl")
     (folder / "report.md").write_text(rows[0]["messages"][0]["content"])
     write_jsonl([{"question": "k1 is", "answer": "v3"}], folder / "questions.jsonl")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|role_end|>"]})

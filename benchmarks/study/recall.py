@@ -3,7 +3,8 @@
     python benchmarks/study/recall.py --seeds 0 1 2 --arms all --out benchmarks/study/results/recall.json
     python benchmarks/study/recall.py --context dropped --seeds 0 1 2 3 4 5
 
-With the context dropped the network sees questions alone, in training too, and attention is not limited.
+With the context dropped the network sees questions alone, in training too, and attention is not limited: see
+`closed_book`.
 
 Rows are written as they are measured; arms and seeds that the file already has are not run again.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from memdlm.evaluation.recall import CONTEXTS
-from memdlm.workflows.recall_study import MAIN, RecallPlan, arms, recall_data, run_arm
+from memdlm.workflows.recall_study import MAIN, RecallPlan, arms, closed_book, recall_data, run_arm
 
 AIDS = ("token_mixing", "tie_query_key_init")
 """What makes retrieval learnable for a small network within a minute."""
@@ -29,17 +30,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(MAIN), help="names, or all")
     parser.add_argument("--without", nargs="+", default=[], choices=AIDS, help="leave out aids of the small family")
     parser.add_argument("--context", choices=CONTEXTS, default="kept")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="default: 200, or 400 with the context dropped")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/recall.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     is_kept = arguments.context == "kept"
-    plan = RecallPlan(
-        steps=arguments.steps,
-        network=dict.fromkeys(arguments.without, False),
-        context=arguments.context,
-        window=RecallPlan.window if is_kept else None,
-    )
+    changes = {"network": dict.fromkeys(arguments.without, False)}
+    if arguments.steps is not None:
+        changes["steps"] = arguments.steps
+    plan = RecallPlan(**changes) if is_kept else closed_book(**changes)
     suffix = "".join(f", no {name}" for name in arguments.without) + ("" if is_kept else ", context dropped")
     table = arms(plan)
     names = list(table) if arguments.arms == ["all"] else arguments.arms

@@ -30,6 +30,7 @@ from memdlm.workflows.display import show_steps
 OURS = "learned to be written"
 MAIN = ("MDLM", "published", "first order", OURS)
 """The arms of the main comparison."""
+UNWEIGHTED = {"loss_weight_type": "uniform"}
 CURVES = ("step", "loss", "nll", "nll_memory")
 
 
@@ -59,6 +60,17 @@ class RecallPlan:
     answer_words: int = 1
     training: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the training arguments, such as `use_cpu` and `bf16`."""
+
+
+def closed_book(**changes: Any) -> RecallPlan:
+    """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
+
+    Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
+    """
+    options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
+    options["num_train"] = 16 * int(changes.get("steps", options["steps"]))
+    return RecallPlan(**(options | changes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

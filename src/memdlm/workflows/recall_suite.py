@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from memdlm.data.synthetic import FILLER, Facts, KeyValueRecall, Questions, Task, choose, pick
-from memdlm.workflows.recall_study import RecallPlan
+from memdlm.workflows.recall_study import UNWEIGHTED, RecallPlan
 
 
 def _names(prefix: str, count: int) -> list[str]:
@@ -148,10 +148,12 @@ class Chain(Task):
 
 
 def many_facts(count: int, rank: int, steps: int = 300) -> RecallPlan:
-    """Return the plan for `count` facts in 4.5 words of context each."""
+    """Return the plan for `count` facts in 4.5 words of context each; every masked token counts alike in its loss."""
     task = KeyValueRecall(num_pairs=count, num_keys=48, num_questions=16, is_adjacent=True)
     length = count * 9 // 2
-    return RecallPlan(task=task, train_length=length, times=(1, 4), rank=rank, steps=steps, num_train=32 * steps)
+    return RecallPlan(
+        task=task, train_length=length, times=(1, 4), rank=rank, steps=steps, num_train=32 * steps, training=UNWEIGHTED
+    )
 
 
 def suite() -> dict[str, RecallPlan]:
