@@ -1,9 +1,9 @@
 """Peak memory and time of writing a text in chunks, from one window to sixteen, beside writing it in one piece.
 
-    python benchmarks/streaming.py [--window 512] [--times 1 2 4 8 16] [--out benchmarks/results/streaming.json]
+    python benchmarks/streaming.py [--window 512] [--times 1 2 4 8 16] [--runs 3] [--out FILE]
 
 Mixture of experts (27 M parameters, float32, random weights), one thread. Peak memory is the growth of a fresh
-process's resident set during the write; seconds are process CPU time of that one write.
+process's resident set during the write; seconds are process CPU time of that one write; medians over processes.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/streaming.json"))
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,8 +67,11 @@ def main() -> None:
         for way in WAYS:
             length = times * arguments.window
             child = ["--child", str(length), str(arguments.window if way == "chunks" else 0)]
-            run = subprocess.run([sys.executable, __file__, *child], check=True, capture_output=True, text=True)
-            found = json.loads(run.stdout)
+            runs = [
+                json.loads(subprocess.run([sys.executable, __file__, *child], check=True, capture_output=True).stdout)
+                for _ in range(arguments.runs)
+            ]
+            found = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
             rows.append({"tokens": length, "way": way, **found})
             print(f"{length:6} tokens, {way:9} {found['peak_mb']:6.0f} MB {found['cpu_seconds']:6.1f} s", flush=True)
     result = {"date": datetime.date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
