@@ -51,7 +51,7 @@ WANTED = {
     ("llada2", 2048, 1): {"position_ratio": 15.0, "time_ratio": 8.0},
     ("lladamoe", 1024, 1): {"time_ratio": 1 / 0.7},
 }
-"""(family, prompt, batch) -> what must be reached."""
+"""(family, prompt, batch) -> what must be reached without a memory (a write takes as long both ways)."""
 
 
 class Plain:
@@ -194,7 +194,7 @@ def main() -> int:
                     flush=True,
                 )
                 for name, least in WANTED.get((family, prompt, batch), {}).items():
-                    if options.new == 64 and options.cache == "exact" and found[name] < least:
+                    if options.new == 64 and options.cache == "exact" and not options.memory and found[name] < least:
                         missed += 1
                         print(f"  {name} {found[name]:.2f} is below {least:.2f}", flush=True)
     if options.output is not None:

@@ -30,7 +30,7 @@ from memdlm.workflows.display import show_steps
 OURS = "learned to be written"
 MAIN = ("MDLM", "published", "first order", OURS)
 """The arms of the main comparison."""
-UNWEIGHTED = {"loss_weight_type": "uniform"}
+UNWEIGHTED: dict[str, Any] = {"loss_weight_type": "uniform"}
 CURVES = ("step", "loss", "nll", "nll_memory")
 
 
