@@ -13,7 +13,6 @@ import torch
 from memdlm.data.synthetic import FILLER, Facts, KeyValueRecall, Questions, Task, choose, pick
 from memdlm.workflows.recall_study import UNWEIGHTED, RecallPlan
 
-
 EVEN = UNWEIGHTED | {"stratified_times": True}
 """Changes of the training arguments under which a step's gradient varies least."""
 
@@ -163,8 +162,8 @@ def many_facts(count: int, rank: int, steps: int = 400) -> RecallPlan:
 def suite() -> dict[str, RecallPlan]:
     """Return the tasks with the settings that the study found for them.
 
-    Every masked token counts alike in their loss, and times are spread evenly: with the bound's weight 1/t many facts take
-    several times the steps.
+    Every masked token counts alike in their loss, and times are spread evenly: with the bound's weight 1/t many facts
+    take several times the steps.
     """
     longer: dict[str, Any] = {"times": (1, 4), "steps": 300, "num_train": 9600, "training": EVEN}
     return {
