@@ -213,9 +213,13 @@ def trained(
     config: MemoryConfig | None,
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
+    model: PreTrainedModel | None = None,
 ) -> MemDLMTrainer:
-    """Train one model; `save_final(folder)` of the result keeps it, with what its memory has learned."""
-    trainer = _trainer(plan, data, config, seed)
+    """Train one model, a new one unless it is given; `save_final(folder)` of the result keeps it and its memory.
+
+    A `model` that was loaded from such a folder goes on with the start and the rates that lie there.
+    """
+    trainer = _trainer(plan, data, config, new_model(plan, data, seed) if model is None else model, seed)
     show_steps(trainer, on_step)
     trainer.train()
     return trainer
@@ -287,9 +291,10 @@ def new_model(plan: RecallPlan, data: RecallData, seed: int) -> PreTrainedModel:
     return build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
 
 
-def _trainer(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> MemDLMTrainer:
+def _trainer(
+    plan: RecallPlan, data: RecallData, config: MemoryConfig | None, model: PreTrainedModel, seed: int
+) -> MemDLMTrainer:
     tokenizer = data.tokenizer
-    model = new_model(plan, data, seed)
     memory: dict[str, Any] = {}
     if config is not None:
         memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
