@@ -60,14 +60,31 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     One grouped product where the dtype and the strides allow it, otherwise `looped_linear`.
     """
     product = _one_product if _has_grouped_product(x, weight) else looped_linear
-    if torch.compiler.is_compiling() and not (product is _one_product and x.dtype == torch.bfloat16):
-        # torch.compile knows grouped products in bfloat16 only, and a loop would be unrolled over the tokens' routes.
+    if not torch.compiler.is_compiling():
+        return product(x, weight, ends)
+    # torch.compile knows grouped products in bfloat16 only, and a loop would be unrolled over the tokens' routes.
+    if product is looped_linear:
         return _outside_the_graph(product, x, weight, ends)
-    return product(x, weight, ends)
+    if x.dtype == torch.bfloat16:
+        return product(x, weight, ends)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _outside_the_graph(product, x, weight, ends)
+    return _opaque_product(x, weight, ends)
 
 
 def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+
+@torch.library.custom_op("memdlm::grouped_product", mutates_args=())
+def _opaque_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """A grouped product that torch.compile does not look into, for the dtypes it does not know: one graph stays one."""
+    return _one_product(x, weight, ends)
+
+
+@_opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
 
 
 @torch.compiler.disable
