@@ -15,6 +15,7 @@ from memdlm.errors import DataError, unknown
 from memdlm.evaluation.prompts import EncodedText, PaddedBatch, Prompt, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.masks import AttentionPattern
 from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX
 
@@ -71,6 +72,7 @@ def recall(
     seed: int = 0,
     memory: ParametricMemory | None = None,
     context: str = "kept",
+    attention_pattern: AttentionPattern | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Recall:
     """Decode all answers of each conversation in one canvas, most confident first, and compare them as text.
@@ -78,7 +80,8 @@ def recall(
     The questions of a conversation share its context; their answers are open at the same time and take `steps`
     denoising steps together. `Sample.alone` asks them one by one, which is what `memdlm eval` does. With a `memory`,
     what stands before the first answer is written, per conversation. With the `context` dropped the network sees
-    questions only, and what is written is the context; `on_batch` is told how many samples are done.
+    questions only, and what is written is the context. `attention_pattern` says who sees whom in both, if not the
+    network's own. `on_batch` is told how many samples are done.
     """
     texts = encode_samples(tokenizer, samples, context)
     device = next(model.parameters()).device
@@ -87,11 +90,17 @@ def recall(
         part, golden = texts[start : start + batch_size], samples[start : start + batch_size]
         batch = pad_texts(part, tokenizer.pad_token_id, device)
         if memory is None:
-            filled = _fill(model, batch, tokenizer.mask_token_id, steps)
+            filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
         else:
             prompt = written_prompt(tokenizer, golden, context, device)
-            with memory.write(prompt.ids, prompt.labels, prompt.attention_mask, derive("recall", seed, start)):
-                filled = _fill(model, batch, tokenizer.mask_token_id, steps)
+            with memory.write(
+                prompt.ids,
+                prompt.labels,
+                prompt.attention_mask,
+                derive("recall", seed, start),
+                attention_pattern=attention_pattern,
+            ):
+                filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
             for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):
                 predicted = tokenizer.decode(_up_to_end(row[first:last], tokenizer), skip_special_tokens=True)
@@ -108,10 +117,12 @@ def _up_to_end(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return ids if ends.numel() == 0 else ids[: int(ends[0])]
 
 
-def _fill(model: nn.Module, batch: PaddedBatch, mask_token_id: int, steps: int) -> Tensor:
+def _fill(
+    model: nn.Module, batch: PaddedBatch, mask_token_id: int, steps: int, attention_pattern: AttentionPattern | None
+) -> Tensor:
     ids = batch.ids.masked_fill(batch.is_target, mask_token_id)
     mask = None if bool(batch.attention_mask.all()) else batch.attention_mask
-    denoise = ModelDenoiser(model, attention_mask=mask)
+    denoise = ModelDenoiser(model, attention_mask=mask, attention_pattern=attention_pattern)
     for step in denoise_canvas(
         denoise,
         ids,
