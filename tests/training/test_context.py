@@ -122,7 +122,13 @@ def test_rows_without_contexts_are_refused():
     batch = batch_of([[5, 6]])
     bare = Batch(**{name: getattr(batch, name) for name in Batch.__slots__ if not name.endswith("context")})
     with pytest.raises(DataError, match="the rows have no `context_ids`"):
-        context_only(bare)
+        context_only(bare, MASK)
+
+
+def test_a_mask_token_in_a_context_is_not_learned():
+    ids, labels, _ = context_only(batch_of([[5, MASK, 6], [7]]), MASK)
+    assert ids.tolist() == [[5, MASK, 6], [7, PAD, PAD]]
+    assert labels.tolist() == [[5, IGNORE_INDEX, 6], [7, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 def test_questions_are_asked_with_the_context_dropped(network):
@@ -188,7 +194,8 @@ def test_memorising_is_trained_from_the_command_line(is_preprocessed, source, ne
         (["--mem_enabled", "True", "--mem_write_source", "context"], "needs context_column"),
     ],
 )
-def test_contexts_and_their_writes_belong_together(more, message, source, network, tmp_path, capsys):
-    command = ["train", "--model", str(network[0]), "--dataset_args", source]
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_contexts_and_their_writes_belong_together(dry, more, message, source, network, tmp_path, capsys):
+    command = ["train", "--model", str(network[0]), "--dataset_args", source, *dry]
     assert main([*command, "--output_dir", str(tmp_path / "out"), "--report_to", "none", *more]) != 0
     assert message in capsys.readouterr().err

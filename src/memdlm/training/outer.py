@@ -108,10 +108,11 @@ def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
     return batch.noised.ids, batch.clean.masked_fill(~is_shown, IGNORE_INDEX), batch.attention_mask
 
 
-def context_only(batch: Batch) -> tuple[Ids, Tensor, Tensor]:
+def context_only(batch: Batch, mask_token_id: int) -> tuple[Ids, Tensor, Tensor]:
     """Return (ids, labels, attention mask), all [B, C], of the rows' contexts; raises DataError when there are none.
 
-    The first column stays visible in every row, because attention needs something to look at.
+    The first column stays visible in every row, because attention needs something to look at. A mask token in a text
+    is never learned.
     """
     if batch.context is None or batch.is_context is None:
         raise DataError(
@@ -119,13 +120,16 @@ def context_only(batch: Batch) -> tuple[Ids, Tensor, Tensor]:
             "context_column, or add the tokens to the rows."
         )
     is_visible = batch.is_context | (torch.arange(batch.context.shape[1], device=batch.context.device) == 0)
-    return batch.context, batch.context.masked_fill(~batch.is_context, IGNORE_INDEX), is_visible
+    is_idle = ~batch.is_context | (batch.context == mask_token_id)
+    return batch.context, batch.context.masked_fill(is_idle, IGNORE_INDEX), is_visible
 
 
-def _written_part(batch: Batch, source: str, pad_token_id: int) -> tuple[Ids, Tensor, Tensor | None]:
-    if source == "prompt":
+def _written_part(memory: ParametricMemory, batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor | None]:
+    if memory.config.write_source == "prompt":
         return prompt_only(batch, pad_token_id)
-    return context_only(batch) if source == "context" else visible_only(batch)
+    if memory.config.write_source == "context":
+        return context_only(batch, memory.mask_token_id)
+    return visible_only(batch)
 
 
 def _genuine(batch: Batch) -> PositionSet:
@@ -151,7 +155,7 @@ def memory_of(
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
     if memory.config.write_source != "response":
-        ids, labels, mask = _written_part(batch, memory.config.write_source, pad_token_id)
+        ids, labels, mask = _written_part(memory, batch, pad_token_id)
         with memory.write(
             ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
         ) as written:

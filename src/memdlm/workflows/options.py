@@ -7,6 +7,7 @@ from memdlm.data.collate import SUPERVISE_PADDING
 from memdlm.data.encoding import TRUNCATIONS, EncodingOptions
 from memdlm.errors import ConfigError
 from memdlm.files import name_under_base
+from memdlm.memory.config import MemoryConfig
 from memdlm.models.outer_adapters import LoRAOptions
 from memdlm.options import option, validate
 
@@ -79,6 +80,18 @@ class DataOptions(EncodingOptions):
     supervise_padding: str = option(
         "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
     )
+
+
+def refuse_unread_context(data: DataOptions, memory: MemoryConfig | None) -> None:
+    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
+    source = None if memory is None else memory.write_source
+    if source == "context" and data.context_column is None:
+        raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")
+    if data.context_column is not None and source != "context":
+        raise ConfigError(
+            f"context_column={data.context_column!r} has no effect without mem_enabled=True and "
+            "mem_write_source=context; set them, or leave it out."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

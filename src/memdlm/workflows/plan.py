@@ -29,7 +29,7 @@ from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
 from memdlm.workflows.datasets import TRAIN, load_data
 from memdlm.workflows.display import Display
-from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
 
 BYTES_4BIT = 0.5 + (1 + 4 / 256) / 64
 """Per weight: 4 bits, and per 64 weights one 8-bit scale, themselves scaled per 256 (nf4, double quantisation)."""
@@ -175,6 +175,7 @@ def describe_plan(plan: RunPlan, display: Display) -> str:
     local ones, or with options, raises.
     """
     refuse_idle(plan.model, plan.lora)
+    refuse_unread_context(plan.data, plan.arguments.memory)
     lines = ["# configuration", yaml.safe_dump(resolved(plan), sort_keys=False, allow_unicode=True).rstrip(), ""]
     try:
         model = model_skeleton(plan.model.path)

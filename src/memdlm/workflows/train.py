@@ -17,7 +17,7 @@ from memdlm.training.checkpoints import NEVER, prepare_output
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
-from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle
+from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
 from memdlm.workflows.plan import RunPlan
 from memdlm.workflows.resuming import check_same_data, check_same_run
 from memdlm.workflows.run_file import write_run_file
@@ -40,7 +40,7 @@ def run_training(
     display = Display() if display is None else display
     run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
-    refuse_unread_context(data_options, arguments)
+    refuse_unread_context(data_options, arguments.memory)
     name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
@@ -70,18 +70,6 @@ def run_training(
     # The log, which `memdlm report` reads, also where no checkpoint was wanted.
     trainer.save_state()
     return out
-
-
-def refuse_unread_context(data: DataOptions, arguments: TrainingArguments) -> None:
-    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
-    source = None if arguments.memory is None else arguments.memory.write_source
-    if source == "context" and data.context_column is None:
-        raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")
-    if data.context_column is not None and source != "context":
-        raise ConfigError(
-            f"context_column={data.context_column!r} has no effect without mem_enabled=True and "
-            "mem_write_source=context; set them, or leave it out."
-        )
 
 
 def name_for_trackers(arguments: TrainingArguments) -> None:
