@@ -2,7 +2,7 @@
 
     python benchmarks/study/memories.py [--seed 0] [--out benchmarks/study/results/memories-seed0.json]
 
-The model of `recall.py` (key-value facts, sliding window 4, 24 keys, 8 facts per document). A document is written by
+The model of `recall.py --context dropped` (key-value facts, 24 keys, 8 facts per document). A document is written by
 itself, saved, and asked its 8 questions from the file, in prompts that hold nothing else. Accuracy is exact match;
 losses are nats per masked token of the documents. Documents share keys by chance; `disjoint` ones do not.
 """
@@ -24,7 +24,7 @@ from memdlm.evaluation.masked_loss import interference
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import ParametricMemory, SavedMemory, average, compress, concatenate
 from memdlm.models import load_model, load_tokenizer
-from memdlm.workflows.recall_study import OURS, RecallPlan, arms, recall_data, trained
+from memdlm.workflows.recall_study import OURS, arms, closed_book, recall_data, trained
 
 DOCUMENTS = 64
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    plan = RecallPlan()
+    plan = closed_book()
     with tempfile.TemporaryDirectory() as folder:
         trained(plan, recall_data(plan), arms(plan)[OURS], options.seed).save_final(folder)
         bench = Bench(Path(folder))
