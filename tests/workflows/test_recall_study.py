@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from memdlm.data.synthetic import KeyValueRecall
-from memdlm.workflows.recall_study import OURS, RecallPlan, arms, recall_data, run_arm
+from memdlm.workflows.recall_study import OURS, RecallPlan, arms, closed_book, recall_data, run_arm
 
 
-def test_every_arm_runs_and_is_measured_with_memory_on_and_off():
+@pytest.mark.parametrize("make", [RecallPlan, closed_book], ids=["kept", "dropped"])
+def test_every_arm_runs_and_is_measured_with_memory_on_and_off(make):
     task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
-    plan = RecallPlan(task=task, train_length=8, times=(1, 2), num_train=8, num_eval=2, steps=2, batch_size=4, rank=2)
+    plan = make(task=task, train_length=8, times=(1, 2), num_train=8, num_eval=2, steps=2, batch_size=4, rank=2)
     data = recall_data(plan)
     for name, config in arms(plan).items():
         row = run_arm(plan, data, config, seed=0)
@@ -26,16 +27,35 @@ def test_every_arm_runs_and_is_measured_with_memory_on_and_off():
             assert before != after
 
 
-@pytest.mark.slow
-def test_a_memory_that_learned_to_be_written_recalls_what_attention_cannot_reach():
-    """Sliding window 4, 200 steps, three seeds: the means; standard MDLM stays at chance."""
+@pytest.fixture
+def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
+def test_a_memory_that_learned_to_be_written_recalls_a_document_that_is_gone():
+    """Context dropped, 400 steps, three seeds: the means."""
+    plan = closed_book(times=(1, 4))
+    data = recall_data(plan)
+    rows = [a for seed in (0, 1, 2) for a in run_arm(plan, data, arms(plan)[OURS], seed)["accuracy"]]
+    for length, least in ((36, 0.97), (144, 0.95)):
+        found = [a["accuracy"] for a in rows if a["length"] == length and a["memory"]]
+        assert sum(found) / 3 >= least
+    assert all(a["accuracy"] < 0.1 for a in rows if not a["memory"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_one_thread")
+def test_a_memory_that_learned_to_be_written_recalls_what_attention_cannot_reach():
+    """Sliding window 4, 200 steps, three seeds: the means; standard MDLM stays at chance."""
     plan = RecallPlan()
     data = recall_data(plan)
     rows = [run_arm(plan, data, arms(plan)[OURS], seed) for seed in (0, 1, 2)]
     baseline = run_arm(plan, data, None, 0)
-    torch.set_num_threads(threads)
 
     def mean(length, is_on):
         found = [a["accuracy"] for r in rows for a in r["accuracy"] if (a["length"], a["memory"]) == (length, is_on)]
