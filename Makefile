@@ -3,16 +3,22 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP_ARGS ?=
+PACKAGE = $(VENV)/.package
 STAMP = $(VENV)/.installed
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
 .PHONY: demo test test-slow check docs format bench clean
 
-$(STAMP): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev]"
+	$(INSTALL) -e .
+	touch $(PACKAGE)
+
+$(STAMP): $(PACKAGE)
+	$(INSTALL) -e ".[dev]"
 	touch $(STAMP)
 
-demo: $(STAMP)  ## train, evaluate and compare small models offline; the report is runs/demo/report.html
+demo: $(PACKAGE)  ## train, evaluate and compare small models offline; the report is runs/demo/report.html
 	$(BIN)/memdlm demo $(ARGS)
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
