@@ -33,7 +33,7 @@ from memdlm.training import Batch, score
 MASK, PROMPT, LENGTH = 8191, 384, 512
 
 
-def network() -> torch.nn.Module:
+def network(**changes: int) -> torch.nn.Module:
     config = LLaDAMoEConfig(
         vocab_size=8192,
         hidden_size=256,
@@ -42,6 +42,7 @@ def network() -> torch.nn.Module:
         num_attention_heads=4,
         num_experts=16,
         num_experts_per_tok=4,
+        **changes,
     )
     return build_model(config, seed=0).eval()
 

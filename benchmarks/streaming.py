@@ -20,28 +20,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from outer_gradient import MASK, network
 from peak import resident_mb
 
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import LLaDAMoEConfig, build_model
 
-VOCABULARY, MASK = 8192, 8191
 WAYS = ("chunks", "one piece")
 
 
 def measure(length: int, chunk: int | None) -> dict[str, float]:
     """Write `length` tokens in this process."""
-    config = LLaDAMoEConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        expert_intermediate_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_experts=16,
-        num_experts_per_tok=4,
-        max_position_embeddings=65536,
-    )
-    model = build_model(config, seed=0).eval().requires_grad_(False)
+    model = network(max_position_embeddings=65536).requires_grad_(False)
     memory = ParametricMemory(model, MemoryConfig(chunk_length=chunk), mask_token_id=MASK)
     ids = torch.randint(0, 8000, (1, length), generator=torch.Generator().manual_seed(0))
     before, start = resident_mb("VmRSS", reset=True), time.process_time()

@@ -72,27 +72,26 @@ def test_a_step_is_compiled_once_for_all_blocks(backend):
     assert backend.compiled == 2
 
 
-@pytest.mark.parametrize(("family", "graphs"), [("lladamoe", 1), ("llada2", 2)])
-def test_grouped_products_do_not_break_the_graph(family, graphs, backend):
-    """As many graphs as a dense network has; in float64, where a loop stands in for them, there are more."""
+def compare_in_float32(family):
     options = {"max_new_tokens": 24, "block_size": 8, "eos_early_stop": False}
     plain, fast = (
         generate(tiny(family), WORDS, PROMPTS[:1], GenerationConfig(**options, compile=mode))
         for mode in (None, "default")
     )
     assert plain.sequences[0].equal(fast.sequences[0])
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("lladamoe", 1), ("llada2", 2)])
+def test_grouped_products_do_not_break_the_graph(family, graphs, backend):
+    """As many graphs as a dense network has; in float64, where a loop stands in for them, there are more."""
+    compare_in_float32(family)
     assert backend.compiled == graphs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor"], indirect=True)
 def test_grouped_products_go_through_inductor(backend):
-    options = {"max_new_tokens": 24, "block_size": 8, "eos_early_stop": False}
-    plain, fast = (
-        generate(tiny("lladamoe"), WORDS, PROMPTS[:1], GenerationConfig(**options, compile=mode))
-        for mode in (None, "default")
-    )
-    assert plain.sequences[0].equal(fast.sequences[0])
+    compare_in_float32("lladamoe")
     assert backend.compiled
 
 

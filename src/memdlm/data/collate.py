@@ -38,7 +38,7 @@ class Collator:
             raise DataError(unknown("supervise_padding:", self.supervise_padding, SUPERVISE_PADDING))
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids` and `labels`, and perhaps `context_ids`."""
+        """Collate rows with `input_ids` and `labels`, and perhaps `context_ids`: all of them or none, or DataError."""
         lengths = [len(row["input_ids"]) for row in features]
         width = max(lengths) + (self.supervise_padding == "first")
         if self.pad_to_multiple_of:
@@ -59,8 +59,13 @@ class Collator:
         return {**batch, "attention_mask": (column < reach).long()}
 
     def _contexts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if "context_ids" not in features[0]:
+        count = sum("context_ids" in row for row in features)
+        if count == 0:
             return {}
+        if count < len(features):
+            raise DataError(
+                f"context_ids: {count} of the {len(features)} rows of a batch have a context; give all one, or none."
+            )
         rows = [torch.as_tensor(row["context_ids"], dtype=torch.int64) for row in features]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])

@@ -1,9 +1,9 @@
 """Exact-match accuracy on the synthetic long-context tasks, with or without an inference-time memory."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +12,7 @@ from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import Sample, exact_match
 from memdlm.diffusion.sampling import Rule, denoise_canvas
 from memdlm.errors import DataError, unknown
-from memdlm.evaluation.prompts import EncodedText, PaddedBatch, Prompt, answer_spans, pad_texts
+from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
@@ -46,20 +46,20 @@ def encode_samples(
     return [encode_chat(tokenizer, messages, train_turns="all") for messages in conversations]
 
 
-def written_prompt(
-    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str, device: torch.device
-) -> Prompt:
-    """Return what a memory of the conversations holds.
+def written_texts(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str, shown: Sequence[EncodedText]
+) -> Sequence[EncodedText]:
+    """Return texts whose `prompt` a memory of the conversations holds, `shown` being what the network sees of them.
 
-    Context kept: what stands before the first answer. Dropped: the context as plain text, as `memdlm memorize` does.
+    Context kept: what stands before the first answer. Dropped: the context as plain text, as `memdlm memorize` does;
+    raises DataError for samples that do not say what it is.
     """
-    texts = encode_samples(tokenizer, samples, context)
-    if context == "dropped":
-        rows = [plain_ids(tokenizer, sample.context) for sample in samples]
-        if not all(rows):
-            raise DataError("context='dropped' needs samples that say what their context is (Sample.context).")
-        texts = [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in rows]
-    return pad_texts(texts, tokenizer.pad_token_id, device).prompt()
+    if context == "kept":
+        return shown
+    rows = [plain_ids(tokenizer, sample.context) for sample in samples]
+    if not all(rows):
+        raise DataError("context='dropped' needs samples that say what their context is (Sample.context).")
+    return [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in rows]
 
 
 def recall(
@@ -84,23 +84,24 @@ def recall(
     network's own. `on_batch` is told how many samples are done.
     """
     texts = encode_samples(tokenizer, samples, context)
+    written = written_texts(tokenizer, samples, context, texts)
     device = next(model.parameters()).device
     correct = questions = 0
     for start in range(0, len(texts), batch_size):
         part, golden = texts[start : start + batch_size], samples[start : start + batch_size]
         batch = pad_texts(part, tokenizer.pad_token_id, device)
-        if memory is None:
-            filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
-        else:
-            prompt = written_prompt(tokenizer, golden, context, device)
-            with memory.write(
+        prompt = pad_texts(written[start : start + batch_size], tokenizer.pad_token_id, device).prompt()
+        writes: AbstractContextManager[object] = nullcontext()
+        if memory is not None:
+            writes = memory.write(
                 prompt.ids,
                 prompt.labels,
                 prompt.attention_mask,
                 derive("recall", seed, start),
                 attention_pattern=attention_pattern,
-            ):
-                filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
+            )
+        with writes:
+            filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
             for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):
                 predicted = tokenizer.decode(_up_to_end(row[first:last], tokenizer), skip_special_tokens=True)

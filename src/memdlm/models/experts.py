@@ -78,7 +78,10 @@ def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("memdlm::grouped_product", mutates_args=())
 def _opaque_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """A grouped product that torch.compile does not look into, for the dtypes it does not know: one graph stays one."""
+    """Do what `_one_product` does, unseen by torch.compile, which does not know all dtypes: one graph stays one.
+
+    Shapes are those of `grouped_linear`; it has no backward pass.
+    """
     return _one_product(x, weight, ends)
 
 

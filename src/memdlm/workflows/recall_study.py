@@ -18,7 +18,8 @@ from memdlm.data.collate import Collator
 from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import KeyValueRecall, Sample, Task
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.evaluation.recall import encode_samples, recall, written_prompt
+from memdlm.evaluation.prompts import pad_texts
+from memdlm.evaluation.recall import encode_samples, recall, written_texts
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.loading import build_model
@@ -251,7 +252,9 @@ def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict
     """
     tokenizer, model = data.tokenizer, trained.model
     sample = data.by_length[plan.train_length][:1]
-    prompt = written_prompt(tokenizer, sample, plan.context, model.device)
+    shown = encode_samples(tokenizer, sample, plan.context)
+    texts = written_texts(tokenizer, sample, plan.context, shown)
+    prompt = pad_texts(texts, tokenizer.pad_token_id, model.device).prompt()
     places = torch.arange(prompt.ids.shape[1], device=model.device)
     views = prompt.ids.repeat(len(places), 1)
     views[places, places] = tokenizer.mask_token_id
