@@ -6,10 +6,14 @@ they survive pickling between processes.
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class MemDLMError(Exception):
-    """Root of everything raised on purpose; the command line prints it as one line and exits with 2."""
+    """Root of everything raised on purpose; the command line prints it as one line."""
+
+    exit_status: ClassVar[int] = 2
+    """What the command line ends with: 2 where the input is at fault, 1 where the machine or the run is."""
 
 
 class ConfigError(MemDLMError, ValueError):
@@ -26,6 +30,22 @@ class CheckpointError(MemDLMError, ValueError):
 
 class MemoryFileError(MemDLMError, ValueError):
     """A saved memory that is damaged or was written for another model."""
+
+
+class NotFiniteError(MemDLMError, ArithmeticError):
+    """Weights, logits or a memory that hold NaN or infinity: whatever came of them would be wrong."""
+
+
+class DivergedError(NotFiniteError):
+    """A training run whose loss, gradient or weights stopped being finite."""
+
+    exit_status = 1
+
+
+class MachineError(MemDLMError, RuntimeError):
+    """The machine cannot do it: no space left, no permission, no memory, a device that is not there."""
+
+    exit_status = 1
 
 
 def did_you_mean(value: str, possible: Iterable[str]) -> str:

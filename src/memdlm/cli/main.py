@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `memdlm ARGV...`; returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run `memdlm ARGV...`; returns the exit status: 0, 2 for bad input, 1 for a fault, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
     except MemDLMError as error:
         print(f"memdlm {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print(f"memdlm {name}: interrupted", file=sys.stderr)
         return 130
