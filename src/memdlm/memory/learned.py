@@ -137,7 +137,7 @@ def saved_config(folder: str | Path) -> MemoryConfig:
     """Return the options of the memory whose start or rates lie in `folder`; raises CheckpointError without them."""
     path = Path(folder) / MEMORY_CONFIG_FILE
     try:
-        options = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: could not be read: {error}") from error
+        options = dict(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: could not be read: {error!r}") from error
     return from_mapping(MemoryConfig, options, f"{path}: memory")

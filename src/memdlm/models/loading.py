@@ -1,19 +1,31 @@
 """From a folder or hub name to a model that is ready to use."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from memdlm.errors import CheckpointError, ConfigError, unknown
-from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
+from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
+from memdlm.models.adapter_files import (
+    WEIGHTS_FILE,
+    base_of_adapter,
+    is_adapter,
+    load_outer_adapter,
+    reload_outer_adapter,
+)
 from memdlm.models.families import FAMILIES, Family, family_of, register
+from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import resolve_config, tensor_names
+from memdlm.models.resolution import SINGLE, resolve_config, tensor_names
+from memdlm.models.wrappers import unwrap_parallel
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 """What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
@@ -68,10 +80,67 @@ def load_model(
     family, config = resolve_config(name, revision=revision, token=token)
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
-    _check_tensors(name, family, info, revision, token)
+    # Files of foreign models often hold heads of other tasks; transformers reports those.
+    _check_tensors(name, family, info, revision, token, allow_others=family is None)
     model = (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
     model.memory_folder = _memory_folder(name if adapter is None else str(adapter))
     return model
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Fill `model` in place from `folder`, which holds what saving it wrote: a whole model, or its outer adapter.
+
+    The tensors are read as `load_model` reads them, and all are checked before the first is changed. Wrappers of data
+    parallelism and torch.compile are looked through. The model keeps its dtypes.
+    Raises CheckpointError when files are missing or damaged, or any tensor is missing, unexpected or of the wrong size.
+    """
+    network = unwrap_parallel(model)
+    if adapter_config(network) is not None:
+        reload_outer_adapter(network, folder)
+        return
+    own = get_peft_model_state_dict(network) if isinstance(network, PeftModel) else network.state_dict()
+    if isinstance(network, PreTrainedModel):
+        found = _read_again(network, own, str(folder))
+    else:
+        found = _read_alone(Path(folder) / (WEIGHTS_FILE if isinstance(network, PeftModel) else SINGLE), own)
+    for name, tensor in own.items():
+        tensor.copy_(found[name])
+
+
+def _read_again(network: PreTrainedModel, own: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Read another model of the same kind, in dtypes that hold every value of `own` as it is."""
+    register()
+    if not Path(name).is_dir():
+        raise CheckpointError(f"model: the folder {name!r} does not exist.")
+    family = family_of(network.config)
+    for dtype in (network.dtype, torch.float32, torch.float64):
+        model, info = _read(type(network), name, network.config, {"dtype": dtype})
+        # Files that a training run wrote hold this model and nothing else, whoever's family it is.
+        _check_tensors(name, family, info, None, None, allow_others=False)
+        found: dict[str, Tensor] = model.state_dict()
+        # Parameters of several dtypes are rare: rounding to the narrowest of them would lose bits.
+        if all(torch.promote_types(found[key].dtype, tensor.dtype) == found[key].dtype for key, tensor in own.items()):
+            break
+    return found
+
+
+def _read_alone(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read a file whose tensors have the names of `own`."""
+    try:
+        found = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: the weights could not be read: {error}") from error
+    shared = own.keys() & found.keys()
+    info = {
+        "missing_keys": own.keys() - found.keys(),
+        "unexpected_keys": found.keys() - own.keys(),
+        "mismatched_keys": [
+            (key, found[key].shape, own[key].shape) for key in shared if found[key].shape != own[key].shape
+        ],
+    }
+    _check_tensors(str(path), None, info, None, None, allow_others=False)
+    return found
 
 
 def _memory_folder(name: str) -> str | None:
@@ -116,20 +185,28 @@ def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str,
         return loader.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except MemDLMError:
+        raise
+    # A damaged index gives the last ones.
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{name}: the weights could not be read: {error}") from error
 
 
 def _check_tensors(
-    name: str, family: Family | None, info: dict[str, Any], revision: str | None, token: str | bool | None
+    name: str,
+    family: Family | None,
+    info: Mapping[str, Any],
+    revision: str | None,
+    token: str | bool | None,
+    *,
+    allow_others: bool,
 ) -> None:
-    """Refuse a model with weights that the files did not set, or, in our families, files with other weights too."""
-    # Files of foreign models often hold heads of other tasks; transformers reports those.
+    """Refuse a model with weights that the files did not set, and, unless allowed, files with other weights too."""
     problems = {kind: sorted(map(str, info.get(f"{kind}_keys") or ())) for kind in ("missing", "unexpected")}
     problems["of the wrong size"] = sorted(
         f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
     )
-    if family is None:
+    if allow_others:
         problems.pop("unexpected")
     if not any(problems.values()):
         return

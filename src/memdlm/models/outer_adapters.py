@@ -302,6 +302,8 @@ def _for_linears(config: LoraConfig, paths: list[str]) -> LoraConfig:
         use_rslora=config.use_rslora,
         bias="none",
         target_modules=paths,
+        # Models of other families are saved by transformers, which writes this.
+        base_model_name_or_path=config.base_model_name_or_path,
     )
 
 

@@ -101,7 +101,10 @@ def tensor_names(name: str, *, revision: str | None = None, token: str | bool | 
     """
     index = find_file(name, INDEX, revision=revision, token=token)
     if index is not None:
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        try:
+            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"model: the index {index} could not be read: {error!r}") from error
     single = find_file(name, SINGLE, revision=revision, token=token)
     if single is None:
         return []

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from memdlm.errors import CheckpointError, ConfigError
@@ -19,7 +20,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def prepare_output(folder: Path, resume: str, *, overwrite: bool) -> Path | None:
+def prepare_output(folder: Path, resume: str, *, overwrite: bool, without: Collection[str] = ()) -> Path | None:
     """Return the checkpoint to go on from, or None to start anew.
 
     `resume` is `never`, `latest` (None where `folder` has no checkpoint yet) or a path. Starting anew beside the
@@ -38,17 +39,21 @@ def prepare_output(folder: Path, resume: str, *, overwrite: bool) -> Path | None
             shutil.rmtree(path)
         return None
     if resume == LATEST:
-        return whole(found[-1]) if found else None
-    return whole(Path(resume))
+        return whole(found[-1], without) if found else None
+    return whole(Path(resume), without)
 
 
-def whole(path: Path) -> Path:
-    """Return `path` if a run can go on from it; raises CheckpointError when not."""
+def whole(path: Path, without: Collection[str] = ()) -> Path:
+    """Return `path` if a run wrote it to go on from; raises CheckpointError when not.
+
+    Its optimizer is not asked for when it is among the states that the run goes on `without`.
+    """
     if not (path / STATE).is_file():
         raise CheckpointError(f"resume: {str(path)!r} is no checkpoint of a training run (it has no {STATE}).")
     # By launcher: plain and FSDP with a full state, FSDP with shards, DeepSpeed.
     kinds = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-    if not any(next(path.glob(kind), None) for kind in kinds):
+    others = ("scheduler.pt", "rng_state*.pth")
+    if "optimizer" not in without and not any(next(path.glob(kind), None) for kind in (*kinds, *others)):
         raise CheckpointError(
             f"resume: {str(path)!r} was saved with save_only_model=True: optimizer, schedule and random state are not "
             "there, so the run would silently be another one. To start anew from its weights, name it as the model."

@@ -4,9 +4,11 @@ It is no part of the model, so what a launcher does for the model's gradients (s
 done for it here.
 """
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from memdlm.memory.learned import LearnedWrite
@@ -17,6 +19,8 @@ class LearnedTraining(TrainerCallback):
 
     def __init__(self, learned: LearnedWrite, accelerator: Any, max_norm: float) -> None:
         self.learned, self.accelerator, self.max_norm = learned, accelerator, max_norm
+        self.grad_norm: Tensor | None = None
+        """Of the last step, before clipping."""
 
     def add_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Let `optimizer` update the start and the rates, unless it does already."""
@@ -31,8 +35,8 @@ class LearnedTraining(TrainerCallback):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        if self.max_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.learned.parameters(), self.max_norm)
+        most = self.max_norm if self.max_norm > 0 else math.inf
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), most)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Forget the gradients."""

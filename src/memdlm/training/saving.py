@@ -1,24 +1,20 @@
-"""Saving and resuming: checkpoints are whole or absent; adapters and learned writes have files of their own."""
+"""Saving: checkpoints are whole or absent; what a memory has learned has files of its own."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from memdlm.models.adapter_files import reload_outer_adapter
-from memdlm.models.outer_adapters import adapter_config
 from memdlm.training.checkpoints import SAVING, STATE, move_files, publish
-from memdlm.training.learned import LearnedTraining
+from memdlm.training.resuming import ResumingTrainer
 
 
-class SavingTrainer(Trainer):
-    """`transformers.Trainer` with checkpoints that a crash cannot spoil."""
+class SavingTrainer(ResumingTrainer):
+    """A trainer with checkpoints that a crash cannot spoil."""
 
     _saving = False
-    _learned: LearnedTraining | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Say where checkpoints go: while one is written, into a folder of its own."""
@@ -63,25 +59,6 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             move_files(growing, Path(folder))
         self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Resume: an outer adapter reads its own file, whose experts transformers does not know."""
-        target = self.model if model is None else model
-        if adapter_config(target) is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            reload_outer_adapter(target, resume_from_checkpoint)
-        if self._learned is not None:
-            self._learned.learned.load(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint (`load_best_model_at_end`), as when resuming."""
-        if adapter_config(self.model) is None:
-            super()._load_best_model()
-        else:
-            reload_outer_adapter(self.model, self.state.best_model_checkpoint)
-        if self._learned is not None:
-            self._learned.learned.load(self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the model, and beside it what its memory has learned."""

@@ -105,13 +105,20 @@ def active_parameters(model: nn.Module) -> int:
     return total
 
 
+NO_MEMORY = -math.inf
+"""Stands for a bound with memory where there is none; a bound that came out as NaN stays seen as such."""
+
+
 def row_metrics(rows: Tensor) -> dict[str, float]:
-    """Turn evaluation rows [N, 4] of (bound, bound with memory or NaN, count, time) into means per maskable token."""
+    """Turn evaluation rows [N, 4] into means per maskable token.
+
+    Columns are the bound, the bound with memory or NO_MEMORY, the count and the time.
+    """
     bounds, with_memory, counts, times = rows.double().unbind(1)
     tokens = counts.sum().clamp_min(1)
     nll = (bounds.sum() / tokens).item()
     metrics = {"nll": nll, "ppl": safe_exp(nll)}
-    if not with_memory.isnan().any():
+    if not (with_memory == NO_MEMORY).any():
         metrics["nll_memory"] = (with_memory.sum() / tokens).item()
     totals, numbers = by_time(bounds, counts, times)
     pairs: Sequence[tuple[float, float]] = list(zip(totals.tolist(), numbers.tolist(), strict=True))

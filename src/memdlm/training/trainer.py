@@ -19,12 +19,12 @@ from memdlm.models.masks import AttentionPattern, Windowed
 from memdlm.models.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
+from memdlm.training.guarding import GuardedTrainer
 from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
-from memdlm.training.saving import SavingTrainer
-from memdlm.training.tracking import Means, Speed, row_metrics, safe_exp
+from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
 
-class MemDLMTrainer(SavingTrainer):
+class MemDLMTrainer(GuardedTrainer):
     """Train a masked diffusion language model, with memory if `args.mem_enabled`.
 
     Logged beside transformers' own figures, all per maskable token: `nll` and `ppl`, the bound without memory, in
@@ -173,9 +173,11 @@ class MemDLMTrainer(SavingTrainer):
             [
                 torch.stack(counted).sum().to(device) if counted else torch.zeros((), dtype=torch.int64, device=device),
                 torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=device),
+                self._watch.flag(),
             ]
         )
-        tokens, rows = self.accelerator.reduce(totals, reduction="sum").unbind()
+        tokens, rows, unsound = self.accelerator.reduce(totals, reduction="sum").unbind()
+        self._stop_soon_if(unsound)
         for batch in batches:
             batch.update({TOKENS: tokens, ROWS: rows})
         return batches, num_items
@@ -275,7 +277,7 @@ class MemDLMTrainer(SavingTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             lost = self._score(model, batch)
             loss = normalise(lost.sums, lost.counts, self.args.loss_norm_type).squeeze(0)
-        with_memory = torch.full_like(lost.bound, float("nan"))
+        with_memory = torch.full_like(lost.bound, NO_MEMORY)
         if self.memory is not None:
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):

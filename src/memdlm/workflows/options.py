@@ -105,6 +105,11 @@ class RunOptions:
     resume_changed: bool = option(
         False, "Resume although options or data that change the result are not those of the interrupted run."
     )
+    resume_without: str | None = option(
+        None,
+        "States that begin anew although the run is resumed, comma-separated: optimizer, scheduler, rng, scaler, "
+        "memory. Unset: each must be in the checkpoint.",
+    )
     overwrite_output_dir: bool = option(False, "Delete the checkpoints of an earlier run in output_dir.")
     dry_run: bool = option(False, "Print the configuration, sizes and step counts, and stop; no weights are loaded.")
 

@@ -21,6 +21,7 @@ _KEPT = {"eval_dataset_args", "dataloader_drop_last"}
 FREE = frozenset(
     [
         *("output_dir", "resume", "overwrite_output_dir", "resume_from_checkpoint", "resume_changed"),
+        "resume_without",
         *("num_proc", "preprocessed_dir", "ddp_timeout", "use_cpu", "skip_memory_metrics", "torch_empty_cache_steps"),
         *("disable_tqdm", "report_to", "run_name", "project", "push_to_hub", "do_train", "do_predict"),
         *("per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16_full_eval"),
@@ -43,12 +44,17 @@ def earlier_run(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return {**found, "options": {**found["options"], WORLD: found[WORLD]}}
-    except (ValueError, TypeError, KeyError) as error:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        options = {**found["options"], WORLD: found[WORLD]}
+        if not all(isinstance(options[name], int) for name in CUT if name in options):
+            raise ValueError(f"{', '.join(CUT)} must be whole numbers")
+        if not isinstance(found["data"]["manifest"], dict):
+            raise ValueError("there is no manifest of its data")
+        return {**found, "options": options}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"resume: {path} cannot be read ({error}), so it is not known which run wrote {checkpoint.name}. Name the "
-            "checkpoint as the model to start anew from its weights."
+            f"resume: {path} cannot be read ({error!r}), so it is not known which run wrote "
+            f"{checkpoint.name}. Name the checkpoint as the model to start anew from its weights."
         ) from error
 
 

@@ -14,6 +14,7 @@ from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.checkpoints import NEVER, prepare_output
+from memdlm.training.states import check_checkpoint, left_out
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
@@ -65,7 +66,8 @@ def run_training(
         write_run_file(plan, data, checkpoint, changed)
     if checkpoint is not None:
         display.say(f"going on from {checkpoint}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    without = left_out(run.resume_without, arguments)
+    trainer.train(None if checkpoint is None else str(checkpoint), resume_without=without)
     trainer.save_final(out)
     # The log, which `memdlm report` reads, also where no checkpoint was wanted.
     trainer.save_state()
@@ -90,10 +92,16 @@ def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path |
     if given is not None and run.resume != NEVER:
         raise ConfigError(f"resume={run.resume!r} and resume_from_checkpoint={given!r} are both given; give one.")
     resume = run.resume if given is None else str(given)
+    without = left_out(run.resume_without, arguments)
     # One process looks and deletes; the others wait, and then see what it left.
     with arguments.main_process_first(desc="output_dir"):
         is_first = arguments.process_index == 0
-        return prepare_output(out, resume, overwrite=run.overwrite_output_dir and is_first)
+        checkpoint = prepare_output(out, resume, overwrite=run.overwrite_output_dir and is_first, without=without)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, arguments, without)
+    elif without:
+        raise ConfigError(f"resume_without={run.resume_without!r} has no effect: there is no checkpoint to go on from.")
+    return checkpoint
 
 
 def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
