@@ -1,6 +1,7 @@
 """Options: declared once, as dataclass fields, and turned into flags, checks and documentation from there."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -8,6 +9,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from memdlm.errors import ConfigError, unknown
 
 T = TypeVar("T")
+LARGEST = 2**63
+"""Whole numbers are smaller: torch takes no larger ones."""
 
 
 def option(
@@ -36,12 +39,22 @@ def validate(config: Any, prefix: str = "") -> None:
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         if "limits" in field.metadata:
-            _check(prefix + field.name, getattr(config, field.name), hints[field.name], field.metadata["limits"])
+            check_value(prefix + field.name, getattr(config, field.name), hints[field.name], field.metadata["limits"])
 
 
-def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    allowed = tuple(get_origin(member) or member for member in members)
+def members_of(hint: Any) -> set[Any]:
+    """Return the types that a type hint joins with `|`; the hint itself when it is one type."""
+    return set(_members(hint))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `value` is of the type `hint`, finite, and within `limits`, which `option` names."""
+    choices = limits.get("choices")
+    allowed = tuple(get_origin(member) or member for member in _members(hint))
     if value is None and type(None) in allowed:
         return
     kinds = allowed
@@ -50,16 +63,21 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
         raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
-    if limits["choices"] is not None and value not in limits["choices"]:
-        raise ConfigError(unknown(f"{name}:", value, limits["choices"]))
+    if choices is not None and value not in choices:
+        raise ConfigError(unknown(f"{name}:", value, choices))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be finite, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        raise ConfigError(f"{name} must fit into 64 bits, got a number of {value.bit_length()} bits.")
     for bound, holds, words in (
         ("above", lambda x, b: x > b, "greater than"),
         ("minimum", lambda x, b: x >= b, "at least"),
         ("maximum", lambda x, b: x <= b, "at most"),
         ("below", lambda x, b: x < b, "less than"),
     ):
-        if limits[bound] is not None and not holds(value, limits[bound]):
-            raise ConfigError(f"{name} must be {words} {limits[bound]}, got {value!r}.")
+        limit = limits.get(bound)
+        if limit is not None and not holds(value, limit):
+            raise ConfigError(f"{name} must be {words} {limit}, got {value!r}.")
 
 
 def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -87,8 +105,7 @@ def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]
 
 def _as_list(hint: Any) -> Any:
     """Return list[X] for tuple[X, ...] (or None): a flag with several values is a list to the parser."""
-    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for member in members:
+    for member in _members(hint):
         if get_origin(member) is tuple:
             return list[get_args(member)[0]]  # type: ignore[misc]
     return hint

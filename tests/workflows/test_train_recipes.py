@@ -9,7 +9,7 @@ import yaml
 
 from memdlm.cli.main import main
 from memdlm.cli.parsing import DataclassParser
-from memdlm.cli.train import read_recipe
+from memdlm.cli.recipes import read_recipe
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,13 +24,13 @@ from transformers.utils import cached_file
 
 from memdlm.errors import CheckpointError, ConfigError, did_you_mean
 from memdlm.hub import look_for
-from memdlm.models.outer_adapters import Target, adapter_config, attach, check_free, find_targets, slots
+from memdlm.models.outer_adapters import ALL_LINEAR, Target, adapter_config, attach, check_free, find_targets, slots
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HONOURED = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"),
-    # Which modules were chosen: the file's tensors say it themselves.
+    # Which modules were chosen: compared with the tensors.
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
     # About how the adapter was made or is to be opened, not about what it computes.
     *("init_lora_weights", "inference_mode", "task_type", "auto_mapping", "revision", "peft_version"),
@@ -56,6 +57,9 @@ def load_outer_adapter(model: PreTrainedModel, name: str | Path, *, token: str |
             f"adapter {str(name)!r}: {type(model).__name__} has no linear layer for {_listed(unknown)}. "
             f"The adapter belongs to another model.{did_you_mean(unknown[0], list(targets)[:2000])}"
         )
+    absent = [module for module in _named(config, model, targets) if module not in tensors]
+    if absent:
+        raise CheckpointError(f"adapter {str(name)!r}: the tensors of {_listed(absent)} are missing.")
     _check_sizes(name, tensors, {module: _sizes(targets[module]) for module in tensors}, config.r)
     try:
         attach(model, {module: targets[module] for module in tensors}, config)
@@ -230,6 +234,15 @@ def _file(name: str | Path, file: str, token: str | bool | None) -> str:
         return str(cached_file(str(name), file, token=token))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"adapter {str(name)!r}: {file} could not be found: {error}") from error
+
+
+def _named(config: LoraConfig, model: PreTrainedModel, targets: Mapping[str, Target]) -> list[str]:
+    """Return the published names among `targets` that the configuration names, read as PEFT reads it."""
+    if not config.target_modules:
+        return []
+    if config.target_modules == ALL_LINEAR:
+        return list(find_targets(model))
+    return [module for module in targets if check_target_module_exists(config, module)]
 
 
 def _sizes(target: Target) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_opti
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
 from memdlm.options import as_flags, from_flags, option, validate
+from memdlm.training.limits import check_numbers, check_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,10 @@ class TrainingArguments(_Flags):
     run_name: str | None = dataclasses.field(
         default=None, metadata={"help": "What they call it; unset: the last part of output_dir."}
     )
+    logging_nan_inf_filter: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Must stay off: a loss that is not finite stops the run."},
+    )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
         metadata={"help": "Must stay off: the collator reads columns that the network does not."},
@@ -151,13 +156,17 @@ class TrainingArguments(_Flags):
         # Without any accelerator the CPU is the only choice; transformers would refuse bf16 instead.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        check_numbers(self)
         try:
             super().__post_init__()
-        except (ValueError, ImportError) as error:
+        except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+        check_schedule(self)
         _refuse_missing(self.report_to or ())
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns=True would drop labels; leave it False.")
+        if self.logging_nan_inf_filter:
+            raise ConfigError("logging_nan_inf_filter=True would log a loss that is not finite as 0; leave it False.")
         if self.label_smoothing_factor:
             raise ConfigError(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect on the masked loss; leave it 0."
