@@ -319,7 +319,11 @@ DAMAGES = {
     ),
     "an expert left out": (
         lambda t: [t.pop(name) for name in list(t) if "layers.1.mlp.experts.2.up" in name],
-        "up_proj is adapted in 5 of 6 experts",
+        "the tensors of model.layers.1.mlp.experts.2.up_proj are missing",
+    ),
+    "a linear layer left out": (
+        lambda t: [t.pop(name) for name in list(t) if "layers.2.self_attn.q_proj" in name],
+        "the tensors of model.layers.2.self_attn.q_proj are missing",
     ),
     "another rank": (
         lambda t: t.update({EXPERT: t[EXPERT][:2].clone()}),
