@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
@@ -189,7 +189,18 @@ def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str,
         raise
     # A damaged index gives the last ones.
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{name}: the weights could not be read: {error}") from error
+        raise CheckpointError(f"{_damaged_file(name)}: the weights could not be read: {error}") from error
+
+
+def _damaged_file(name: str) -> Path | str:
+    """Return the first weight file in folder `name` that is damaged, `name` itself where none is."""
+    for path in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return name
 
 
 def _check_tensors(

@@ -5,6 +5,8 @@ import json
 import math
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +77,7 @@ def check_checkpoint(
     for part in parts:
         for file in found[part]:
             if file.suffix in (".pt", ".pth"):
-                _check_shape(part, file, read_state(file, part, mmap=True))
+                _check_shape(part, file, read_state(file, part, mmap=part == OPTIMIZER))
     best = state["best_model_checkpoint"] if arguments.load_best_model_at_end else None
     if best is not None and best_of(path, best) is None:
         raise CheckpointError(
@@ -119,8 +121,15 @@ def _rng_files(path: Path, arguments: TrainingArguments) -> list[Path]:
 
 
 def read_state(path: Path, part: str, *, mmap: bool = False, device: Any = "cpu") -> Any:
-    """Return what a file of `torch.save` holds, tensors and plain values only: nothing in it is run."""
+    """Return what a file of `torch.save` holds, tensors and plain values only: nothing in it is run.
+
+    Its checksums, which torch writes and does not compare, are compared unless it is mapped.
+    """
     with readable(path, part), safe_globals():
+        if not mmap and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():
+                    raise ValueError(f"{broken} is damaged")
         return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
 
 
@@ -134,7 +143,7 @@ def readable(path: Path, part: str) -> Iterator[None]:
     # Unpickling damaged bytes can end in any of these.
     except (
         *(OSError, EOFError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
-        *(AssertionError, ImportError, MemoryError, pickle.PickleError),
+        *(AssertionError, ImportError, MemoryError, pickle.PickleError, zipfile.BadZipFile, zlib.error),
     ) as error:
         words = " ".join(str(error).split())[:300]
         raise CheckpointError(

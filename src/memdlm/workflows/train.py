@@ -62,6 +62,8 @@ def run_training(
         data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
         processing_class=tokenizer,
     )
+    if run.overwrite_output_dir:
+        clear_output(arguments, out)
     if arguments.should_save:
         write_run_file(plan, data, checkpoint, changed)
     if checkpoint is not None:
@@ -91,17 +93,24 @@ def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path |
     given = arguments.resume_from_checkpoint
     if given is not None and run.resume != NEVER:
         raise ConfigError(f"resume={run.resume!r} and resume_from_checkpoint={given!r} are both given; give one.")
+    if given is not None and run.overwrite_output_dir:
+        raise ConfigError(f"resume_from_checkpoint={given!r} and overwrite_output_dir=True contradict each other.")
     resume = run.resume if given is None else str(given)
     without = left_out(run.resume_without, arguments)
-    # One process looks and deletes; the others wait, and then see what it left.
-    with arguments.main_process_first(desc="output_dir"):
-        is_first = arguments.process_index == 0
-        checkpoint = prepare_output(out, resume, overwrite=run.overwrite_output_dir and is_first, without=without)
+    # What is to be overwritten stays until nothing is left that could be wrong: see `run_training`.
+    checkpoint = None if run.overwrite_output_dir else prepare_output(out, resume, overwrite=False, without=without)
     if checkpoint is not None:
         check_checkpoint(checkpoint, arguments, without)
     elif without:
         raise ConfigError(f"resume_without={run.resume_without!r} has no effect: there is no checkpoint to go on from.")
     return checkpoint
+
+
+def clear_output(arguments: TrainingArguments, out: Path) -> None:
+    """Delete the checkpoints of an earlier run; one process does, and the others wait for it."""
+    with arguments.main_process_first(desc="output_dir"):
+        if arguments.process_index == 0:
+            prepare_output(out, NEVER, overwrite=True)
 
 
 def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
