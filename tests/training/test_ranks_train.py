@@ -46,13 +46,19 @@ def alone(options, folder, **cut):
 
 
 def on_two_ranks(cases, folder, **environment):
+    run_two([WORKER, folder / "out", json.dumps(cases)], **environment)
+    found = [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
+    return list(zip(*found, strict=True))
+
+
+def run_two(command, **environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, WORKER, folder / "out", json.dumps(cases)],
+            [sys.executable, *command],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -63,8 +69,6 @@ def on_two_ranks(cases, folder, **environment):
     for process in processes:
         _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
-    found = [torch.load(f"{folder / 'out'}.{rank}") for rank in range(2)]
-    return list(zip(*found, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,13 @@ def test_zero_2_trains_the_joined_batch(tmp_path):
     expected = alone(ZERO2, tmp_path)
     # DeepSpeed's own copy of the weights is float32, whatever the model's type.
     are_the_same(first, second, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_resume_alike_and_stop_together_when_one_diverges(tmp_path):
+    run_two([WORKER.with_name("rank_guard_worker.py"), tmp_path])
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen-{rank}.json").read_text())
+        assert seen["moved"]
+        assert seen["resumed"]
+        assert "training diverged: the loss at step 2 held NaN" in seen["message"]
+        assert seen["steps"] == 2

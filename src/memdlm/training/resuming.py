@@ -122,7 +122,8 @@ class ResumingTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
         # On the device where there are several processes: each would hold a copy of it on the CPU otherwise.
-        device = self.args.device if self.args.world_size > 1 else "cpu"
+        on_device = self.args.world_size > 1 and self.args.device.type != "cpu"
+        device = self.args.device if on_device else "cpu"
         for part, owner in ((OPTIMIZER, self.optimizer), (SCHEDULER, self.lr_scheduler)):
             if part not in self._without and owner is not None:
                 file = folder / f"{part}.pt"
