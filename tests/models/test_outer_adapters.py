@@ -294,6 +294,19 @@ def test_the_merge_command_writes_a_model_that_loads(base_and_adapter, word_toke
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "base", "out"]
 
 
+@pytest.mark.parametrize("part", ["base", "adapter"])
+def test_merging_what_is_incomplete_is_refused_and_writes_nothing(part, tmp_path, capsys):
+    tiny("lladamoe").save_pretrained(tmp_path / "base")
+    add_outer_lora(load_model(tmp_path / "base"), LoRAOptions(r=2)).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / part / ("model.safetensors" if part == "base" else WEIGHTS)
+    tensors = load_file(file)
+    gone = [name for name in tensors if "layers.2.self_attn.o_proj" in name]
+    save_file({name: value for name, value in tensors.items() if name not in gone}, file, metadata={"format": "pt"})
+    assert main(["merge", "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "out")]) == 2
+    assert "model.layers.2.self_attn.o_proj" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
