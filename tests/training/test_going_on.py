@@ -96,6 +96,19 @@ def test_the_best_is_found_where_its_folder_is_now(bases, tmp_path):
     assert is_same(dict(again.model.state_dict()), expected)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_a_run_that_is_done_is_not_trained_further(steps, bases, tmp_path):
+    """Three steps are an epoch: the end need not be an epoch's."""
+    whole, again = (
+        trainer_of(model_of(bases, "llada", "full"), tmp_path / name, max_steps=steps, lr_scheduler_type="constant")
+        for name in ("whole", "again")
+    )
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{steps}"))
+    assert again.state.global_step == steps
+    assert is_same(state(again), state(whole))
+
+
 def test_a_dtype_below_single_precision_is_kept(bases, tmp_path):
     def model():
         return model_of(bases, "lladamoe", "full").to(torch.bfloat16)

@@ -108,6 +108,9 @@ class ResumingTrainer(Trainer):
             # The noise follows the epoch, which the steps tell (data may have been changed on purpose).
             if math.floor(self.state.epoch + 1e-6) != epochs:
                 self.state.epoch = self.state.global_step / num_update_steps_per_epoch
+            # transformers asks whether a run is done only when it has taken a step.
+            if self.state.global_step >= max_steps:
+                epochs = num_train_epochs
         return epochs, skipped
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -199,8 +199,9 @@ def _check_position(state: Mapping[str, Any], path: Path) -> None:
     _expect("stateful_callbacks", type(callbacks), callbacks is None or isinstance(callbacks, dict))
     step, named = state["global_step"], re.fullmatch(r"checkpoint-(\d+)", path.name)
     _expect("global_step", step, named is None or step == int(named[1]))
-    for name, most in ("global_step", "max_steps"), ("epoch", "num_train_epochs"):
-        if state[most] and state[name] > state[most]:
+    # transformers itself takes one step more when a run that is done is resumed.
+    for name, most, more in ("global_step", "max_steps", 1), ("epoch", "num_train_epochs", 0):
+        if state[most] and state[name] > state[most] + more:
             raise ValueError(f"{name} is {state[name]!r}, more than {most}={state[most]!r}")
 
 
