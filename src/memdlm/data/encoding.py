@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.chat import TRAIN_TURNS, encode_chat
-from memdlm.data.documents import plain_ids
-from memdlm.errors import DataError, MemDLMError
+from memdlm.data.chat import ChatEncoder, Encoded
+from memdlm.data.layouts import Columns, parse_column_map
+from memdlm.data.turns import TRAIN_TURNS
+from memdlm.errors import DataError
 from memdlm.options import option, validate
-from memdlm.types import IGNORE_INDEX
+from memdlm.templates import text_ids
 
 TRUNCATIONS = ("filter", "right")
 CHUNK = 256
@@ -32,9 +34,18 @@ class EncodingOptions:
     context_column: str | None = option(
         None, "Column with a text that is not shown: mem_write_source=context writes it, and the answers need it."
     )
+    column_map: str | None = option(
+        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+        parse_column_map(self.column_map)
+
+    @property
+    def columns(self) -> Columns:
+        """How the data's columns are read."""
+        return Columns(parse_column_map(self.column_map), self.context_column)
 
     @property
     def encoding(self) -> "EncodingOptions":
@@ -115,27 +126,31 @@ def fit(
     return TokenRows(rows, places, chosen, max_length, has_context=has_context), counts
 
 
-def encode_one(
-    conversation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
-) -> dict[str, Any]:
-    """Return a row with COLUMNS, and CONTEXT if wanted; `prompt_length` is its length if nothing is learned."""
-    encoded = encode_chat(
-        tokenizer,
-        conversation["messages"],
-        mask_prompt_loss=options.mask_prompt_loss,
-        train_turns=options.train_turns,
-    )
-    has_target = any(label != IGNORE_INDEX for label in encoded.labels)
-    length = len(encoded.input_ids)
-    row = {
+def encode_chunk(
+    conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
+) -> list[dict[str, Any]]:
+    """Encode rows first, first + 1, ... of a split: COLUMNS, and CONTEXT if wanted. Raises DataError naming the row.
+
+    `prompt_length` is a row's length if nothing of it is learned.
+    """
+    encoder = ChatEncoder(tokenizer, train_turns=options.train_turns, mask_prompt_loss=options.mask_prompt_loss)
+    rows = [_row(encoded) for encoded in encoder.encode_rows(conversations, first)]
+    if options.context_column is not None:
+        for index, (row, conversation) in enumerate(zip(rows, conversations, strict=True), start=first):
+            try:
+                row[CONTEXT] = _context(conversation, options.context_column, tokenizer)
+            except DataError as error:
+                raise DataError(f"row {index}: {error}") from error
+    return rows
+
+
+def _row(encoded: Encoded) -> dict[str, Any]:
+    return {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
-        "prompt_length": encoded.prompt_length if has_target else length,
-        "length": length,
+        "prompt_length": encoded.prompt_length,
+        "length": len(encoded.input_ids),
     }
-    if options.context_column is None:
-        return row
-    return row | {CONTEXT: _context(conversation, options.context_column, tokenizer)}
 
 
 def _context(conversation: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -146,20 +161,7 @@ def _context(conversation: dict[str, Any], column: str, tokenizer: PreTrainedTok
             f"context_column: {column!r} must be a column of text, got {text!r} (columns beside the conversation: "
             f"{others or 'none'})."
         )
-    return plain_ids(tokenizer, text)
-
-
-def encode_chunk(
-    conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
-) -> list[dict[str, Any]]:
-    """Encode rows first, first + 1, ... of a split. Raises DataError that names the row."""
-    rows = []
-    for index, conversation in enumerate(conversations, start=first):
-        try:
-            rows.append(encode_one(conversation, tokenizer, options))
-        except MemDLMError as error:
-            raise DataError(f"row {index}: {error}") from error
-    return rows
+    return text_ids(tokenizer, text)
 
 
 def encode_all(
@@ -216,6 +218,8 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, options: EncodingOptions) -> None:
+    # Each worker has one core; threads of its own would fight for those of the others.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.update(tokenizer=tokenizer, options=options)
 
 

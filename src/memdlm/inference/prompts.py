@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.errors import ConfigError, DataError
 from memdlm.models.families import FAMILIES
+from memdlm.templates import message_ids, prompt_ids
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
-"""Text (tokenized as it is), messages (put through the chat template), or ids."""
+"""Text (as it is: control tokens that it spells are tokens), messages (put through the chat template, their contents
+as text), or ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> T
     if isinstance(prompt, Tensor):
         return prompt.flatten().long().cpu()
     if isinstance(prompt, str):
-        return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        return torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64)
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
-        ids = tokenizer.apply_chat_template(items, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.tensor(message_ids(tokenizer, items, generation=True), dtype=torch.int64)
     if all(isinstance(item, int) for item in items):
         return torch.tensor(items, dtype=torch.int64)
     raise DataError(f"prompt {index} is a list of {type(items[0]).__name__}; give text, messages, or a list of ids.")
