@@ -57,13 +57,13 @@ def control_of(tokenizer: PreTrainedTokenizerBase) -> Control:
     return Control(ids, re.compile("|".join(map(re.escape, longest_first)) or "(?!)"))
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control | None = None) -> list[int]:
     """Tokenize a text as itself: where it spells a control token, it means the words.
 
     Raises DataError for half of a surrogate pair, and for a tokenizer that cannot write the words.
     """
     check_text(text)
-    return _text_ids(tokenizer, text, control_of(tokenizer))
+    return _text_ids(tokenizer, text, control_of(tokenizer) if control is None else control)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -118,8 +118,12 @@ class ChatEncoder:
             found[place] = encoded
         return [each for each in found if each is not None]
 
+    def text(self, text: str) -> list[int]:
+        """Tokenize a text as itself, see `memdlm.templates.text_ids`."""
+        return text_ids(self.tokenizer, text, self._control)
+
     def _document(self, text: str) -> Encoded:
-        ids = [*text_ids(self.tokenizer, text), int(self.tokenizer.eos_token_id)]
+        ids = [*self.text(text), int(self.tokenizer.eos_token_id)]
         return Encoded(ids, list(ids), 0)
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> _Rendered:
