@@ -100,7 +100,7 @@ def render(
         raise DataError(f"the chat template cannot render the messages: {error}") from error
     if not is_text(text):
         for index, message in enumerate(messages):
-            check_text(message["content"], f"message {index}: ")
+            check_text(str(message.get("content")), f"message {index}: ")
         check_text(text)
     return text
 

@@ -39,17 +39,23 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return one int64 tensor of ids per prompt; raises DataError for an empty list or prompt, naming its index."""
+    """Return one int64 tensor of ids per prompt; raises DataError for an empty list, and for a prompt that is
+    empty, no text, or refused by the chat template, naming its index."""
     if isinstance(prompts, str) or len(prompts) == 0:
         raise DataError("prompts must be a non-empty list, one entry per prompt.")
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append(_encode(tokenizer, prompt))
+        except DataError as error:
+            raise DataError(f"prompt {index}: {error}") from error
     for index, ids in enumerate(encoded):
         if ids.numel() == 0:
             raise DataError(f"prompt {index} is empty; give at least one token.")
     return encoded
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> Tensor:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
     if isinstance(prompt, Tensor):
         return prompt.flatten().long().cpu()
     if isinstance(prompt, str):
@@ -59,7 +65,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> T
         return torch.tensor(message_ids(tokenizer, items, generation=True), dtype=torch.int64)
     if all(isinstance(item, int) for item in items):
         return torch.tensor(items, dtype=torch.int64)
-    raise DataError(f"prompt {index} is a list of {type(items[0]).__name__}; give text, messages, or a list of ids.")
+    raise DataError(f"a list of {type(items[0]).__name__} is none; give text, messages, or a list of ids.")
 
 
 def pad(rows: Sequence[Tensor], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:
