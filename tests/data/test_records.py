@@ -47,7 +47,7 @@ def test_prompt_and_response_become_messages(tmp_path):
         ("x.jsonl", '{"messages": []}\n{"a": ', r"x.jsonl, line 2 is no JSON"),
         ("x.json", "{", "is no JSON"),
         ("x.json", "{}", "must hold a list of rows"),
-        ("x.jsonl", '{"body": "a"}', r"row 0: .* neither a list of 'messages' .* nor .*; it has: body\."),
+        ("x.jsonl", '{"body": "a"}', r"row 0 has neither a list of 'messages' .* nor .*; it has: body\."),
         ("x.jsonl", "[1]", "line 1 holds a list, not an object"),
         ("x.txt", "a", "has suffix '.txt'; possible: .jsonl, .json, .parquet"),
     ],

@@ -77,7 +77,7 @@ def test_another_map_is_another_dataset(word_tokenizer, tmp_path, capsys):
     word_tokenizer.save_pretrained(model)
     command = ["preprocess", "--model", str(model), "--dataset_args", str(path), "--output_dir", str(tmp_path / "out")]
     assert main([*command, "--column_map", "q=prompt,a=response"]) == 0
-    assert "columns that are not used: b" in capsys.readouterr().err.replace("\n", " ")
+    assert "columns that are not used: b" in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--column_map", "q=prompt,b=response"]) == 2
     assert "column_map: made with q=prompt,a=response, wanted q=prompt,b=response" in capsys.readouterr().err
     assert main(command) == 2

@@ -117,15 +117,12 @@ def read_row(row: Any, where: str, columns: Columns | None = None) -> tuple[dict
         named = columns.apply(row)
         context = {} if columns.context not in named else {str(columns.context): named.pop(str(columns.context))}
         _refuse(named)
-        for read in (_turns, _answered, _text):
-            found = read(named)
-            if found is not None:
-                conversation, used = found
-                break
-        else:
-            raise DataError(_unknown(row))
+        found = _turns(named) or _answered(named) or _text(named)
     except DataError as error:
         raise DataError(f"dataset: {where}: {error}") from error
+    if found is None:
+        raise DataError(f"dataset: {where} {_unknown(row)}")
+    conversation, used = found
     rest = {name: value for name, value in named.items() if name not in used and name not in conversation}
     return {**rest, **context, **conversation}, used | set(context)
 
@@ -306,7 +303,7 @@ def _unknown(row: Mapping[str, Any]) -> str:
     close = [f"{name}={found[0]}" for name in map(str, row) if (found := difflib.get_close_matches(name, known, n=1))]
     hint = f" Perhaps --column_map {','.join(close)}?" if close else ""
     return (
-        f"no known layout. It has neither a list of 'messages' ({', '.join(TURNS)}) nor a question "
+        f"has neither a list of 'messages' ({', '.join(TURNS)}) nor a question "
         f"({', '.join(QUESTIONS)}) with an answer ({', '.join(ANSWERS)}), nor a 'text'; it has: "
         f"{', '.join(map(str, row)) or 'nothing'}. Name its columns with --column_map, as in "
         f"--column_map question=prompt,answer=response.{hint}"
