@@ -10,6 +10,7 @@ from rich.console import Console
 from memdlm.cli.main import main
 from memdlm.data.sources import EVALUATION_SPLITS
 from memdlm.errors import ConfigError, DataError
+from memdlm.models import load_tokenizer
 from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import DataOptions
@@ -83,6 +84,7 @@ def test_another_map_is_another_dataset(word_tokenizer, tmp_path, capsys):
     assert main(command) == 2
     assert main([*command, "--column_map", "q=prompt,b=answers"]) == 2
     options = {"dataset_args": str(path), "load_preprocessed_data": True, "preprocessed_dir": str(tmp_path)}
+    word_tokenizer = load_tokenizer(model)
     loaded(word_tokenizer, evaluates=False, column_map="q=prompt,a=response", **options)
     with pytest.raises(DataError, match="column_map: made with"):
         loaded(word_tokenizer, evaluates=False, column_map="q=prompt,b=response", **options)
