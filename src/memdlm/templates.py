@@ -105,6 +105,25 @@ def render(
     return text
 
 
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, generation: bool = False
+) -> list[str]:
+    """Do what `render` does to many conversations in one call, which is faster."""
+    if not conversations:
+        return []
+    if tokenizer.chat_template is not None:
+        try:
+            texts: list[str] = tokenizer.apply_chat_template(
+                [list(messages) for messages in conversations], tokenize=False, add_generation_prompt=generation
+            )
+        except (jinja2.TemplateError, TypeError):
+            texts = []
+        if texts and all(map(is_text, texts)):
+            return texts
+    # One by one, to see which it is that cannot be rendered.
+    return [render(tokenizer, messages, generation=generation) for messages in conversations]
+
+
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control) -> list[int]:
     """Tokenize what `render` returned: marked spellings as text, all others as the tokens that they are.
 

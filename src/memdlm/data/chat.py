@@ -6,9 +6,9 @@ from typing import Any, final
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.turns import TRAIN_TURNS, check_rendered, read_turns
+from memdlm.data.turns import TRAIN_TURNS, Turn, check_rendered, read_turns
 from memdlm.errors import DataError, MemDLMError, unknown
-from memdlm.templates import MARK, Message, control_of, render, rendered_ids, text_ids
+from memdlm.templates import MARK, control_of, render, render_all, rendered_ids, text_ids
 from memdlm.types import IGNORE_INDEX
 
 WINDOW = 256
@@ -71,6 +71,23 @@ class _Rendered:
     """The same of turns that are not learned even where all else is."""
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A conversation on its way to a text."""
+
+    turns: Sequence[Turn]
+    shown: list[dict[str, Any]]
+    """The messages, shielded."""
+    tools: Any
+    whole: str | None = None
+    last_head: str | None = None
+    """What stands before the content of the last message, if it answers a question."""
+
+    def is_question(self, index: int) -> bool:
+        """Whether the message before `index` is one that is answered."""
+        return index > 0 and self.shown[index - 1]["role"] != "assistant"
+
+
 @final
 class ChatEncoder:
     """One tokenizer and its chat template, for any number of conversations."""
@@ -104,11 +121,20 @@ class ChatEncoder:
         """Encode rows with `messages`, and perhaps `tools`, or with a `text` of which every token is learned."""
         found: list[Encoded | None] = [None] * len(rows)
         waiting: list[tuple[int, _Rendered, list[int]]] = []
+        drafts = {place: self._draft(row) for place, row in enumerate(rows) if "messages" in row}
+        # Most conversations need two texts, which are rendered together.
+        plain = [draft for draft in drafts.values() if not draft.tools]
+        for draft, text in zip(plain, render_all(self.tokenizer, [draft.shown for draft in plain]), strict=True):
+            draft.whole = text
+        asking = [draft for draft in plain if draft.turns[-1].is_learned and draft.is_question(len(draft.shown) - 1)]
+        heads = render_all(self.tokenizer, [draft.shown[:-1] for draft in asking], generation=True)
+        for draft, text in zip(asking, heads, strict=True):
+            draft.last_head = text
         for place, row in enumerate(rows):
-            if "messages" not in row:
+            if place not in drafts:
                 found[place] = self._document(row["text"])
                 continue
-            rendered = self._render(row["messages"], row.get("tools"))
+            rendered = self._render(drafts[place])
             cuts = self._cuts(rendered)
             if cuts is None:
                 found[place] = self._by_prefixes(rendered)
@@ -126,25 +152,33 @@ class ChatEncoder:
         ids = [*self.text(text), int(self.tokenizer.eos_token_id)]
         return Encoded(ids, list(ids), 0)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> _Rendered:
-        turns = read_turns(messages, self.train_turns)
-        shielded = [self._control.shield(turn.message) for turn in turns]
-        tools = self._control.shield(tools) if tools else None
-        whole = render(self.tokenizer, shielded, tools=tools)
+    def _draft(self, row: Mapping[str, Any]) -> _Draft:
+        turns = read_turns(row["messages"], self.train_turns)
+        tools = row.get("tools")
+        return _Draft(
+            turns,
+            [self._control.shield(turn.message) for turn in turns],
+            self._control.shield(tools) if tools else None,
+        )
+
+    def _render(self, draft: _Draft) -> _Rendered:
+        turns, shielded, tools = draft.turns, draft.shown, draft.tools
+        whole = render(self.tokenizer, shielded, tools=tools) if draft.whole is None else draft.whole
         check_rendered(turns, tools, whole, lambda *changed: render(self.tokenizer, changed[0], tools=changed[1]))
 
         def span(index: int) -> tuple[str, str]:
-            is_last = index + 1 == len(shielded)
-            end = whole if is_last else render(self.tokenizer, shielded[: index + 1], tools=tools)
-            return self._before(shielded, index, tools), end
+            if index + 1 < len(shielded):
+                return self._before(draft, index), render(self.tokenizer, shielded[: index + 1], tools=tools)
+            return self._before(draft, index) if draft.last_head is None else draft.last_head, whole
 
         spans = tuple(span(index) for index, turn in enumerate(turns) if turn.is_learned)
         left_out = () if self.mask_prompt_loss else tuple(span(i) for i, turn in enumerate(turns) if turn.is_refused)
         return _Rendered(whole, spans, left_out)
 
-    def _before(self, messages: Sequence[Message], index: int, tools: Any) -> str:
+    def _before(self, draft: _Draft, index: int) -> str:
         """Return what stands before the content of assistant turn `index`."""
-        if index and messages[index - 1]["role"] != "assistant":
+        messages, tools = draft.shown, draft.tools
+        if draft.is_question(index):
             return render(self.tokenizer, messages[:index], generation=True, tools=tools)
         # Templates open an answer after a question only: the header is what two answers have in common.
         texts = [
