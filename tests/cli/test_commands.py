@@ -91,7 +91,7 @@ def test_bad_input_is_one_line_and_status_2(options, message, start, tmp_path, c
     [
         ("", "has no rows"),
         ('{"messages": [{"role": "user", "content": "k0 is"}]}', "row 0: the conversation has no assistant turn"),
-        ('{"text": "k0"}', "row 0 has neither a list of 'messages' nor"),
+        ('{"body": "k0"}', "row 0 has neither a list of 'messages' ("),
         ("{", "line 1 is no JSON"),
     ],
 )

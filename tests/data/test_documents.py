@@ -1,11 +1,15 @@
 """Documents as text: what is read, what is not, and what is refused."""
 
+import contextlib
 import hashlib
 import importlib
+import io
 
 import pytest
 
+from memdlm.data import documents
 from memdlm.data.documents import read_document, text_of_html
+from memdlm.data.pages import text_of_page
 from memdlm.errors import DataError
 
 PAGE = """<!doctype html><html><head><title>On &amp; off</title><style>p {color: red}</style>
@@ -91,6 +95,10 @@ def test_of_a_pdf_the_text_layer_is_read(tmp_path, monkeypatch):
         ("a.txt", b"  \n", "has no text"),
         ("a.txt", b"caf\xe9", r"is not UTF-8 \(byte 3\)"),
         ("a.html", b'<meta charset="klingon">x', "not in the encoding that it says"),
+        ("a.html", b'<meta charset="utf-8">caf\xe9', r"not in the encoding that it says, utf-8 \(byte 25\)"),
+        ("a.html", b"<p>a\0b", "has a zero byte"),
+        ("a.md", b"a\0b", r"is no text: it has a zero byte \(character 1\)"),
+        ("a.txt", b"\xff\xfea", r"is not UTF-16 \(byte"),
         ("a.html", b"<script>x</script>", "has no text"),
         ("none.txt", None, "does not exist"),
     ],
@@ -100,3 +108,86 @@ def test_what_cannot_be_read_is_refused(name, content, message, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_document(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("<!DOCTYPE html><title>T</title><p>one<p>two", "T\none\ntwo"),
+        ("<head><title>T</title><meta name=a><link rel=b>text at once", "T\ntext at once"),
+        ("<html><head><script>no()</script><h1>H</h1>t", "H\nt"),
+        ("<ul><li>a<ul><li>b</ul><li>c</ul>d", "a\nb\nc\nd"),
+        ("<table><tr><td>a<td>b<tr><td>c</table>d", "a\nb\nc\nd"),
+        ("<template><div><p>never</p></div></template>a<noscript><p>never</p></noscript>", "a"),
+        ("<p>a<!-- <p>never --> b<![CDATA[never]]></p>", "a b"),
+        (
+            "<p>&lt;b&gt; &amp;amp; &hearts; &#x41; &bogus; &notit; &#xd83d;",
+            "<b> &amp; \u2665 A &bogus; \u00acit; \ufffd",
+        ),
+        ("<pre>\n  a\n\n  b</pre>c  d", "  a\n  b\nc d"),
+        ("<p>a<svg><title>never?</title><text>b</text></svg>c", "a\nnever?\nb\nc"),
+        ("<b>a<i>b</b>c</i>d", "abcd"),
+        ("a<br>b<br/>c</br>d", "a\nb\nc\nd"),
+        ("<textarea><p>a</textarea><select><option>b<option>c</select>", "<p>a\nb\nc"),
+        ("<div>" * 3000 + "deep", "deep"),
+    ],
+)
+def test_pages_are_read_as_the_standard_says(source, expected):
+    assert text_of_html(source) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("\ufeff<p>\u00e9".encode(), "\u00e9"),
+        ("<p>\u00e9".encode("utf-16"), "\u00e9"),
+        ("<p>\u00e9 \u20ac".encode(), "\u00e9 \u20ac"),
+        ("<p>\u00e9 \u20ac".encode("cp1252"), "\u00e9 \u20ac"),
+        (b"<p>a\x81b\xe9", "a\x81b\u00e9"),
+        ("<meta charset=iso-8859-1><p>\u20ac".encode("cp1252"), "\u20ac"),
+        ("<meta http-equiv=x content='text/html; charset=shift_jis'><p>\u3042".encode("cp932"), "\u3042"),
+        ("<!-- <meta charset=koi8-r> --><p>\u00e9".encode(), "\u00e9"),
+        ("<meta charset=utf-16><p>\u00e9".encode(), "\u00e9"),
+        ("<p>charset=klingon \u00e9".encode(), "charset=klingon \u00e9"),
+        ('<?xml version="1.0" encoding="iso-8859-1"?><p>\u00e9</p>'.encode("latin-1"), "\u00e9"),
+        (b'<html xmlns="http://www.w3.org/1999/xhtml"><script src="a"/><p>a<![CDATA[<b>]]></p></html>', "a<b>"),
+    ],
+)
+def test_a_page_says_its_encoding(data, expected):
+    assert text_of_page(data, "a.html") == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_texts_with_a_byte_order_mark_are_read(encoding, tmp_path):
+    (tmp_path / "a.rst").write_bytes("gr\u00fc\u00df\r\n\U0001f600".encode(encoding))
+    assert read_document(tmp_path / "a.rst").text == "gr\u00fc\u00df\r\n\U0001f600"
+
+
+@pytest.mark.parametrize("algorithm", ["AES-128", "AES-256-R5", "RC4-128"])
+def test_an_encrypted_pdf_is_read_where_anyone_may_open_it(algorithm, tmp_path):
+    pypdf = pytest.importorskip("pypdf")
+    for name, password in (("open", ""), ("locked", "secret")):
+        writer = pypdf.PdfWriter(clone_from=io.BytesIO(pdf("the key is under the mat")))
+        writer.encrypt(password, owner_password="owner", algorithm=algorithm)
+        writer.write(tmp_path / f"{name}.pdf")
+    assert read_document(tmp_path / "open.pdf").text.strip() == "the key is under the mat"
+    with pytest.raises(DataError, match="locked with a password"):
+        read_document(tmp_path / "locked.pdf")
+
+
+def test_a_damaged_pdf_is_an_error_of_the_document(tmp_path):
+    pytest.importorskip("pypdf")
+    whole = pdf("the key is under the mat")
+    for cut in range(0, len(whole), 7):
+        for data in (whole[:cut], whole[:cut] + b"\xff<<[(" + whole[cut + 5 :]):
+            (tmp_path / "a.pdf").write_bytes(data)
+            # Read, or one line about it: errors of other classes fail the test.
+            with contextlib.suppress(DataError):
+                assert read_document(tmp_path / "a.pdf").text.strip()
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_BYTES", 10)
+    (tmp_path / "a.txt").write_text("more than ten bytes")
+    with pytest.raises(DataError, match=r"has 19 bytes; the most that is read is 10"):
+        read_document(tmp_path / "a.txt")

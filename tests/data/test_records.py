@@ -1,5 +1,6 @@
 """Rows from files: every format gives the same rows; whatever is wrong names the file and the row."""
 
+import gzip
 import json
 
 import datasets
@@ -46,7 +47,7 @@ def test_prompt_and_response_become_messages(tmp_path):
         ("x.jsonl", '{"messages": []}\n{"a": ', r"x.jsonl, line 2 is no JSON"),
         ("x.json", "{", "is no JSON"),
         ("x.json", "{}", "must hold a list of rows"),
-        ("x.jsonl", '{"text": "a"}', r"row 0 has neither a list of 'messages' nor .*; it has: text\."),
+        ("x.jsonl", '{"body": "a"}', r"row 0 has neither a list of 'messages' .* nor .*; it has: body\."),
         ("x.jsonl", "[1]", "line 1 holds a list, not an object"),
         ("x.txt", "a", "has suffix '.txt'; possible: .jsonl, .json, .parquet"),
     ],
@@ -72,3 +73,53 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):
         write_jsonl([ROWS[0], {"messages": object()}], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+TABLES = [
+    ("x.csv", 'prompt,response,id\n"a, ""b""\nc",d,1\n\ne,f,2\n'),
+    ("x.tsv", 'prompt\tresponse\tid\n"a, ""b""\nc"\td\t1\n\ne\tf\t2\n'),
+    ("x.csv", 'prompt,response,id\r\n"a, ""b""\nc",d,1\r\ne,f,2'),
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(("name", "text"), TABLES)
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_tables_are_read_with_quoted_line_ends(name, text, encoding, is_compressed, tmp_path):
+    data = text.encode(encoding)
+    path = tmp_path / (f"{name}.gz" if is_compressed else name)
+    path.write_bytes(gzip.compress(data) if is_compressed else data)
+    found = [[message["content"] for message in row["messages"]] for row in read_records(path)]
+    assert found == [['a, "b"\nc', "d"], ["e", "f"]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_may_begin_with_a_byte_order_mark_and_be_compressed(kind, encoding, tmp_path):
+    data = saved(kind, tmp_path).read_text().encode(encoding)
+    (tmp_path / f"y.{kind}").write_bytes(data)
+    (tmp_path / f"y.{kind}.gz").write_bytes(gzip.compress(data))
+    assert read_records(tmp_path / f"y.{kind}") == read_records(tmp_path / f"y.{kind}.gz") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.csv", b"prompt,response\na\n", r"line 2 has 1 fields, but the header has 2 \(prompt, response\)"),
+        ("x.csv", b"prompt,prompt\na,b\n", "the header has an empty name, or one twice: 'prompt'"),
+        ("x.csv", b'prompt,response\n"a,b\n', "is no row of a table"),
+        ("x.csv", b"prompt,response\na,\xff\n", r"is not UTF-8 \(byte 18\)"),
+        ("x.csv", b"prompt,response\na,\0\n", "has a zero byte"),
+        ("x.csv", b"prompt,response\n", "has no rows"),
+        ("x.jsonl.gz", b"no gzip", "is no gzip file"),
+        ("x.jsonl.gz", gzip.compress(b"{}\n")[:-9], "is no gzip file"),
+        ("x.parquet", b"PAR1", "is no Parquet file"),
+        ("x.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("x.jsonl.zst", b"x", r"has suffix '\.zst'"),
+        ("x.jsnl", b"x", r"Did you mean '\.jsonl'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / name)

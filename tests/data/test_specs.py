@@ -209,8 +209,8 @@ def test_a_line_separator_inside_text_is_text(tmp_path):
 
 
 def test_a_row_of_other_columns_is_named(tmp_path):
-    path = jsonl(tmp_path / "x.jsonl", [*rows_of("a"), {"text": "b"}])
-    with pytest.raises(DataError, match=r"row 1 has neither .* it has: text"):
+    path = jsonl(tmp_path / "x.jsonl", [*rows_of("a"), {"body": "b"}])
+    with pytest.raises(DataError, match=r"row 1 has neither .* it has: body"):
         list(load_conversations(str(path))["train"])
     path = jsonl(tmp_path / "y.jsonl", [{"prompt": "a", "response": None}])
     with pytest.raises(DataError, match="'response' must be text, got None"):

@@ -2,24 +2,22 @@
 
 import hashlib
 import importlib
-import re
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from memdlm.data.pages import text_of_html, text_of_page
+from memdlm.data.texts import decoded
 from memdlm.errors import DataError, did_you_mean
+from memdlm.templates import check_text, text_ids
 
-HIDDEN = {"script", "style", "template", "noscript", "head"}
-"""Elements whose content is not read, except a page's title."""
-INLINE = {
-    *("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "i", "ins", "kbd", "label", "mark"),
-    *("q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "u", "var", "wbr", "font", "tt"),
-}
-"""Elements inside a line of text; all others end it."""
+__all__ = ["READERS", "Document", "plain_ids", "read_document", "text_of_html"]
+MOST_BYTES = 2**30
+"""A larger file is refused before it is read: no memory holds what it says, and most machines cannot parse it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,99 +32,42 @@ class Document:
 
 
 def read_document(path: str | Path) -> Document:
-    """Read a document: .txt, .text, .md, .markdown, .html, .htm, .xhtml or .pdf (needs pypdf).
+    """Read a document: plain text (.txt, .md, .rst, .csv, ...), .html, .htm, .xhtml or .pdf (needs pypdf).
 
-    Markdown stays as it is; of HTML the visible text is read, of a PDF its text layer, page after page. Raises
-    DataError when there is no such file, its suffix is another, it is damaged, or it has no text.
+    Plain text stays as it is, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; of HTML the visible text is
+    read, of a PDF its text layer, page after page. Raises DataError when there is no such file, its suffix is another,
+    it is larger than MOST_BYTES, damaged, locked with a password, or has no text.
     """
     path = Path(path)
+    what = f"document: {str(path)!r}"
     if not path.is_file():
-        raise DataError(f"document: {str(path)!r} does not exist, or is a folder.")
+        raise DataError(f"{what} does not exist, or is a folder.")
     suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(
-            f"document: {str(path)!r} has suffix {path.suffix!r}; possible: {', '.join(READERS)}."
-            f"{did_you_mean(suffix, READERS)}"
+            f"{what} has suffix {path.suffix!r}; possible: {', '.join(READERS)}.{did_you_mean(suffix, READERS)}"
         )
-    text = READERS[suffix](path)
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise DataError(f"{what} has {size:,} bytes; the most that is read is {MOST_BYTES:,}. Split it.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} cannot be read: {error.strerror or error}.") from error
+    text = READERS[suffix](data, what)
     if not text.strip():
         hint = " A scanned PDF has pictures instead of text; run it through OCR first." if suffix == ".pdf" else ""
-        raise DataError(f"document: {str(path)!r} has no text.{hint}")
-    return Document(path=str(path.absolute()), text=text, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        raise DataError(f"{what} has no text.{hint}")
+    check_text(text, f"{what}: ")
+    return Document(path=str(path.absolute()), text=text, sha256=hashlib.sha256(data).hexdigest())
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenize a text as itself: where it mentions <|mask|> or an end of text, it means the words, not the tokens."""
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+    return text_ids(tokenizer, text)
 
 
-def text_of_html(source: str) -> str:
-    """Return the visible text of a page: one line per block, spaces collapsed except inside <pre>."""
-    reader = _Visible()
-    reader.feed(source)
-    reader.close()
-    return reader.text()
-
-
-@final
-class _Visible(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._lines: list[str] = []
-        self._line = ""
-        self._hidden: list[str] = []
-        self._titles = self._preformatted = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "body":  # ends a <head> that was left open
-            self._hidden.clear()
-        if tag in HIDDEN:
-            self._hidden.append(tag)
-        if tag not in INLINE:
-            self._end_line()
-        self._titles += tag == "title"
-        self._preformatted += tag == "pre"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self._hidden:
-            # What was opened inside and never closed ends with it.
-            del self._hidden[len(self._hidden) - 1 - self._hidden[::-1].index(tag) :]
-        if tag not in INLINE:
-            self._end_line()
-        self._titles -= tag == "title" and self._titles > 0
-        self._preformatted -= tag == "pre" and self._preformatted > 0
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden or (self._hidden == ["head"] and self._titles):
-            self._line += data
-
-    def text(self) -> str:
-        self._end_line()
-        return "\n".join(self._lines)
-
-    def _end_line(self) -> None:
-        lines = self._line.rstrip("\n").split("\n") if self._preformatted else [" ".join(self._line.split())]
-        self._lines += [line.rstrip() for line in lines if line.strip()]
-        self._line = ""
-
-
-def _plain(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"document: {str(path)!r} is not UTF-8 (byte {error.start}); convert it first.") from error
-
-
-def _html(path: Path) -> str:
-    source = path.read_bytes()
-    named = re.search(rb"charset\s*=\s*[\"']?\s*([\w-]+)", source[:2048])
-    try:
-        return text_of_html(source.decode(named[1].decode() if named else "utf-8-sig"))
-    except (UnicodeDecodeError, LookupError) as error:
-        raise DataError(f"document: {str(path)!r} is not in the encoding that it says: {error}") from error
-
-
-def _pdf(path: Path) -> str:
+def _pdf(data: bytes, what: str) -> str:
     try:
         pypdf: Any = importlib.import_module("pypdf")
     except ModuleNotFoundError as error:
@@ -134,14 +75,22 @@ def _pdf(path: Path) -> str:
             "document: reading PDF needs pypdf: pip install 'memdlm[pdf]', or convert the document to text."
         ) from error
     try:
-        return "\n\n".join(page.extract_text() for page in pypdf.PdfReader(path).pages)
-    except (pypdf.errors.PyPdfError, ValueError, KeyError) as error:
-        raise DataError(f"document: {str(path)!r} is no PDF that can be read: {error}") from error
+        reader = pypdf.PdfReader(io.BytesIO(data))
+        # One that is encrypted for its permissions only has an empty password.
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise DataError(f"{what} is locked with a password; save it without one first.")
+        return "\n\n".join(page.extract_text() for page in reader.pages)
+    except DataError:
+        raise
+    except pypdf.errors.DependencyError as error:
+        raise DataError(f"{what} is encrypted: pip install 'memdlm[pdf]' for what reads it ({error}).") from error
+    except Exception as error:  # a damaged file leads pypdf into errors of any class
+        raise DataError(f"{what} is no PDF that can be read: {type(error).__name__}: {error}") from error
 
 
-READERS: dict[str, Callable[[Path], str]] = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown"), _plain),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), _html),
+READERS: dict[str, Callable[[bytes, str], str]] = {
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".csv", ".tsv"), decoded),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), text_of_page),
     ".pdf": _pdf,
 }
-"""How each suffix is read."""
+"""How the bytes of each suffix are read; each reader is told what to call the file."""

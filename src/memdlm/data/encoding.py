@@ -1,19 +1,23 @@
 """Conversations -> rows of tokens, in parallel; and which of them a run of a given length can learn from."""
 
 import dataclasses
+import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.chat import TRAIN_TURNS, encode_chat
-from memdlm.data.documents import plain_ids
-from memdlm.errors import DataError, MemDLMError
+from memdlm.data.chat import ChatEncoder, Encoded
+from memdlm.data.layouts import Columns, parse_column_map
+from memdlm.data.turns import TRAIN_TURNS
+from memdlm.errors import DataError, MachineError
 from memdlm.options import option, validate
-from memdlm.types import IGNORE_INDEX
 
 TRUNCATIONS = ("filter", "right")
 CHUNK = 256
@@ -21,6 +25,8 @@ CHUNK = 256
 COLUMNS = ("input_ids", "labels", "prompt_length", "length")
 CONTEXT = "context_ids"
 """Column of the tokens that only a memory sees, with `context_column`."""
+Packed: TypeAlias = dict[str, tuple[Any, list[int] | None]]
+"""By column its numbers as one int32 array, and the lengths of the lists that they are, if they are lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +38,18 @@ class EncodingOptions:
     context_column: str | None = option(
         None, "Column with a text that is not shown: mem_write_source=context writes it, and the answers need it."
     )
+    column_map: str | None = option(
+        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
+        parse_column_map(self.column_map)
+
+    @property
+    def columns(self) -> Columns:
+        """How the data's columns are read."""
+        return Columns(parse_column_map(self.column_map), self.context_column)
 
     @property
     def encoding(self) -> "EncodingOptions":
@@ -115,30 +130,34 @@ def fit(
     return TokenRows(rows, places, chosen, max_length, has_context=has_context), counts
 
 
-def encode_one(
-    conversation: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
-) -> dict[str, Any]:
-    """Return a row with COLUMNS, and CONTEXT if wanted; `prompt_length` is its length if nothing is learned."""
-    encoded = encode_chat(
-        tokenizer,
-        conversation["messages"],
-        mask_prompt_loss=options.mask_prompt_loss,
-        train_turns=options.train_turns,
-    )
-    has_target = any(label != IGNORE_INDEX for label in encoded.labels)
-    length = len(encoded.input_ids)
-    row = {
+def encode_chunk(
+    conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
+) -> list[dict[str, Any]]:
+    """Encode rows first, first + 1, ... of a split: COLUMNS, and CONTEXT if wanted. Raises DataError naming the row.
+
+    `prompt_length` is a row's length if nothing of it is learned.
+    """
+    encoder = ChatEncoder(tokenizer, train_turns=options.train_turns, mask_prompt_loss=options.mask_prompt_loss)
+    rows = [_row(encoded) for encoded in encoder.encode_rows(conversations, first)]
+    if options.context_column is not None:
+        for index, (row, conversation) in enumerate(zip(rows, conversations, strict=True), start=first):
+            try:
+                row[CONTEXT] = encoder.text(_context(conversation, options.context_column))
+            except DataError as error:
+                raise DataError(f"row {index}: {error}") from error
+    return rows
+
+
+def _row(encoded: Encoded) -> dict[str, Any]:
+    return {
         "input_ids": encoded.input_ids,
         "labels": encoded.labels,
-        "prompt_length": encoded.prompt_length if has_target else length,
-        "length": length,
+        "prompt_length": encoded.prompt_length,
+        "length": len(encoded.input_ids),
     }
-    if options.context_column is None:
-        return row
-    return row | {CONTEXT: _context(conversation, options.context_column, tokenizer)}
 
 
-def _context(conversation: dict[str, Any], column: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _context(conversation: dict[str, Any], column: str) -> str:
     text = conversation.get(column)
     if not isinstance(text, str) or not text.strip():
         others = ", ".join(name for name in conversation if name != "messages")
@@ -146,20 +165,7 @@ def _context(conversation: dict[str, Any], column: str, tokenizer: PreTrainedTok
             f"context_column: {column!r} must be a column of text, got {text!r} (columns beside the conversation: "
             f"{others or 'none'})."
         )
-    return plain_ids(tokenizer, text)
-
-
-def encode_chunk(
-    conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
-) -> list[dict[str, Any]]:
-    """Encode rows first, first + 1, ... of a split. Raises DataError that names the row."""
-    rows = []
-    for index, conversation in enumerate(conversations, start=first):
-        try:
-            rows.append(encode_one(conversation, tokenizer, options))
-        except MemDLMError as error:
-            raise DataError(f"row {index}: {error}") from error
-    return rows
+    return text
 
 
 def encode_all(
@@ -192,20 +198,28 @@ def in_parallel(
         for start in starts:
             yield encode_chunk(conversations[start : start + size], start, tokenizer, options)
         return
-    # Fresh processes: a copy of one that has run threads can hang.
-    context = multiprocessing.get_context("spawn")
+    # Not copies of this process, which has run threads and could hang. Where there is a fork server, the libraries are
+    # loaded once for all workers.
+    is_unix = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if is_unix else "spawn")
+    if is_unix:
+        context.set_forkserver_preload([__name__])
     workers = min(num_proc, len(starts))
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
-        waiting: list[Future[list[dict[str, Any]]]] = []
+        waiting: list[Future[Packed]] = []
         ahead = iter(starts)
         try:
             for start in ahead:
                 waiting.append(pool.submit(_work, conversations[start : start + size], start))
                 # A few chunks per worker, so that a large dataset is never held whole.
                 if len(waiting) >= 3 * workers:
-                    yield waiting.pop(0).result()
+                    yield unpacked(waiting.pop(0).result())
             while waiting:
-                yield waiting.pop(0).result()
+                yield unpacked(waiting.pop(0).result())
+        except BrokenProcessPool as error:
+            raise MachineError(
+                f"num_proc={num_proc}: a process that tokenizes was killed, perhaps for want of memory. Use fewer."
+            ) from error
         finally:
             for each in waiting:
                 each.cancel()
@@ -216,8 +230,33 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, options: EncodingOptions) -> None:
+    # Each worker has one core; threads of its own would fight for those of the others.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.update(tokenizer=tokenizer, options=options)
 
 
-def _work(conversations: Sequence[dict[str, Any]], first: int) -> list[dict[str, Any]]:
-    return encode_chunk(conversations, first, _worker["tokenizer"], _worker["options"])
+def _work(conversations: Sequence[dict[str, Any]], first: int) -> Packed:
+    return packed(encode_chunk(conversations, first, _worker["tokenizer"], _worker["options"]))
+
+
+def packed(rows: Sequence[Mapping[str, Any]]) -> Packed:
+    """Return rows as arrays by column, which pass between processes without a step per token."""
+    columns: Packed = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        lengths = [len(value) for value in values] if isinstance(values[0], list) else None
+        flat = itertools.chain.from_iterable(values) if lengths is not None else values
+        columns[name] = (np.fromiter(flat, np.int32), lengths)
+    return columns
+
+
+def unpacked(columns: Packed) -> list[dict[str, Any]]:
+    """Return the rows that were packed."""
+    lists = {}
+    for name, (flat, lengths) in columns.items():
+        values = flat.tolist()
+        if lengths is not None:
+            ends = list(itertools.accumulate(lengths))
+            values = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        lists[name] = values
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]

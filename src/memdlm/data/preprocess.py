@@ -25,7 +25,7 @@ from memdlm.data.sources import source_state
 from memdlm.errors import DataError
 from memdlm.files import make_folder, replace_files, replace_folder
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
 PIECE = 1024
 """Conversations per file of the partial result: what an interruption costs at most, per worker."""
 HISTOGRAM = tuple(2**power for power in range(5, 18))

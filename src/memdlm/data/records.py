@@ -1,24 +1,29 @@
-"""Rows of conversations from local files, and the column layouts that are conversations."""
+"""Rows from local files: lines of JSON, lists, tables, Parquet, and folders that `datasets` saved."""
 
+import csv
+import gzip
 import importlib
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import DataError
+from memdlm.data.layouts import to_conversation
+from memdlm.data.texts import decoded, encoding_of
+from memdlm.errors import DataError, did_you_mean
 from memdlm.files import replace_files
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-ANSWERS = (("prompt", "response"), ("instruction", "output"), ("instruction", "response"))
-"""Columns of one-turn conversations; with `instruction`, a non-empty `input` follows it after a blank line."""
+__all__ = ["SUFFIXES", "read_directory", "read_file", "read_records", "suffix_of", "to_conversation", "write_jsonl"]
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read rows with `messages`, or with `prompt` and `response` (which become messages), see `to_conversation`.
+    """Read rows of any known layout as conversations, see `to_conversation`.
 
-    `path` is a .jsonl, .json (a list) or .parquet file, or a directory that `datasets` saved (its train split if it
-    has splits). Raises DataError naming the file and row for anything missing, empty, broken or of other columns.
+    `path` is a .jsonl, .json (a list), .csv, .tsv or .parquet file, or a directory that `datasets` saved (its train
+    split if it has splits). Raises DataError naming the file and row for anything missing, empty, broken
+    or of other columns.
     """
     path = Path(path)
     if path.is_dir():
@@ -37,17 +42,22 @@ def read_file(path: Path) -> list[Any]:
     """Read the rows of one file as they are. Raises DataError; a line that is no JSON is named by its number."""
     if not path.exists():
         raise DataError(f"dataset: {str(path)!r} does not exist.")
-    if path.suffix == ".jsonl":
-        rows = _from_lines(path)
-    elif path.suffix == ".json":
-        rows = _from_json(path)
-    elif path.suffix == ".parquet":
-        rows = _from_parquet(path)
-    else:
-        raise DataError(f"dataset: {str(path)!r} has suffix {path.suffix!r}; possible: {', '.join(SUFFIXES)}.")
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"dataset: {str(path)!r} has suffix {suffix!r}; possible: {', '.join(SUFFIXES)}."
+            f"{did_you_mean(suffix, SUFFIXES)}"
+        )
+    rows = READERS[suffix.removesuffix(".gz")](path)
     if not rows:
         raise DataError(f"dataset: {str(path)!r} has no rows.")
     return rows
+
+
+def suffix_of(path: Path) -> str:
+    """Return a file's suffix in lower case; that of a compressed file with what is before it (.jsonl.gz)."""
+    last = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + last if last == ".gz" else last
 
 
 def read_directory(path: Path) -> dict[str, Any]:
@@ -66,38 +76,34 @@ def write_jsonl(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     replace_files({Path(path): "".join(lines).encode()})
 
 
-def to_conversation(row: Any, where: str) -> dict[str, Any]:
-    """Return a row with `messages`, from its columns. Raises DataError that says `where` it is and what it has."""
-    if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
-        return dict(row)
-    for question, answer in ANSWERS:
-        if isinstance(row, Mapping) and {question, answer} <= set(row):
-            asked, context = row[question], row.get("input") if question == "instruction" else None
-            for name, value in ((question, asked), (answer, row[answer])):
-                if not isinstance(value, str):
-                    raise DataError(f"dataset: {where}: {name!r} must be text, got {value!r}.")
-            # As published: instruction, blank line, input.
-            if question == "instruction":
-                asked = f"{asked}\n\n{context}".strip() if context else asked.strip()
-            reply = row[answer].strip() if question == "instruction" else row[answer]
-            turns = (("user", asked), ("assistant", reply))
-            rest = {name: value for name, value in row.items() if name not in (question, answer)}
-            return {**rest, "messages": [{"role": role, "content": content} for role, content in turns]}
-    keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise DataError(
-        f"dataset: {where} has neither a list of 'messages' nor 'prompt' and 'response' (or 'instruction' and "
-        f"'output'); it has: {keys}."
-    )
+def _content(path: Path) -> str:
+    """Return the text of a file, which may be compressed, begin with a byte order mark, or be UTF-16."""
+    return decoded(_bytes(path), f"dataset: {path}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"dataset: {path} is no gzip file that can be read: {error}.") from error
+    except OSError as error:
+        raise DataError(f"dataset: {path} cannot be read: {error.strerror or error}.") from error
+    return data
 
 
 def _from_lines(path: Path) -> list[Any]:
     rows = []
+    data = _bytes(path)
+    if encoding_of(data) != "utf-8":
+        data = decoded(data, f"dataset: {path}").encode()
     # Cut at line feeds alone: a JSON string may hold other separators that Python counts as line ends.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:  # no JSON, or no UTF-8
+            except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
                 raise DataError(f"dataset: {path}, line {number} is no JSON: {error}.") from error
             if not isinstance(rows[-1], Mapping):
                 raise DataError(f"dataset: {path}, line {number} holds a {type(rows[-1]).__name__}, not an object.")
@@ -105,15 +111,41 @@ def _from_lines(path: Path) -> list[Any]:
 
 
 def _from_json(path: Path) -> list[Any]:
-    text = path.read_bytes()
+    text = _content(path)
     if not text.strip():
         return []
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"dataset: {path} is no JSON: {error}.") from error
     if not isinstance(rows, list):
         raise DataError(f"dataset: {path} holds a {type(rows).__name__}; a .json file must hold a list of rows.")
+    return rows
+
+
+def _from_table(path: Path) -> list[Any]:
+    """Read CSV or TSV with a header; quoted fields may hold line ends. Every field is text, an empty one too."""
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    reader = csv.reader(io.StringIO(_content(path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = next(reader, [])
+        twice = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
+        if twice:
+            raise DataError(
+                f"dataset: {path}: the header has an empty name, or one twice: {', '.join(map(repr, twice))}."
+            )
+        rows = []
+        for fields in reader:
+            if fields and len(fields) != len(names):
+                raise DataError(
+                    f"dataset: {path}, line {reader.line_num} has {len(fields)} fields, but the header has "
+                    f"{len(names)} ({', '.join(names)}). Quote fields that hold the separator."
+                )
+            if fields:
+                rows.append(dict(zip(names, fields, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"dataset: {path}, line {reader.line_num} is no row of a table: {error}.") from error
     return rows
 
 
@@ -121,5 +153,16 @@ def _from_parquet(path: Path) -> list[Any]:
     arrow = importlib.import_module("pyarrow")
     try:
         return importlib.import_module("pyarrow.parquet").read_table(path).to_pylist()
-    except (arrow.ArrowInvalid, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"dataset: {path} is no Parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": _from_lines,
+    ".json": _from_json,
+    ".parquet": _from_parquet,
+    ".csv": _from_table,
+    ".tsv": _from_table,
+}
+"""How each suffix is read; all but .parquet may be followed by .gz."""
+SUFFIXES = (*READERS, *(f"{suffix}.gz" for suffix in READERS if suffix != ".parquet"))

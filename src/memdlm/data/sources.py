@@ -5,12 +5,13 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final, overload
 
-from memdlm.data.records import SUFFIXES, read_directory, read_file, to_conversation
+from memdlm.data.layouts import Columns, check_mapped, read_row, to_conversation
+from memdlm.data.records import SUFFIXES, read_directory, read_file, suffix_of
 from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.errors import DataError
 from memdlm.files import under_base
@@ -19,6 +20,10 @@ from memdlm.hub import look_for
 BASE_VARIABLE = "BASE_DATASETS_DIR"
 HELD_OUT, SPLIT_SEED = 0.05, 42
 """Share of a hub dataset without a test split that becomes one, and the seed of the draw (as published)."""
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
+"""Splits to evaluate on, the first that there is: a test split is for the end where there is another."""
+LOOKED_AT = 100
+"""Rows that tell which columns of a dataset are used."""
 SAVED = ("dataset_dict.json", "state.json")
 """Files that tell a folder written by `datasets` from a copy of a hub repository."""
 
@@ -61,8 +66,8 @@ KNOWN = {
 class Conversations(Sequence[dict[str, Any]]):
     """Rows of several datasets one after the other, turned into conversations when they are asked for."""
 
-    def __init__(self, parts: Sequence[tuple[str, Sequence[Any]]]) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[tuple[str, Sequence[Any]]], columns: Columns | None = None) -> None:
+        self.parts, self.columns = list(parts), Columns() if columns is None else columns
         self._ends: list[int] = []
         for _, rows in self.parts:
             self._ends.append((self._ends[-1] if self._ends else 0) + len(rows))
@@ -79,28 +84,75 @@ class Conversations(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         """Return one conversation, or a list. Raises DataError, naming dataset and row, when a row is none."""
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return self._between(*index.indices(len(self)))
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(index)
-        part = bisect.bisect_right(self._ends, place)
-        name, rows = self.parts[part]
-        row = place - (self._ends[part - 1] if part else 0)
-        return to_conversation(rows[row], f"{name}, row {row}")
+        return self._between(place, place + 1, 1)[0]
+
+    def _between(self, start: int, stop: int, step: int) -> list[dict[str, Any]]:
+        if step != 1:
+            return [self[place] for place in range(start, stop, step)]
+        found: list[dict[str, Any]] = []
+        part = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            name, rows = self.parts[part]
+            first = start - (self._ends[part - 1] if part else 0)
+            last = min(first + stop - start, len(rows))
+            for row, raw in enumerate(_rows_between(rows, first, last), start=first):
+                found.append(to_conversation(raw, f"{name}, row {row}", self.columns))
+            start, part = start + last - first, part + 1
+        return found
+
+    def unused_columns(self) -> dict[str, list[str]]:
+        """Return, by dataset, the columns that no conversation is made of. Raises DataError, as reading rows does."""
+        unused: dict[str, list[str]] = {}
+        for name, rows in self.parts:
+            used: set[str] = set()
+            for row, raw in enumerate(_rows_between(rows, 0, min(len(rows), LOOKED_AT))):
+                used |= read_row(raw, f"{name}, row {row}", self.columns)[1]
+            ours = {self.columns.renamed.get(column, column): column for column in sorted(columns_of(rows))}
+            left = [column for name_of_ours, column in ours.items() if name_of_ours and name_of_ours not in used]
+            if left:
+                unused[name] = sorted({*unused.get(name, []), *left})
+        return unused
 
 
-def load_conversations(dataset_args: str) -> dict[str, Conversations]:
+def columns_of(rows: Sequence[Any]) -> set[str]:
+    """Return the columns that any row has."""
+    if isinstance(rows, list):
+        return set().union(*(row for row in rows if isinstance(row, Mapping)))
+    return set(rows.column_names)  # type: ignore[attr-defined]
+
+
+def evaluation_split(splits: Collection[str]) -> str | None:
+    """Return the split to evaluate on by its name, or None."""
+    return next((name for name in EVALUATION_SPLITS if name in splits), None)
+
+
+def _rows_between(rows: Sequence[Any], start: int, stop: int) -> Sequence[Any]:
+    found: Any = rows[start:stop]
+    if isinstance(found, Mapping):  # a `datasets.Dataset` gives columns
+        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    return list(found)
+
+
+def load_conversations(dataset_args: str, columns: Columns | None = None) -> dict[str, Conversations]:
     """Return the conversations of a mixture by split, `train` first, parts in the order they are written.
 
     Limits: in a dataset with several splits, each named split keeps its first rows and the others stay whole. A
     single split is cut into the named ones, which never overlap: `train` gets the first rows, the others the last.
-    Raises DataError for a dataset that is not there, a split it does not have, and more rows than there are.
+    `columns` says how the data's columns are called. Raises DataError for a dataset that is not there, a split it does
+    not have, more rows than there are, and a renamed column that is nowhere.
     """
     mixed: dict[str, list[tuple[str, Sequence[Any]]]] = {}
     for spec in parse_specs(dataset_args):
         for split, rows in limited(load_splits(spec), spec).items():
             mixed.setdefault(split, []).append((spec.name, rows))
-    return {split: Conversations(mixed[split]) for split in sorted(mixed, key=_train_first)}
+    if columns is not None and columns.renamed:
+        found = set().union(*(columns_of(rows) for parts in mixed.values() for _, rows in parts))
+        check_mapped(columns.renamed, found, repr(dataset_args))
+    return {split: Conversations(mixed[split], columns) for split in sorted(mixed, key=_train_first)}
 
 
 def load_splits(spec: DatasetSpec) -> Splits:
@@ -109,7 +161,7 @@ def load_splits(spec: DatasetSpec) -> Splits:
     path = under_base(spec.name, BASE_VARIABLE)
     if "lang" in spec.selectors and not hub_id(spec.name).startswith("OpenCoder-LLM/opc-sft"):
         raise DataError(f"dataset_args: {spec}: lang is known for OpenCoder-LLM/opc-sft-stage1 and -stage2 only.")
-    if path.is_file() or path.suffix in SUFFIXES:
+    if path.is_file() or suffix_of(path) in SUFFIXES:
         _refuse_name(spec)
         return {"train": read_file(path)}
     if any((path / file).is_file() for file in SAVED):

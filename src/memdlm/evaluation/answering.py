@@ -28,6 +28,7 @@ from memdlm.models.families import decoding_pattern
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.wrappers import unwrap
 from memdlm.randomness import derive
+from memdlm.templates import MARK, control_of, prompt_ids, rendered_ids
 from memdlm.types import Denoise
 
 log = logging.getLogger(__name__)
@@ -107,9 +108,15 @@ class Answerer:
         return self.settings.options.max_length or places
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with special tokens only if `add_special_tokens` asks for them."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=self.settings.options.add_special_tokens)["input_ids"]
-        return ids
+        """Return the ids of `text`, with special tokens only if `add_special_tokens` asks for them.
+
+        Control tokens that a message spells (see `memdlm.templates`) are text. Raises DataError for text that is none.
+        """
+        if MARK not in text:
+            return prompt_ids(self.tokenizer, text, add_special_tokens=self.settings.options.add_special_tokens)
+        if self.settings.options.add_special_tokens:
+            raise DataError("a message spells a control token, which add_special_tokens=True cannot tell from a token.")
+        return rendered_ids(self.tokenizer, text, control_of(self.tokenizer))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Split the ids of both texts together behind those of the context; its trailing spaces go to the rest."""

@@ -25,6 +25,7 @@ from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import Settings, parse_arguments
 from memdlm.models.loading import load_model
 from memdlm.models.tokenizers import load_tokenizer
+from memdlm.templates import control_of
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """The task files of this package, for `--include_path` (the commands add it by themselves)."""
@@ -84,9 +85,12 @@ class MemDLM(TemplateLM):
         return self.answerer.encode(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render messages; without a generation prompt, the last one is the beginning of the answer."""
+        """Render messages; without a generation prompt, the last one is the beginning of the answer.
+
+        Contents are text: a control token that one spells is marked, and `Answerer.encode` reads the mark.
+        """
         text: str = self.tokenizer.apply_chat_template(
-            chat_history,
+            control_of(self.tokenizer).shield(chat_history),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,

@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.errors import ConfigError, DataError
 from memdlm.models.families import FAMILIES
+from memdlm.templates import message_ids, prompt_ids
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
-"""Text (tokenized as it is), messages (put through the chat template), or ids."""
+"""Text (as it is: control tokens that it spells are tokens), messages (put through the chat template, their contents
+as text), or ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +39,33 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return one int64 tensor of ids per prompt; raises DataError for an empty list or prompt, naming its index."""
+    """Return one int64 tensor of ids per prompt; raises DataError for an empty list, and for a prompt that is
+    empty, no text, or refused by the chat template, naming its index."""
     if isinstance(prompts, str) or len(prompts) == 0:
         raise DataError("prompts must be a non-empty list, one entry per prompt.")
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        try:
+            encoded.append(_encode(tokenizer, prompt))
+        except DataError as error:
+            raise DataError(f"prompt {index}: {error}") from error
     for index, ids in enumerate(encoded):
         if ids.numel() == 0:
             raise DataError(f"prompt {index} is empty; give at least one token.")
     return encoded
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> Tensor:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
     if isinstance(prompt, Tensor):
         return prompt.flatten().long().cpu()
     if isinstance(prompt, str):
-        return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        return torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64)
     items: list[Any] = list(prompt)
     if items and all(isinstance(item, Mapping) for item in items):
-        ids = tokenizer.apply_chat_template(items, add_generation_prompt=True, tokenize=True, return_dict=False)
-        return torch.tensor(ids, dtype=torch.int64)
+        return torch.tensor(message_ids(tokenizer, items, generation=True), dtype=torch.int64)
     if all(isinstance(item, int) for item in items):
         return torch.tensor(items, dtype=torch.int64)
-    raise DataError(f"prompt {index} is a list of {type(items[0]).__name__}; give text, messages, or a list of ids.")
+    raise DataError(f"a list of {type(items[0]).__name__} is none; give text, messages, or a list of ids.")
 
 
 def pad(rows: Sequence[Tensor], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:

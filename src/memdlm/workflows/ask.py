@@ -17,6 +17,7 @@ from memdlm.inference.prompts import Prompt
 from memdlm.memory import ParametricMemory, SavedMemory, read_memory
 from memdlm.options import option
 from memdlm.randomness import derive
+from memdlm.templates import check_text
 from memdlm.workflows.decoding import ModelOptions, Setup, Tally, decode, load_parts
 
 
@@ -122,6 +123,7 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
             raise DataError(
                 f"questions: {path}, row {index} needs a 'question', and an 'answer' if any, that are text."
             )
+        check_text(row["question"], f"questions: {path}, row {index}: ")
     return [dict(row) for row in rows]
 
 

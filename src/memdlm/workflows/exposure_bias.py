@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from memdlm import __version__
-from memdlm.data.chat import TRAIN_TURNS, Encoded, encode_chat
-from memdlm.data.sources import Conversations, load_conversations
+from memdlm.data.chat import ChatEncoder, Encoded
+from memdlm.data.layouts import Columns, parse_column_map
+from memdlm.data.sources import Conversations, evaluation_split, load_conversations
+from memdlm.data.turns import TRAIN_TURNS
 from memdlm.errors import ConfigError, DataError, MemDLMError, unknown
 from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.prompts import pad_texts
@@ -30,10 +32,14 @@ class BiasOptions:
     model: str = option(MISSING, "Model or adapter: folder or hub name.")
     dataset_args: str = option(
         MISSING,
-        "Datasets as in training: hub names, .jsonl, .json or .parquet files, saved folders; joined with +, cut: "
-        "name[test:100].",
+        "Datasets as in training: hub names, files, saved folders; joined with +, cut: name[test:100].",
     )
-    split: str | None = option(None, "Which split is decoded; unset: test where there is one, else the first.")
+    column_map: str | None = option(
+        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+    )
+    split: str | None = option(
+        None, "Which split is decoded; unset: validation or test where there is one, else the first."
+    )
     model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
     steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1)
@@ -49,6 +55,7 @@ class BiasOptions:
 
     def __post_init__(self) -> None:
         validate(self)
+        parse_column_map(self.column_map)
         if self.model2 == self.model:
             raise ConfigError(f"model2 is the same as model, {self.model!r}; name another, or leave it out.")
 
@@ -120,8 +127,8 @@ def _measure(
 
 
 def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
-    splits = load_conversations(options.dataset_args)
-    split = options.split or ("test" if "test" in splits else next(iter(splits)))
+    splits = load_conversations(options.dataset_args, Columns(parse_column_map(options.column_map)))
+    split = options.split or evaluation_split(splits) or next(iter(splits))
     if split not in splits:
         raise DataError(f"dataset_args: {options.dataset_args!r}: {unknown('split', split, splits)}")
     return split, splits[split]
@@ -129,11 +136,11 @@ def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
 
 def _texts(options: BiasOptions, conversations: Conversations, name: str) -> list[Encoded]:
     """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
-    tokenizer = load_tokenizer(name)
+    encoder = ChatEncoder(load_tokenizer(name), train_turns=options.train_turns)
     fitting: list[Encoded] = []
     for index, conversation in enumerate(conversations):
         try:
-            encoded = encode_chat(tokenizer, conversation["messages"], train_turns=options.train_turns)
+            encoded = encoder.encode([conversation])[0]
         except MemDLMError as error:
             raise DataError(f"{options.dataset_args!r}, conversation {index}: {error}") from error
         if len(encoded.input_ids) <= options.max_length:

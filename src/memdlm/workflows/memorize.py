@@ -20,6 +20,7 @@ from memdlm.memory.saved import check_output
 from memdlm.models.wrappers import unwrap
 from memdlm.options import option
 from memdlm.randomness import derive
+from memdlm.templates import message_ids
 from memdlm.types import IGNORE_INDEX
 from memdlm.workflows.decoding import ModelOptions, load_parts
 from memdlm.workflows.display import Display
@@ -102,8 +103,7 @@ def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_m
     if as_message:
         if tokenizer.chat_template is None:
             raise DataError("the tokenizer has no chat template; leave as_message out.")
-        messages = [{"role": "user", "content": document.text}]
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        ids = message_ids(tokenizer, [{"role": "user", "content": document.text}])
     else:
         ids = plain_ids(tokenizer, document.text)
     if not ids:

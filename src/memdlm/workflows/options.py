@@ -63,10 +63,11 @@ class DataOptions(EncodingOptions):
 
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, .jsonl, .json or .parquet files, saved folders; joined with +, cut: name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
+        "name[train:100].",
     )
     eval_dataset_args: str | None = option(
-        None, "Datasets to evaluate on; unset: the test split of dataset_args, if evaluation is on."
+        None, "Datasets to evaluate on; unset: the validation or test split of dataset_args, if evaluation is on."
     )
     load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
     preprocessed_dir: str = option("data", "Folder below which preprocessed data is looked for.")

@@ -221,7 +221,7 @@ def _about_steps_without_model(plan: RunPlan) -> list[str]:
     if plan.data.load_preprocessed_data:
         return ["# steps: unknown here (whose tokenizer preprocessed data were made with cannot be checked)"]
     try:
-        splits = load_conversations(plan.data.dataset_args)
+        splits = load_conversations(plan.data.dataset_args, plan.data.columns)
     except DataError as error:
         return _unknown_steps(plan, error)
     steps = step_counts(plan.arguments, len(splits[TRAIN])) if TRAIN in splits else {}

@@ -10,6 +10,7 @@ from memdlm.data.sources import load_conversations
 from memdlm.files import name_under_base
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option
+from memdlm.workflows.datasets import unused
 from memdlm.workflows.display import Display
 from memdlm.workflows.options import BASE_MODELS
 
@@ -21,7 +22,8 @@ class PreprocessOptions(EncodingOptions):
     model: str = option(MISSING, "Folder or hub name whose tokenizer and chat template are used.")
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, .jsonl, .json or .parquet files, saved folders; joined with +, cut: name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
+        "name[train:100].",
     )
     output_dir: str = option(MISSING, "Folder to write, e.g. data/sft/llada_moe/longalpaca.")
     num_proc: int = option(1, "Processes that tokenize.", minimum=1)
@@ -31,7 +33,9 @@ class PreprocessOptions(EncodingOptions):
 def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str, Any]:
     """Write the preprocessed folder and return its manifest; an interrupted run goes on where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
-    splits = load_conversations(options.dataset_args)
+    splits = load_conversations(options.dataset_args, options.columns)
+    for line in unused(splits.values()):
+        display.say(line)
     with display.bar("tokenizing", "tokenizing", sum(map(len, splits.values()))) as advance:
         return preprocess(
             splits,
