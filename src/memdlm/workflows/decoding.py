@@ -34,7 +34,7 @@ class ModelOptions:
 
     model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
     adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
-    dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
+    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
     device: str | None = option(None, "For example cuda; unset: the CPU.")
     load_in_4bit: bool = option(False, "Quantise the model's weights.")
 

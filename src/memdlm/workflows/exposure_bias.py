@@ -18,7 +18,7 @@ from memdlm.evaluation.report_figures import BIAS_PANELS, png
 from memdlm.files import replace_files
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.loading import load_model
+from memdlm.models.loading import DTYPES, load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option, validate
 
@@ -48,7 +48,7 @@ class BiasOptions:
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
     batch_size: int = option(8, "Conversations decoded together.", minimum=1)
     seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
-    dtype: str = option("auto", "auto, float32, bfloat16, float16 or float64.")
+    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
     device: str | None = option(None, "For example cuda; unset: the CPU.")
     load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
     mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
