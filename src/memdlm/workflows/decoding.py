@@ -21,6 +21,7 @@ from memdlm.inference.prompts import visible
 from memdlm.inference.trace import Trace
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
+from memdlm.models.loading import DTYPES
 from memdlm.options import option, validate
 from memdlm.types import Ids
 
