@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from kinds import KINDS, ordinary, spelled, tokenizer_of
 from memdlm.data.chat import ChatEncoder, encode_chat
@@ -169,3 +171,22 @@ def test_tools_and_calls_go_through_the_template_or_are_refused():
 def test_empty_is_nothing_to_say():
     assert all(is_empty(value) for value in (None, "", " ", [], {}, ()))
     assert not any(is_empty(value) for value in (0, False, "a", [None]))
+
+
+def test_a_tokenizer_that_joins_the_header_with_the_answer_is_refused():
+    """`A:` and `x` become one token `:x`, so no token begins the answer and what is learned cannot be told."""
+    vocabulary = {piece: index for index, piece in enumerate(["<|e|>", "<|m|>", "A", ":", "x", "y", "q", ":x"])}
+    backend = Tokenizer(models.BPE(vocabulary, [(":", "x")]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|e|>",
+        mask_token="<|m|>",
+        chat_template=(
+            "{% for m in messages %}{% if m.role == 'assistant' %}A:{% endif %}{{ m.content }}<|e|>{% endfor %}"
+            "{% if add_generation_prompt %}A:{% endif %}"
+        ),
+    )
+    encoded = encode_chat(tokenizer, exchanges([("q", "y")]))
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[encoded.prompt_length :]) == ["y", "<|e|>"]
+    with pytest.raises(DataError, match="does not keep its prefixes"):
+        encode_chat(tokenizer, exchanges([("q", "x")]))
