@@ -2,9 +2,9 @@
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 
+from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.errors import ConfigError
 from memdlm.evaluation.report_data import bias_rows
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     options, memory_flags = parser.parse({}, argv)
     memory = _memory(options, memory_flags)
     command = f"memdlm exposure-bias {shlex.join(argv)}"
-    data = measure_exposure_bias(options, memory, say=lambda text: print(text, file=sys.stderr), command=command)
+    data = measure_exposure_bias(options, memory, say=note, command=command)
     for row in bias_rows(data):
         if row["seeds"]:
             figures = "  ".join(
@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
                     ("mean static", "static"),
                 )
             )
-            print(f"{row['model']}, memory {'on' if row['memory'] else 'off'}: {figures}")
-    print(f"{options.output}: {JSON_NAME}, {PICTURE_NAME}")
+            say(f"{row['model']}, memory {'on' if row['memory'] else 'off'}: {figures}")
+    say(f"{options.output}: {JSON_NAME}, {PICTURE_NAME}")
     return 0
 
 

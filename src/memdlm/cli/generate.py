@@ -1,13 +1,12 @@
 """`memdlm generate --model MODEL "prompt"`: load, decode, print."""
 
-import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from memdlm.cli.decoding import decoding_parser, parse
+from memdlm.cli.output import note, say
 from memdlm.inference import response_job, responses
 from memdlm.randomness import derive
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
 
 
@@ -27,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
         memory=setup.memory if options.mem_enabled else None,
         generator=[derive("memdlm generate", options.seed, index) for index in range(len(prompts))],
     )
-    result, seconds = decode(job, responses, setup.tokenizer, console=Console(stderr=True), trace=options.trace)
+    result, seconds = decode(job, responses, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
-        print(text)
+        say(text)
     tally = Tally()
     tally.add(result, seconds)
-    print(tally.line(), file=sys.stderr)
+    note(tally.line())
     return 0

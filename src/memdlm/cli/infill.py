@@ -1,14 +1,13 @@
 """`memdlm infill --model MODEL "text with <|mask|> tokens"`: load, fill, print."""
 
-import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from memdlm.cli.decoding import decoding_parser, parse
+from memdlm.cli.output import note, say
 from memdlm.inference import filled, infill_job
 from memdlm.models import Full
 from memdlm.randomness import derive
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
 
 
@@ -32,10 +31,10 @@ def main(argv: Sequence[str]) -> int:
         generator=[derive("memdlm infill", options.seed, index) for index in range(len(texts))],
         attention_pattern=Full() if given.both_sides else None,
     )
-    result, seconds = decode(job, filled, setup.tokenizer, console=Console(stderr=True), trace=options.trace)
+    result, seconds = decode(job, filled, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
-        print(text)
+        say(text)
     tally = Tally()
     tally.add(result, seconds)
-    print(tally.line(), file=sys.stderr)
+    note(tally.line())
     return 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from memdlm.cli.decoding import MemoryFlags, learned_defaults
+from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.memory import MemoryConfig
 from memdlm.options import from_flags
@@ -14,8 +15,8 @@ def main(argv: Sequence[str]) -> int:
     """Write the memory and say what it does; returns 1 when the gate refused it."""
     options, memory = memorize_parser().parse(learned_defaults(argv), argv)
     done = memorize(options, from_flags(MemoryConfig, memory, "mem_"), Display())
-    print(f"{options.output}: {described(done)}")
-    print(done.why)
+    say(f"{options.output}: {described(done)}")
+    say(done.why)
     return 0 if done.kept else 1
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.errors import ConfigError
 from memdlm.models.outer_adapters import LoRAOptions
@@ -30,11 +31,11 @@ def main(argv: Sequence[str]) -> int:
         recipe |= read_recipe(Path(path))
     model, lora, data, run, arguments = parser.parse(recipe, argv[count:])
     if run.dry_run:
-        print(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
+        say(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
         return 0
     out = run_training(model, data, arguments, lora, run)
     if arguments.process_index == 0:
-        print(out)
+        say(str(out))
     return 0
 
 

@@ -22,6 +22,7 @@ from memdlm.inference.trace import Trace
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.options import option, validate
+from memdlm.terminal import printable
 from memdlm.types import Ids
 
 OPEN = "\u2591"
@@ -137,7 +138,7 @@ def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
     text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
     for token in tokenizer.all_special_tokens:
         text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")
-    return Text(text)
+    return Text(printable(text))
 
 
 @contextmanager
