@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from memdlm.cli.decoding import preset_defaults
+from memdlm.cli.decoding import decoding_defaults
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.data.records import write_jsonl
@@ -17,7 +17,9 @@ from memdlm.workflows.console import PlainConsole
 
 def main(argv: Sequence[str]) -> int:
     """Print one answer per question, and on standard error what it took."""
-    options, config, given = ask_parser().parse(preset_defaults(argv), argv)
+    parser = ask_parser()
+    options, config, given = parser.parse(decoding_defaults(argv), argv)
+    config.refuse_idle(parser.given)
     if given.question and options.questions is not None:
         raise ConfigError("give questions on the command line or in a file (--questions), not both.")
     rows = None if options.questions is None else read_questions(options.questions)

@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     """Hold a conversation on standard input and output."""
     parser = decoding_parser("chat", f"Answer line by line. Commands: {', '.join(COMMANDS)}.", ChatOptions)
     options, config, memory, (chat_options,) = parse(parser, argv)
-    setup = load(options, memory)
+    setup = load(options, memory, config)
     console = PlainConsole()
     chat = Chat(
         setup=setup,

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
-    setup = load(options, memory)
+    setup = load(options, memory, config)
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]
     job = response_job(
         setup.model,

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from memdlm.errors import CheckpointError, ConfigError, unknown
 from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
+from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
@@ -52,9 +53,12 @@ def load_model(
 
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
     unexpected or of the wrong size; ConfigError for an unknown dtype,
-    and for 4 bits in float64 or without bitsandbytes.
+    for 4 bits in float64 or without bitsandbytes, and for a device that is none; MachineError for one that this
+    machine does not have.
     """
     register()
+    if device is not None:
+        check_device(device)
     if adapter is None and is_adapter(name_or_path, token=token):
         name_or_path, adapter = base_of_adapter(name_or_path, token=token), name_or_path
     name = str(name_or_path)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memdlm.errors import CheckpointError
-from memdlm.models.adapter_files import is_adapter, with_tokenizer
+from memdlm.models.adapter_files import base_of_adapter, is_adapter, with_tokenizer
 from memdlm.models.families import FAMILIES, Family, register
 from memdlm.models.resolution import find_family, published_fields, table_rows
 
@@ -37,9 +37,11 @@ def load_tokenizer(
     """
     register()
     name = str(name_or_path)
+    fields = None
     if is_adapter(name, token=token):
-        name = with_tokenizer(name, token=token)
-    fields = published_fields(name, revision=revision, token=token, optional=True)
+        fields, name = _fields_of_base(name, token), with_tokenizer(name, token=token)
+    if fields is None:
+        fields = published_fields(name, revision=revision, token=token, optional=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
     except (OSError, ValueError) as error:
@@ -57,6 +59,15 @@ def load_tokenizer(
     _check_mask_id(tokenizer, name, fields)
     _set_turns(tokenizer, family, str((fields or {}).get("model_type")))
     return tokenizer
+
+
+def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | None:
+    """Return the configuration of the base model that an adapter names; None where it cannot be had."""
+    try:
+        return published_fields(base_of_adapter(adapter, token=token), token=token, optional=True)
+    except CheckpointError:
+        # Another base may be named beside the adapter; loading that one says what is wrong, if anything is.
+        return None
 
 
 def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None) -> None:
