@@ -73,7 +73,8 @@ class Fault:
 def known_fault(error: BaseException) -> Fault | None:
     """Return what `error` means to a person; None: nobody foresaw it."""
     if isinstance(error, MemDLMError):
-        return Fault(str(error), error.exit_status)
+        cause = None if error.__cause__ is None else known_fault(error.__cause__)
+        return Fault(str(error), MACHINE if cause is not None and cause.status == MACHINE else error.exit_status)
     for kinds, told in _TABLE:
         if isinstance(error, kinds):
             found = told(error)

@@ -4,17 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from memdlm.errors import CheckpointError, ConfigError, unknown
+from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
 from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
 from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import resolve_config, tensor_names
+from memdlm.models.resolution import DAMAGE, resolve_config, tensor_names
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 """What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
@@ -85,12 +84,19 @@ def _memory_folder(name: str) -> str | None:
 def model_skeleton(
     name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> PreTrainedModel:
-    """Return the model that `load_model` would load, without weights: its parameters are on the meta device."""
+    """Return the model that `load_model` would load, without weights and adapters, on the meta device."""
     register()
-    name = str(name_or_path)
+    name = (
+        str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
+    )
     family, config = resolve_config(name, revision=revision, token=token)
-    with torch.device("meta"):
-        return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
+    try:
+        with torch.device("meta"):
+            return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
+    except MemDLMError:
+        raise
+    except DAMAGE as error:
+        raise CheckpointError(f"model: no network fits the configuration of {name!r}: {error}") from error
 
 
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
@@ -120,7 +126,9 @@ def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str,
         return loader.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except MemDLMError:
+        raise
+    except DAMAGE as error:
         raise CheckpointError(f"{name}: the weights could not be read: {error}") from error
 
 
