@@ -71,3 +71,11 @@ def name_under_base(name: str | Path, variable: str) -> str:
     """Do what `under_base` does, but return a name that is not below the folder to the letter: ./x stays ./x."""
     found = under_base(name, variable)
     return str(name) if found == Path(name) else str(found)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: MEMDLM_CACHE, or memdlm's own in the user's cache folder."""
+    own = os.environ.get("MEMDLM_CACHE", "").strip()
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache").expanduser() / "memdlm"

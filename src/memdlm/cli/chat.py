@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from memdlm.cli.decoding import decoding_parser, parse
 from memdlm.workflows.chat import COMMANDS, Chat, ChatOptions, typed
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import load
 
 
@@ -14,8 +13,8 @@ def main(argv: Sequence[str]) -> int:
     """Hold a conversation on standard input and output."""
     parser = decoding_parser("chat", f"Answer line by line. Commands: {', '.join(COMMANDS)}.", ChatOptions)
     options, config, memory, (chat_options,) = parse(parser, argv)
-    setup = load(options, memory)
-    console = Console()
+    setup = load(options, memory, config)
+    console = PlainConsole()
     chat = Chat(
         setup=setup,
         config=config,
@@ -26,6 +25,6 @@ def main(argv: Sequence[str]) -> int:
         trace=options.trace,
     )
     if console.is_terminal:
-        console.print(f"{options.model}. Commands: {', '.join(COMMANDS)}", markup=False, highlight=False)
+        console.print(f"{options.model}. Commands: {', '.join(COMMANDS)}")
     chat.hold(typed("> " if sys.stdin.isatty() else ""))
     return 0

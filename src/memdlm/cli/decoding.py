@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.cli.parsing import DataclassParser, Parser
+from memdlm.errors import ConfigError
 from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.memory import MemoryConfig
+from memdlm.memory.config import TRAINER_OPTIONS
 from memdlm.memory.learned import saved_config
 from memdlm.models.loading import MEMORY_CONFIG_FILE
 from memdlm.options import as_flags, from_flags
@@ -20,9 +22,30 @@ def parse(
     parser: DataclassParser, argv: Sequence[str]
 ) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig, tuple[Any, ...]]:
     """Parse flags of `decoding_parser`; a preset's options, and a learned memory's, are the defaults of the others."""
-    defaults = preset_defaults(argv) | learned_defaults(argv)
+    defaults = decoding_defaults(argv) | learned_defaults(argv)
     options, config, memory, *others = parser.parse(defaults, argv)
-    return options, config, from_flags(MemoryConfig, memory, "mem_"), tuple(others)
+    config.refuse_idle(parser.given)
+    return options, config, memory_of(parser, memory, is_on=options.mem_enabled), tuple(others)
+
+
+def memory_of(parser: DataclassParser, flags: Any, *, is_on: bool) -> MemoryConfig:
+    """Build the memory's options from its parsed flags; raises ConfigError for a flag that nothing will read."""
+    for name, value in parser.given.items():
+        if not name.startswith("mem_") or name == "mem_enabled":
+            continue
+        if not is_on:
+            raise ConfigError(f"{name}={value!r} has no effect without memory; add --mem_enabled True.")
+        if name.removeprefix("mem_") in TRAINER_OPTIONS:
+            raise ConfigError(f"{name}={value!r} has no effect here: only training reads it. Leave it out.")
+    return from_flags(MemoryConfig, flags, "mem_")
+
+
+def decoding_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """Return a preset's options; a length in all, where it is given, stands in for that of the response."""
+    found = preset_defaults(argv)
+    if _early(argv, "max_length") is not None and _early(argv, "max_new_tokens") is None:
+        found["max_new_tokens"] = None
+    return found
 
 
 def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.evaluation.report_data import accuracy_rows
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.demo import plan_for, run_demo
 from memdlm.workflows.display import Display
 
@@ -26,10 +27,10 @@ def main(argv: Sequence[str]) -> int:
     logging.disable_progress_bar()
     display = Display()
     report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip())
-    console = Console()
+    console = PlainConsole()
     console.print(_table(report["recall"], "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))
-    print(f"The whole report: {out / 'report.html'}")
+    say(f"The whole report: {out / 'report.html'}")
     return 0
 
 

@@ -1,30 +1,26 @@
 """`memdlm exposure-bias --model A [--model2 B] --dataset_args FILE [--mem_enabled True]`: parse, measure, say."""
 
-import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 
+from memdlm.cli.decoding import MemoryFlags, memory_of
+from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.errors import ConfigError
 from memdlm.evaluation.report_data import bias_rows
-from memdlm.memory.config import MemoryConfig
-from memdlm.options import as_flags
 from memdlm.workflows.exposure_bias import JSON_NAME, PICTURE_NAME, BiasOptions, measure_exposure_bias
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, and print a line per model."""
-    flags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, prefix="mem_"))
     parser = DataclassParser(
-        (BiasOptions, flags),
+        (BiasOptions, MemoryFlags),
         prog="memdlm exposure-bias",
         description="Loss while a model decodes from its own tokens against its loss on the true ones, step by step.",
     )
     options, memory_flags = parser.parse({}, argv)
-    memory = _memory(options, memory_flags)
+    memory = memory_of(parser, memory_flags, is_on=options.mem_enabled)
     command = f"memdlm exposure-bias {shlex.join(argv)}"
-    data = measure_exposure_bias(options, memory, say=lambda text: print(text, file=sys.stderr), command=command)
+    data = measure_exposure_bias(options, memory if options.mem_enabled else None, say=note, command=command)
     for row in bias_rows(data):
         if row["seeds"]:
             figures = "  ".join(
@@ -36,18 +32,6 @@ def main(argv: Sequence[str]) -> int:
                     ("mean static", "static"),
                 )
             )
-            print(f"{row['model']}, memory {'on' if row['memory'] else 'off'}: {figures}")
-    print(f"{options.output}: {JSON_NAME}, {PICTURE_NAME}")
+            say(f"{row['model']}, memory {'on' if row['memory'] else 'off'}: {figures}")
+    say(f"{options.output}: {JSON_NAME}, {PICTURE_NAME}")
     return 0
-
-
-def _memory(options: BiasOptions, flags: object) -> MemoryConfig | None:
-    given = {field.name: getattr(flags, f"mem_{field.name}") for field in dataclasses.fields(MemoryConfig)}
-    if options.mem_enabled:
-        return MemoryConfig(**given)
-    for field in dataclasses.fields(MemoryConfig):
-        if given[field.name] != field.default:
-            raise ConfigError(
-                f"mem_{field.name}={given[field.name]!r} has no effect without memory; add --mem_enabled True."
-            )
-    return None

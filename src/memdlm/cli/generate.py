@@ -1,13 +1,12 @@
 """`memdlm generate --model MODEL "prompt"`: load, decode, print."""
 
-import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from memdlm.cli.decoding import decoding_parser, parse
+from memdlm.cli.output import note, say
 from memdlm.inference import response_job, responses
 from memdlm.randomness import derive
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
 
 
@@ -17,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
-    setup = load(options, memory)
+    setup = load(options, memory, config)
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]
     job = response_job(
         setup.model,
@@ -27,10 +26,10 @@ def main(argv: Sequence[str]) -> int:
         memory=setup.memory if options.mem_enabled else None,
         generator=[derive("memdlm generate", options.seed, index) for index in range(len(prompts))],
     )
-    result, seconds = decode(job, responses, setup.tokenizer, console=Console(stderr=True), trace=options.trace)
+    result, seconds = decode(job, responses, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
-        print(text)
+        say(text)
     tally = Tally()
     tally.add(result, seconds)
-    print(tally.line(), file=sys.stderr)
+    note(tally.line())
     return 0

@@ -1,15 +1,18 @@
 """`memdlm infill --model MODEL "text with <|mask|> tokens"`: load, fill, print."""
 
-import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from memdlm.cli.decoding import decoding_parser, parse
+from memdlm.cli.output import note, say
+from memdlm.errors import ConfigError
 from memdlm.inference import filled, infill_job
 from memdlm.models import Full
 from memdlm.randomness import derive
+from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
+
+NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
+"""Decoding options for responses only."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,7 +22,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--blank", default=None, help="what stands for one mask token in the texts, for example _")
     parser.add_argument("--both_sides", action="store_true", help="full attention, also where blocks hide what follows")
     options, config, memory, (given,) = parse(parser, argv)
-    setup = load(options, memory)
+    for name in NOT_READ:
+        if name in parser.given:
+            raise ConfigError(
+                f"{name}={parser.given[name]!r} has no effect: an infilling is as long as its text. Leave it out."
+            )
+    setup = load(options, memory, config)
     texts = given.texts
     if given.blank is not None:
         texts = [text.replace(given.blank, setup.tokenizer.mask_token) for text in texts]
@@ -32,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
         generator=[derive("memdlm infill", options.seed, index) for index in range(len(texts))],
         attention_pattern=Full() if given.both_sides else None,
     )
-    result, seconds = decode(job, filled, setup.tokenizer, console=Console(stderr=True), trace=options.trace)
+    result, seconds = decode(job, filled, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
-        print(text)
+        say(text)
     tally = Tally()
     tally.add(result, seconds)
-    print(tally.line(), file=sys.stderr)
+    note(tally.line())
     return 0

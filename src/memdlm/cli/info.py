@@ -1,18 +1,19 @@
 """`memdlm info NAME`: what a model is and where its fast weights would sit, or what a memory holds."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.saved import MemorySummary, holds_memories, inspect_memory, is_memory, list_memories
 from memdlm.memory.summary import ModelSummary, summarise
+from memdlm.terminal import json_text
+from memdlm.workflows.console import PlainConsole
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     if is_memory(options.model) or holds_memories(options.model):
         found = [inspect_memory(options.model)] if is_memory(options.model) else list_memories(options.model)
         if options.json:
-            print(json.dumps([dataclasses.asdict(each) for each in found], indent=2))
+            say(json_text([dataclasses.asdict(each) for each in found], indent=2))
         else:
             for each in found:
                 show_memory(each)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     )
     summary = summarise(options.model, config, revision=options.revision)
     if options.json:
-        print(json.dumps(dataclasses.asdict(summary), indent=2))
+        say(json_text(dataclasses.asdict(summary), indent=2))
     else:
         show(summary, options.model)
     return 0
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def show(summary: ModelSummary, name: str) -> None:
     """Print the summary as two tables."""
-    console = Console()
+    console = PlainConsole()
     facts = Table(title=name, title_justify="left", show_header=False)
     facts.add_row("family", f"{summary.family} ({summary.model_class})")
     facts.add_row("dtype", summary.dtype)
@@ -91,7 +92,7 @@ def show(summary: ModelSummary, name: str) -> None:
 
 def show_memory(memory: MemorySummary) -> None:
     """Print what one memory holds and where it comes from, or why it cannot be read."""
-    console = Console()
+    console = PlainConsole()
     facts = Table(title=memory.path, title_justify="left", show_header=False)
     if memory.problem is not None:
         facts.add_row("unreadable", memory.problem)

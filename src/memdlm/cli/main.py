@@ -1,4 +1,4 @@
-"""The `memdlm` command: find the sub-command, run it, turn our errors into one line and exit status 2."""
+"""The `memdlm` command: find the sub-command and run it."""
 
 import importlib
 import logging
@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from memdlm import __version__
-from memdlm.errors import MemDLMError, unknown
+from memdlm.cli.border import guarded
+from memdlm.cli.output import say
+from memdlm.errors import ConfigError, unknown
 
 COMMANDS = {
     "demo": "the main job, offline: train, evaluate and compare small models, and write a report",
@@ -27,27 +29,28 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `memdlm ARGV...`; returns the exit status: 0, 2 for bad input, 1 for a fault, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run `memdlm ARGV...`; returns the exit status.
+
+    0: done. 2: the input is at fault. 1: the machine or the run is. 130: Ctrl-C. 141: nobody reads the output any more.
+    `--debug`, or MEMDLM_DEBUG=1, shows the traceback of an error.
+    """
+    return guarded("memdlm", list(sys.argv[1:] if argv is None else argv), _run)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return 0
     if arguments[0] == "--version":
-        print(f"memdlm {__version__}")
+        say(f"memdlm {__version__}")
         return 0
     # It warns on import about a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = arguments[0]
-    try:
-        if name not in COMMANDS:
-            raise MemDLMError(unknown("command", name, COMMANDS))
-        return importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
-    except MemDLMError as error:
-        print(f"memdlm {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print(f"memdlm {name}: interrupted", file=sys.stderr)
-        return 130
+    if name not in COMMANDS:
+        raise ConfigError(unknown("command", name, COMMANDS))
+    status: int = importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
+    return status
 
 
 def usage() -> str:

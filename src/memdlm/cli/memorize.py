@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 
-from memdlm.cli.decoding import MemoryFlags, learned_defaults
+from memdlm.cli.decoding import MemoryFlags, learned_defaults, memory_of
+from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.memory import MemoryConfig
-from memdlm.options import from_flags
 from memdlm.workflows.display import Display
 from memdlm.workflows.memorize import Memorized, MemorizeOptions, memorize
 
 
 def main(argv: Sequence[str]) -> int:
     """Write the memory and say what it does; returns 1 when the gate refused it."""
-    options, memory = memorize_parser().parse(learned_defaults(argv), argv)
-    done = memorize(options, from_flags(MemoryConfig, memory, "mem_"), Display())
-    print(f"{options.output}: {described(done)}")
-    print(done.why)
+    parser = memorize_parser()
+    options, memory = parser.parse(learned_defaults(argv), argv)
+    done = memorize(options, memory_of(parser, memory, is_on=True), Display())
+    say(f"{options.output}: {described(done)}")
+    say(done.why)
     return 0 if done.kept else 1
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.errors import ConfigError
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
@@ -42,5 +43,5 @@ def main(argv: Sequence[str]) -> int:
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{options.output}: {base} with {options.adapter} merged in, {options.dtype}")
+    say(f"{options.output}: {base} with {options.adapter} merged in, {options.dtype}")
     return 0

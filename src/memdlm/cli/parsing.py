@@ -16,6 +16,29 @@ SWITCH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}
 
 
 class _OneLine(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.given: dict[str, Any] = {}
+        """What the last parse was told by flags, by name; defaults are not in it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as usual, and note in `given` what flags say."""
+        self.given = {}
+        return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Called once for every flag that stands on the command line, however it is spelled.
+        value = super()._get_values(action, arg_strings)
+        if action.option_strings:
+            told = action.const if action.nargs == 0 else value
+            if action.dest in self.given and self.given[action.dest] != told and not is_collecting(action):
+                self.error(
+                    f"{action.option_strings[0]} is given twice, {self.given[action.dest]!r} and {told!r}: only one "
+                    "would count. Leave one out"
+                )
+            self.given[action.dest] = told
+        return value
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError instead of printing the whole usage."""
         match = re.match(r"unrecognized arguments: (\S+)", message)
@@ -24,6 +47,11 @@ class _OneLine(argparse.ArgumentParser):
             message = f"option {match[1]!r} is not known.{did_you_mean(match[1].split('=')[0], flags)}"
         end = "" if message.endswith("?") else "."
         raise ConfigError(f"{message.rstrip('.')}{end} {self.prog} --help lists the options.")
+
+
+def is_collecting(action: argparse.Action) -> bool:
+    """Whether a flag may be repeated because its values are put together."""
+    return not isinstance(action, (argparse._StoreAction, argparse._StoreConstAction))
 
 
 class Parser(_OneLine):
@@ -36,7 +64,7 @@ class DataclassParser(_OneLine, HfArgumentParser):
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         self._configs = tuple(dataclass_types)
         types = [flag_class(each) if is_config(each) else each for each in self._configs]
-        HfArgumentParser.__init__(self, types, **kwargs)
+        super().__init__(types, **kwargs)
 
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance per dataclass, then, if arguments were added by hand, a namespace of those.
@@ -55,7 +83,8 @@ class DataclassParser(_OneLine, HfArgumentParser):
         _, unrecognised = self.parse_known_args(list(argv))
         if unrecognised:
             self.error(f"unrecognized arguments: {' '.join(unrecognised)}")
-        parsed = self.parse_args_into_dataclasses(args=list(argv))
+        # transformers would also read a file of arguments beside the program.
+        parsed = self.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
         count = len(self._configs)
         built = tuple(
             from_flags(config, each) if is_config(config) else each

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.workflows.display import Display
 from memdlm.workflows.preprocess import PreprocessOptions, run_preprocessing
@@ -15,9 +16,9 @@ def main(argv: Sequence[str]) -> int:
     (options,) = parser.parse({}, argv)
     manifest = run_preprocessing(options, Display())
     for split, facts in manifest["splits"].items():
-        print(
+        say(
             f"{split}: {facts['rows']} conversations, {facts['tokens']} tokens, the longest {facts['longest']}; "
             f"{facts['without_target']} with nothing to learn"
         )
-    print(options.output_dir)
+    say(options.output_dir)
     return 0

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.evaluation.comparison import write_comparison
 
@@ -15,5 +16,5 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", default="report.html", help="the page, one file that needs no other")
     options = parser.parse_args(list(argv))
-    print(write_comparison([Path(run) for run in options.runs], Path(options.output)))
+    say(str(write_comparison([Path(run) for run in options.runs], Path(options.output))))
     return 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.cli.recipes import read_recipe, typed_recipe
 from memdlm.models.outer_adapters import LoRAOptions
@@ -30,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
         recipe |= typed_recipe(read_recipe(Path(path)), Path(path), OPTIONS)
     model, lora, data, run, arguments = parser.parse(recipe, argv[count:])
     if run.dry_run:
-        print(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
+        say(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
         return 0
     out = run_training(model, data, arguments, lora, run)
     if arguments.process_index == 0:
-        print(out)
+        say(str(out))
     return 0

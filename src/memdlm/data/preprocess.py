@@ -23,7 +23,7 @@ from memdlm import __version__
 from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
 from memdlm.data.sources import source_state
 from memdlm.errors import DataError
-from memdlm.files import make_folder, replace_files, replace_folder
+from memdlm.files import cache_folder, make_folder, replace_files, replace_folder
 
 MANIFEST, FORMAT = "manifest.json", 2
 PIECE = 1024
@@ -194,9 +194,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 def index_folder() -> Path:
     """Where the places of preprocessed folders are noted: MEMDLM_CACHE, or the user's cache folder."""
-    own = os.environ.get("MEMDLM_CACHE", "").strip()
-    cache = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
-    return (Path(own) if own else Path(cache).expanduser() / "memdlm") / "preprocessed"
+    return cache_folder() / "preprocessed"
 
 
 def remember(folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
@@ -23,12 +23,18 @@ from memdlm import __version__
 from memdlm.errors import ConfigError
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import Settings, parse_arguments
+from memdlm.evaluation.identity import settings_identity
 from memdlm.models.loading import load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.templates import control_of
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """The task files of this package, for `--include_path` (the commands add it by themselves)."""
+
+MOST_TOGETHER = 2**16
+"""Requests in a batch; more is a slip of the finger."""
+_SETTINGS = "memdlm settings"
+"""Where a cache of answers says whose they are."""
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +58,7 @@ class MemDLM(TemplateLM):
     ) -> None:
         super().__init__()
         settings = parse_arguments(arguments)
-        if max_batch_size is not None:
-            raise ConfigError("max_batch_size belongs to batch_size 'auto', which is not supported; give a batch_size.")
+        size = check_batch_size(batch_size, max_batch_size)
         if trust_remote_code:
             log.info("trust_remote_code is the data sets' affair here: models never run code from the hub")
         # lm-eval asks for cuda:0 by default, also where there is none.
@@ -61,9 +66,19 @@ class MemDLM(TemplateLM):
         self._rank, self._world_size = state.process_index, state.num_processes
         self._device = _device(device, state)
         model, self.tokenizer = _load(settings, self._device)
-        self.answerer = Answerer(
-            model=model, tokenizer=self.tokenizer, settings=settings, batch_size=_batch_size(batch_size)
-        )
+        self.answerer = Answerer(model=model, tokenizer=self.tokenizer, settings=settings, batch_size=size)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Take a cache of answers into use; raises ConfigError when its answers were given under other settings."""
+        own, known = settings_identity(self.answerer.settings), cache_hook.dbdict
+        if known is not None:
+            if known.get(_SETTINGS, own if len(known) == 0 else None) != own:
+                raise ConfigError(
+                    f"use_cache: {known.filename!r} holds answers of another model, or of other settings of memory or "
+                    "decoding; name another file."
+                )
+            known[_SETTINGS] = own
+        super().set_cache_hook(cache_hook)
 
     @property
     def eot_token_id(self) -> int:
@@ -182,13 +197,17 @@ class MemDLM(TemplateLM):
         return tqdm(total=total, desc=what, disable=disabled or self.rank != 0)
 
 
-def _batch_size(given: int | str | None) -> int:
-    if given is None:
-        return 1
+def check_batch_size(given: int | str | None, largest: int | None) -> int:
+    """Return how many requests are answered together; raises ConfigError for a size that cannot be."""
+    if largest is not None:
+        raise ConfigError("max_batch_size belongs to batch_size 'auto', which is not supported; give a batch_size.")
     try:
-        return int(given)
+        size = 1 if given is None else int(given)
     except ValueError as error:
         raise ConfigError(f"batch_size must be a whole number, got {given!r}; sizes are not found by trial.") from error
+    if not 1 <= size <= MOST_TOGETHER:
+        raise ConfigError(f"batch_size must be from 1 to {MOST_TOGETHER}, got {size}.")
+    return size
 
 
 def _device(wanted: str | None, state: PartialState) -> torch.device:

@@ -8,6 +8,7 @@ One document is one question about one context. `--metadata` chooses what is ask
     task_options      per task the fields of its class, e.g. {"kv": {"num_pairs": 8, "num_keys": 24}}
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -20,6 +21,9 @@ from memdlm.options import from_mapping
 from memdlm.randomness import derive
 
 DEFAULT_LENGTHS = (1024,)
+UNITS = {"": 1, "k": 2**10, "m": 2**20}
+LONGEST, MOST_SAMPLES = 2**24, 10**6
+"""Tokens of a context, and contexts per length; more is a slip of the finger."""
 Document: TypeAlias = dict[str, Any]
 CountTokens: TypeAlias = Callable[[str], int]
 
@@ -41,6 +45,16 @@ def dataset(
     arguments that are not ours end in `_others`. Raises ConfigError for unknown tasks, options and lengths, DataError
     when a context is too short for its facts.
     """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples <= MOST_SAMPLES:
+        raise ConfigError(f"num_samples={num_samples!r} must be a whole number from 1 to {MOST_SAMPLES}.")
+    if not isinstance(data_seed, int | str):
+        raise ConfigError(f"data_seed={data_seed!r} must be a number or a text.")
+    if not isinstance(task_options or {}, Mapping) or not all(
+        isinstance(e, Mapping) for e in (task_options or {}).values()
+    ):
+        raise ConfigError(
+            f'task_options={task_options!r} must say options per task, such as {{"kv": {{"num_pairs": 8}}}}.'
+        )
     name = tokenizer or pretrained
     if not name:
         raise ConfigError('no tokenizer to count with; name one: --metadata \'{"tokenizer": "NAME_OR_PATH"}\'.')
@@ -68,18 +82,21 @@ def make_task(name: str, task_options: Mapping[str, Mapping[str, Any]]) -> Task:
     return from_mapping(TASKS[name], task_options.get(name, {}), f"task_options[{name!r}]")
 
 
-def parse_lengths(given: int | str | Sequence[int | str]) -> list[int]:
-    """Return lengths in tokens; texts may end in k (1024)."""
-    items = [given] if isinstance(given, int | str) else list(given)
-    try:
-        lengths = [
-            int(each[:-1]) * 1024 if isinstance(each, str) and each.lower().endswith("k") else int(each)
-            for each in items
-        ]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"max_seq_lengths={given!r} is no list of lengths; write [1024, 4096] or 4k.") from error
-    if not lengths or min(lengths) < 1:
-        raise ConfigError(f"max_seq_lengths={given!r}: name at least one length, each at least 1.")
+def parse_lengths(given: Any, *, zero: bool = False) -> list[int]:
+    """Return lengths in tokens: numbers or texts, which may end in k or M (1024, or its square), one or a list.
+
+    Raises ConfigError for anything else, for a length below 1 (0 with `zero`) or above `LONGEST`, and for one that is
+    named twice.
+    """
+    items = given if isinstance(given, list | tuple) else str(given).strip("[]").split(",")
+    found = [re.fullmatch(r"\s*['\"]?(\d{1,9})(|[kKmM])['\"]?\s*", str(each)) for each in items]
+    lengths = [int(each[1]) * UNITS[each[2].lower()] for each in found if each is not None]
+    if len(lengths) < len(found) or not lengths:
+        raise ConfigError(f"max_seq_lengths={given!r} is no list of lengths; write [1024, 4096] or 4k.")
+    if not (0 if zero else 1) <= min(lengths) <= max(lengths) <= LONGEST:
+        raise ConfigError(f"max_seq_lengths={given!r}: name at least one length, each from 1 to {LONGEST}.")
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError(f"max_seq_lengths={given!r} names a length twice; leave one out.")
     return lengths
 
 

@@ -158,11 +158,22 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
     if steps is None:
         steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
     if threshold is not None:
+        _refuse_unread(config)
         # As published: no more steps than tokens were asked for.
         return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, canvas.most_new))
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
     return Scheduled(steps=steps, is_stochastic=bool(config.stochastic_transfer))
+
+
+def _refuse_unread(config: GenerationConfig) -> None:
+    """Raise ConfigError for what a block-causal family does not read: it always looks at confidences."""
+    for name, plain in (("transfer_schedule", "dllm"), ("stochastic_transfer", False), ("remasking", "low_confidence")):
+        if getattr(config, name) != plain:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no effect on this model: what is surer than a threshold is "
+                f"committed, {THRESHOLD} where none is set. Leave {name} out."
+            )
 
 
 def rule_for(canvas: Canvas, config: GenerationConfig, special: SpecialIds) -> Rule:

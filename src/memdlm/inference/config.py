@@ -1,17 +1,18 @@
 """The options of generation and infilling, under the names users know; None is the family's default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from memdlm.diffusion.choice import COMMITS
-from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
+from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of
 from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
 
 CACHES = ("exact", "none", "approximate")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
+TOKEN_LISTS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,65 @@ class GenerationConfig:
         for field in fields(self):
             if getattr(self, field.name) is None and field.default is not None and field.name != "max_new_tokens":
                 object.__setattr__(self, field.name, field.default)
-        for name in ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens"):
+        for name in TOKEN_LISTS:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         validate(self)
+        self._check_tokens()
         if self.max_new_tokens is None and self.max_length is None:
             raise ConfigError("max_new_tokens and max_length are both unset; set one of them.")
         for is_wrong, message in self._conflicts():
             if is_wrong:
                 raise ConfigError(message)
+        self.refuse_idle(field.name for field in fields(self) if getattr(self, field.name) != field.default)
+
+    def refuse_idle(self, given: Iterable[str]) -> None:
+        """Raise ConfigError if one of the options `given` is read by nothing as the others stand."""
+        names = set(given)
+        for group, is_read, why in self._read_with():
+            for name in group:
+                if name in names and not is_read:
+                    raise ConfigError(f"{name}={getattr(self, name)!r} has no effect {why}, or leave {name} out.")
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Raise ConfigError for an option that names more tokens than the `rows` of the embedding table."""
+        for name in TOKEN_LISTS:
+            for token in getattr(self, name):
+                if token >= rows:
+                    raise ConfigError(f"{name}: token {token} is not one of the vocabulary, 0 to {rows - 1}.")
+        if self.soft_mask and (self.soft_mask_top_k or 0) > rows:
+            raise ConfigError(f"soft_mask_top_k={self.soft_mask_top_k} is more than the {rows} tokens there are.")
+        if (self.top_k or 0) > rows:
+            raise ConfigError(f"top_k={self.top_k} is more than the {rows} tokens there are; leave it out.")
+
+    def _check_tokens(self) -> None:
+        for name in TOKEN_LISTS:
+            for token in getattr(self, name):
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise ConfigError(f"{name}: {token!r} is no token id; ids are whole numbers from 0 on.")
+
+    def _read_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
+        """Options that only count beside others: their names, whether they do, and if not, why and what to set."""
+        soft = tuple(field.name for field in fields(self) if field.name.startswith("soft_mask_"))
+        draws_order = self.remasking == "random"
+        return [
+            (("max_length",), self.max_new_tokens is None, "beside max_new_tokens; set that to None"),
+            (("cfg_keep_tokens",), self.cfg_scale != 0, "without guidance; set cfg_scale above 0"),
+            (("max_post_steps",), self.editing_threshold is not None, "without editing_threshold; set it"),
+            (("cache_refresh", "cache_scope"), self.cache == "approximate", "without cache='approximate'; set that"),
+            (soft, bool(self.soft_mask), "without soft_mask=True; add it"),
+            (("begin_suppress",), bool(self.begin_suppress_tokens), "without begin_suppress_tokens; name some"),
+            (
+                ("begin_suppress_tokens",),
+                not draws_order or self.begin_suppress == "forbid",
+                "where remasking='random' draws the order; set begin_suppress='forbid'",
+            ),
+            # A greedy choice ignores the filters; the confidences that order it do not.
+            (
+                ("top_k", "top_p"),
+                self.temperature != 0 or not draws_order,
+                "where remasking='random' draws the order; set temperature above 0",
+            ),
+        ]
 
     def soft(self, mask_token_id: int) -> SoftMask | None:
         """Return how predictions are fed back; None: not at all."""
@@ -103,10 +155,6 @@ class GenerationConfig:
         is_free = self.editing_threshold is not None or self.num_to_transfer is not None or self.factor is not None
         looks = self.threshold is not None or is_free
         return [
-            (
-                bool(self.cfg_keep_tokens) and self.cfg_scale == 0,
-                "cfg_keep_tokens has no effect without guidance; set cfg_scale above 0 or leave it out.",
-            ),
             (
                 self.steps is not None and self.steps_per_block is not None,
                 "steps and steps_per_block say the same; leave one of them out.",
@@ -135,21 +183,12 @@ class GenerationConfig:
                 "stochastic_transfer belongs to transfer_schedule 'dllm'; leave one of them out.",
             ),
             (
-                not self.soft_mask and soft_mask_options(self) != soft_mask_options(type(self)),
-                "soft_mask_top_k, soft_mask_scale, soft_mask_steepness and soft_mask_centre have no effect without "
-                "soft_mask=True; add it or leave them out.",
-            ),
-            (
                 bool(self.soft_mask) and self.compile is not None,
                 "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
             ),
             (
                 bool(self.soft_mask) and self.cfg_scale != 0,
                 "soft_mask and cfg_scale: which of guidance's two predictions to feed back is not defined; use one.",
-            ),
-            (
-                self.begin_suppress == "forbid" and not self.begin_suppress_tokens,
-                "begin_suppress has no effect without begin_suppress_tokens; name some.",
             ),
         ]
 

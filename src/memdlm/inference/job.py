@@ -1,5 +1,6 @@
 """One decoding, prepared: a canvas, a denoiser for it, and the memory that is open while it is filled."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -215,6 +216,7 @@ def _job(
     stops: bool,
     prompt_cache: PromptCache | None = None,
 ) -> Job:
+    config.check_vocabulary(_vocabulary(model))
     # One per row, all alike: every row gets the numbers it would get alone.
     randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
     return Job(
@@ -229,3 +231,10 @@ def _job(
         stops=stops,
         prompt_cache=prompt_cache,
     )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many tokens the network predicts."""
+    config = getattr(unwrap(model), "config", None)
+    rows = getattr(config, "embedding_size", None) or getattr(config, "vocab_size", None)
+    return sys.maxsize if rows is None else int(rows)

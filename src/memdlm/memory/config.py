@@ -19,6 +19,16 @@ WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
+TRAINER_OPTIONS = (
+    "write_source",
+    "outer_gradient",
+    "outer_mix",
+    "learned_start_lr",
+    "learned_rates_lr",
+    "batch_mix",
+    "batch_reach",
+)
+"""Options of a training run: what it writes, and how it learns from what was written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,12 +138,17 @@ def base_of_adapter(name: str | Path, *, token: str | bool | None = None) -> str
             f"adapter {str(name)!r}: {CONFIG_FILE} names no base_model_name_or_path. Say which one: "
             "load_model(BASE, adapter=ADAPTER), or --base on the command line."
         )
+    if Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
+        raise CheckpointError(
+            f"adapter {str(name)!r}: the folder holds the adapter and, it says, the base model too. Move {CONFIG_FILE} "
+            f"and {WEIGHTS_FILE} to a folder of their own."
+        )
     return str(base)
 
 
 def is_adapter(name: str | Path, *, token: str | bool | None = None) -> bool:
-    """Whether the folder or hub repository `name` holds an adapter and no model of its own."""
-    return not _has(name, "config.json", token) and _has(name, CONFIG_FILE, token)
+    """Whether the folder or hub repository `name` holds an adapter; a base model's configuration may lie beside it."""
+    return _has(name, CONFIG_FILE, token) and (_has(name, WEIGHTS_FILE, token) or not _has(name, "config.json", token))
 
 
 def with_tokenizer(adapter: str | Path, base: str | None = None, *, token: str | bool | None = None) -> str:

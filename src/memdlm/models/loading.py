@@ -20,11 +20,12 @@ from memdlm.models.adapter_files import (
     load_outer_adapter,
     reload_outer_adapter,
 )
+from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import SINGLE, resolve_config, tensor_names
+from memdlm.models.resolution import DAMAGE, SINGLE, resolve_config, tensor_names
 from memdlm.models.wrappers import unwrap_parallel
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
@@ -64,9 +65,12 @@ def load_model(
 
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
     unexpected or of the wrong size; ConfigError for an unknown dtype,
-    and for 4 bits in float64 or without bitsandbytes.
+    for 4 bits in float64 or without bitsandbytes, and for a device that is none; MachineError for one that this
+    machine does not have.
     """
     register()
+    if device is not None:
+        check_device(device)
     if adapter is None and is_adapter(name_or_path, token=token):
         name_or_path, adapter = base_of_adapter(name_or_path, token=token), name_or_path
     name = str(name_or_path)
@@ -150,12 +154,19 @@ def _memory_folder(name: str) -> str | None:
 def model_skeleton(
     name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> PreTrainedModel:
-    """Return the model that `load_model` would load, without weights: its parameters are on the meta device."""
+    """Return the model that `load_model` would load, without weights and adapters, on the meta device."""
     register()
-    name = str(name_or_path)
+    name = (
+        str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
+    )
     family, config = resolve_config(name, revision=revision, token=token)
-    with torch.device("meta"):
-        return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
+    try:
+        with torch.device("meta"):
+            return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
+    except MemDLMError:
+        raise
+    except DAMAGE as error:
+        raise CheckpointError(f"model: no network fits the configuration of {name!r}: {error}") from error
 
 
 def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
@@ -188,7 +199,7 @@ def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str,
     except MemDLMError:
         raise
     # A damaged index gives the last ones.
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*DAMAGE, AttributeError) as error:
         raise CheckpointError(f"{_damaged_file(name)}: the weights could not be read: {error}") from error
 
 

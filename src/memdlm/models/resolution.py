@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -12,9 +13,15 @@ from transformers.utils.hub import cached_file
 from memdlm.errors import CheckpointError, did_you_mean
 from memdlm.hub import is_offline, look_for
 from memdlm.models.families import FAMILIES, Family, family_of
+from memdlm.models.plausible import check_sizes
 from memdlm.models.published import PublishedConfig, config_class_for, config_class_of_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(NotImplementedError, StrictDataclassError, SafetensorError),
+)
+"""What transformers and torch raise while they read a damaged configuration, or build a network from one."""
 
 
 def published_fields(
@@ -38,7 +45,7 @@ def published_fields(
         raise CheckpointError(f"model: {name!r} has no config.json.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"model: {path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"model: {path} holds a {type(fields).__name__}, not the fields of a configuration.")
@@ -53,7 +60,10 @@ def resolve_config(
     Raises CheckpointError when there is no readable configuration or nobody knows what it describes.
     """
     fields = published_fields(name, revision=revision, token=token) or {}
-    target = config_class_for(fields) or _by_model_type(fields)
+    try:
+        target = config_class_for(fields) or _by_model_type(fields)
+    except TypeError as error:
+        raise CheckpointError(f"model: the configuration of {name!r} could not be read: {error}") from error
     if target is None:
         target = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
     if target is None:
@@ -67,8 +77,9 @@ def resolve_config(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, token=token) if target == "auto" else None
         config = target.from_dict(fields) if config is None else config
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"model: the configuration of {name!r} could not be read: {error}") from error
+    check_sizes(config, str(name), tensor_count(name, revision=revision, token=token))
     return family_of(config), config
 
 
@@ -113,6 +124,14 @@ def tensor_names(name: str, *, revision: str | None = None, token: str | bool | 
             return list(file.keys())
     except SafetensorError as error:
         raise CheckpointError(f"model: the weights {single} could not be read: {error}") from error
+
+
+def tensor_count(name: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[int, int] | None:
+    """Return (tensors, bytes of their files) of a folder with safetensors; None where that cannot be told."""
+    if not Path(name).is_dir():
+        return None
+    size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
+    return (len(tensor_names(name, revision=revision, token=token)), size) if size else None
 
 
 def find_file(name: str, file: str, *, revision: str | None, token: str | bool | None) -> Path | None:

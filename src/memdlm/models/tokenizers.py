@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memdlm.errors import CheckpointError
-from memdlm.models.adapter_files import is_adapter, with_tokenizer
+from memdlm.models.adapter_files import base_of_adapter, is_adapter, with_tokenizer
+from memdlm.models.chat_templates import check_template
 from memdlm.models.families import FAMILIES, Family, register
 from memdlm.models.resolution import find_family, published_fields, table_rows
 
@@ -32,18 +33,21 @@ def load_tokenizer(
     a tokenizer of its own, the base model's is loaded.
 
     Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, when it lacks the mask token (a
-    model that was trained for masked diffusion has a trained embedding for it, so none is added), or when the mask
-    token's id has no row in the model's embedding table.
+    model that was trained for masked diffusion has a trained embedding for it, so none is added), when the mask
+    token's id has no row in the model's embedding table, or when the chat template does not end within bounds.
     """
     register()
     name = str(name_or_path)
+    fields = None
     if is_adapter(name, token=token):
-        name = with_tokenizer(name, token=token)
-    fields = published_fields(name, revision=revision, token=token, optional=True)
+        fields, name = _fields_of_base(name, token), with_tokenizer(name, token=token)
+    if fields is None:
+        fields = published_fields(name, revision=revision, token=token, optional=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: no tokenizer could be loaded: {error}") from error
+    except Exception as error:
+        # A damaged file makes transformers raise anything, and the tokenizers library plain Exception.
+        raise CheckpointError(f"{name}: no tokenizer could be loaded: {error or type(error).__name__}") from error
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
         raise CheckpointError(f"{name}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
     if tokenizer.pad_token is None:
@@ -56,7 +60,18 @@ def load_tokenizer(
     _set_mask_token(tokenizer, name, family)
     _check_mask_id(tokenizer, name, fields)
     _set_turns(tokenizer, family, str((fields or {}).get("model_type")))
+    if isinstance(tokenizer.chat_template, str):
+        check_template(tokenizer.chat_template, name)
     return tokenizer
+
+
+def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | None:
+    """Return the configuration of the base model that an adapter names; None where it cannot be had."""
+    try:
+        return published_fields(base_of_adapter(adapter, token=token), token=token, optional=True)
+    except CheckpointError:
+        # Another base may be named beside the adapter; loading that one says what is wrong, if anything is.
+        return None
 
 
 def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None) -> None:
@@ -76,6 +91,8 @@ def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Famil
 
 def _check_mask_id(tokenizer: PreTrainedTokenizerBase, name: str, fields: dict[str, Any] | None) -> None:
     rows = None if fields is None else table_rows(fields)
+    if rows is not None and not isinstance(rows, int):
+        raise CheckpointError(f"{name}: vocab_size in its config.json is {rows!r}, which is no whole number.")
     if rows is not None and tokenizer.mask_token_id >= rows:
         raise CheckpointError(
             f"{name}: the mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, but the model's "

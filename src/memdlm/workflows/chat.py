@@ -15,6 +15,7 @@ from memdlm.inference import GenerationConfig, PromptCache, encode_prompts, prom
 from memdlm.models.wrappers import unwrap
 from memdlm.options import option, validate
 from memdlm.randomness import derive
+from memdlm.terminal import printable
 from memdlm.workflows.decoding import Setup, Tally, decode
 
 Message = dict[str, str]
@@ -138,7 +139,7 @@ class Chat:
         return name != "/exit"
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _new(chat: Chat, argument: str) -> str:

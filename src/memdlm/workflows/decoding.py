@@ -16,13 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
 from memdlm.files import replace_files
-from memdlm.inference import Generation, Job
+from memdlm.inference import Generation, GenerationConfig, Job
 from memdlm.inference.prompts import visible
 from memdlm.inference.trace import Trace
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
+from memdlm.models.adapter_files import base_of_adapter, is_adapter
 from memdlm.models.loading import DTYPES
+from memdlm.models.resolution import published_fields, table_rows
 from memdlm.options import option, validate
+from memdlm.terminal import printable
 from memdlm.types import Ids
 
 OPEN = "\u2591"
@@ -64,6 +67,16 @@ class Setup:
     memory: ParametricMemory
 
 
+def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
+    """Raise ConfigError where `config` names tokens that the model, by its configuration alone, does not have."""
+    name = str(options.model)
+    if is_adapter(name):
+        name = base_of_adapter(name)
+    rows = table_rows(published_fields(name, optional=True) or {})
+    if isinstance(rows, int):
+        config.check_vocabulary(rows)
+
+
 def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load model and tokenizer."""
     name = str(options.model)
@@ -77,8 +90,15 @@ def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBas
     return model, load_tokenizer(name)
 
 
-def load(options: ModelOptions, memory: MemoryConfig) -> Setup:
-    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written)."""
+def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig) -> Setup:
+    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
+
+    What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary, and
+    for a trace that could not be written in the end.
+    """
+    if options.trace is not None and (Path(options.trace).is_dir() or not Path(options.trace).parent.is_dir()):
+        raise ConfigError(f"trace: {options.trace!r} is no file in a folder that exists; make the folder, or name one.")
+    check_vocabulary(options, config)
     model, tokenizer = load_parts(options)
     return Setup(
         model,
@@ -138,7 +158,7 @@ def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
     text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
     for token in tokenizer.all_special_tokens:
         text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")
-    return Text(text)
+    return Text(printable(text))
 
 
 @contextmanager

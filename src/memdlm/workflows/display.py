@@ -9,6 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from memdlm.terminal import printable
+from memdlm.workflows.console import PlainConsole
+
 Advance = Callable[[int], None]
 """Told how much of a task is done so far."""
 
@@ -17,19 +20,19 @@ class Display:
     """Bars and messages of one job, on standard error."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = Console(stderr=True) if console is None else console
+        self.console = PlainConsole(stderr=True) if console is None else console
         self.seconds: dict[str, float] = {}
         """Wall-clock seconds per phase, summed."""
 
     def say(self, text: str) -> None:
         """Print one message."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(printable(text), highlight=False, markup=False, emoji=False)
 
     @contextmanager
     def bar(self, phase: str, description: str, total: int) -> Iterator[Advance]:
         """Show a bar for the length of the block; its time counts towards `phase`."""
         columns = (
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -39,7 +42,7 @@ class Display:
         start = time.perf_counter()
         try:
             with Progress(*columns, console=self.console, transient=self.console.is_terminal) as progress:
-                task = progress.add_task(description, total=total)
+                task = progress.add_task(printable(description), total=total)
                 yield lambda done: progress.update(task, completed=done)
         finally:
             spent = time.perf_counter() - start

@@ -1,0 +1,124 @@
+"""The border between a command and the shell: streams, Ctrl-C, and errors as one line with an exit status."""
+
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from memdlm.cli.faults import MACHINE, known_fault, save_traceback
+from memdlm.cli.output import note
+from memdlm.errors import ConfigError
+from memdlm.terminal import one_line, printable
+
+INTERRUPTED, UNREAD = 130, 141
+"""Exit statuses as shells have them: 128 plus the number of the signal."""
+_TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
+"""Values of transformers' own --debug, which takes one."""
+
+
+def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> int:
+    """Run a command on `argv`; whatever it raises becomes one line on standard error and an exit status."""
+    _open_streams()
+    arguments, is_debug = _without_debug(argv)
+    name = " ".join([program, *arguments[:1]]) if program == "memdlm" else program
+    try:
+        with _plain_logs():
+            _check_text(arguments)
+            status = run(arguments)
+            # What is still in the buffer may not fit the disk, or have no reader.
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        note(f"{name}: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_output()
+        return UNREAD
+    except Exception as error:
+        if is_debug:
+            traceback.print_exception(error)
+        return _told(error, name, [program, *arguments], is_debug=is_debug)
+
+
+def _told(error: Exception, name: str, command: Sequence[str], *, is_debug: bool) -> int:
+    fault = known_fault(error)
+    if fault is not None:
+        note(f"{name}: error: {one_line(fault.message)}")
+        return fault.status
+    what = f"{type(error).__name__}: {one_line(str(error))[:300]}"
+    rest = "" if is_debug else f" --debug shows where; so does {save_traceback(error, command)}."
+    note(f"{name}: error: memdlm did not expect this, please report it: {what}.{rest}")
+    return MACHINE
+
+
+def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take --debug out, wherever it stands, unless it is the value's name that transformers knows."""
+    ends = argv.index("--") if "--" in argv else len(argv)
+    places = [
+        place
+        for place, word in enumerate(argv[:ends])
+        if word == "--debug" and not (place + 1 < ends and argv[place + 1] in _TRAINER_DEBUG)
+    ]
+    is_debug = bool(places) or os.environ.get("MEMDLM_DEBUG", "").lower() not in ("", "0", "false", "no")
+    return [word for place, word in enumerate(argv) if place not in places], is_debug
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuse words that are no text; names of files that exist may be any bytes."""
+    for place, word in enumerate(arguments, start=1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            if not os.path.lexists(word):
+                raise ConfigError(
+                    f"argument {place}, '{printable(word)}', is not valid UTF-8 text; write it in UTF-8."
+                ) from None
+
+
+def _open_streams() -> None:
+    """Put the null device where standard streams are closed, so that no file opened later is taken for one."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(_null_at(number), mode, encoding="utf-8", closefd=False))
+        stream = getattr(sys, name)
+        if mode == "w" and isinstance(stream, io.TextIOWrapper):
+            # A terminal whose encoding lacks a character shows its number.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _null_at(number: int) -> int:
+    opened = os.open(os.devnull, os.O_RDWR)
+    if opened != number:
+        os.dup2(opened, number)
+        os.close(opened)
+    return number
+
+
+def _drop_output() -> None:
+    """Let what is still in the buffers go nowhere: whoever read it has enough."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+class _PlainRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802
+        """Return the message, fit to show: libraries quote what files and models say."""
+        return printable(super().getMessage())
+
+
+@contextmanager
+def _plain_logs() -> Iterator[None]:
+    earlier = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_PlainRecord)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(earlier)

@@ -1,0 +1,15 @@
+"""Printing of the commands: every text passes here, so that none of them steers the terminal."""
+
+import sys
+
+from memdlm.terminal import printable
+
+
+def say(text: str, *, flush: bool = False) -> None:
+    """Print `text` and a line end on standard output."""
+    print(printable(text), flush=flush)
+
+
+def note(text: str) -> None:
+    """Print `text` and a line end on standard error."""
+    print(printable(text), file=sys.stderr)
