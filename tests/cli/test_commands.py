@@ -107,7 +107,7 @@ def test_a_bad_recipe_is_refused(start, tmp_path, capsys):
     assert "is no file" in capsys.readouterr().err
     path = recipe(start, tmp_path, learnig_rate=1)
     assert main(["train", path]) == 2
-    assert "recipe: option 'learnig_rate' is not known. Did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert "recipe.yaml: option 'learnig_rate' is not known. Did you mean 'learning_rate'?" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert main(["train", str(tmp_path / "list.yaml")]) == 2
     assert "must be a mapping" in capsys.readouterr().err
