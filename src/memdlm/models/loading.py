@@ -11,9 +11,10 @@ from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
 from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
 from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
+from memdlm.models.plausible import check_sizes
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import DAMAGE, resolve_config, tensor_names
+from memdlm.models.resolution import DAMAGE, resolve_config, tensor_count, tensor_names
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 """What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
@@ -69,6 +70,7 @@ def load_model(
     if load_in_4bit:
         arguments["quantization_config"] = four_bit_config()
     family, config = resolve_config(name, revision=revision, token=token)
+    check_sizes(config, name, tensor_count(name, revision=revision, token=token))
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
     _check_tensors(name, family, info, revision, token)
@@ -90,6 +92,7 @@ def model_skeleton(
         str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
     )
     family, config = resolve_config(name, revision=revision, token=token)
+    check_sizes(config, name, tensor_count(name, revision=revision, token=token))
     try:
         with torch.device("meta"):
             return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)
