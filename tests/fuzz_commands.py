@@ -74,6 +74,14 @@ PATHS += [
     "inputs/rows.json",
 ]
 OUTPUTS = ["out", "out/a", "new", "a.txt", "folder.mem", "[x]", ":bug:", "out/\u202e"]
+KINDS = {
+    bool: ["True", "False"],
+    int: ["0", "1", "2", "4", "10000000"],
+    float: ["0", "0.1", "0.5", "1", "3.5"],
+    tuple: ["1", "400", "511", "512"],
+}
+FITTING: dict[str, list[str]] = {}
+"""Values of the kind that an option takes."""
 ENDED: Counter[str] = Counter()
 IS_OUTPUT = ("output", "output_dir", "output_path", "trace", "out", "use_cache")
 IS_PATH = ("model", "adapter", "dataset_args", "eval_dataset_args", "file", "memory", "questions", "base", "model2")
@@ -193,14 +201,21 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
     from memdlm.workflows.preprocess import PreprocessOptions
 
     def names(*configs, prefix=""):
+        for config in configs:
+            for field in dataclasses.fields(config):
+                limits = field.metadata.get("limits") or {}
+                FITTING[prefix + field.name] = list(
+                    limits.get("choices") or KINDS.get(type(field.default), ["1", "0.5", "a"])
+                )
         return [prefix + field.name for config in configs for field in dataclasses.fields(config)]
 
     memory = names(MemoryConfig, prefix="mem_")
     decoding = names(GenerationConfig)
     small = ["--model", "inputs/good", "--max_new_tokens", "2"]
     training = ["--max_steps", "1", "--use_cpu", "True", "--report_to", "none", "--save_strategy", "no"]
-    told = "max_steps num_train_epochs per_device_train_batch_size learning_rate seed warmup_steps weight_decay logging_steps"
-    told += " gradient_accumulation_steps optim lr_scheduler_type bf16 save_steps eval_strategy max_grad_norm data_seed"
+    told = "max_steps num_train_epochs per_device_train_batch_size learning_rate seed warmup_steps weight_decay"
+    told += " logging_steps gradient_accumulation_steps optim lr_scheduler_type bf16 save_steps eval_strategy"
+    told += " max_grad_norm data_seed"
     assert set(told.split()) <= set(names(TrainingArguments))
     lm_eval = [
         "limit",
@@ -252,6 +267,8 @@ def value(draw: random.Random, name: str) -> str:
         return draw.choice(OUTPUTS)
     if name in IS_PATH and draw.random() < 0.7:
         return draw.choice(PATHS)
+    if name in FITTING and draw.random() < 0.6:
+        return draw.choice(FITTING[name])
     return draw.choice(NASTY + PATHS[:3] + ["cuda", "cpu:7", "7", "10000000", "0.1"])
 
 
