@@ -286,7 +286,9 @@ def command_line(draw: random.Random, known: dict[str, tuple[list[str], list[str
         else:
             words = [words[0], flag, told, *words[1:]] if name in ("train", "report", "info") else [flag, told, *words]
     if draw.random() < 0.1:
-        words[draw.randrange(len(words))] = draw.choice([each for each in NASTY if each] + PATHS)
+        place = draw.randrange(len(words))
+        if words[place - 1].removeprefix("--") not in IS_OUTPUT:
+            words[place] = draw.choice([each for each in NASTY if each] + PATHS)
     return [name, *(word for word in words if ".." not in word and not word.startswith("/"))]
 
 

@@ -1,4 +1,4 @@
-"""The border of a command: known faults are a line and a status, unknown ones a saved traceback; streams may be gone."""
+"""The border: known faults are a line and a status, unknown ones a saved traceback; streams may be gone."""
 
 import errno
 import json

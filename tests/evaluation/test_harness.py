@@ -78,7 +78,6 @@ def test_the_front_evaluates_and_writes_what_it_did(checkpoint, tmp_path, monkey
         (["--mem_inner_rank", "4"], "mem_inner_rank=4 has no effect without memory; add mem_enabled=True."),
         (["--extra_model_args", "stpes=4"], "model argument 'stpes' is not known."),
         (["--batch_size", "auto"], "batch_size must be a whole number, got 'auto'"),
-        (["--extra_model_args", "adapter=./nowhere"], "the folder './nowhere' does not exist"),
         (["--tasks", "memdlm_kvv"], "--tasks is given twice"),
         (["--limit", "1", "--limit", "2"], "--limit is given twice"),
         (["--limit", "1e30"], "limit: 1e+30 is no number of documents"),
@@ -98,6 +97,11 @@ def test_mistakes_are_one_line(checkpoint, options, message, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("memdlm eval: error: ")
     assert message in error
+
+
+def test_a_model_that_is_not_there_is_named(capsys):
+    assert main(["eval", "--model", "./nowhere", "--tasks", "memdlm_kv"]) == 2
+    assert "the folder './nowhere' does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_entry_points_name_the_class():

@@ -105,13 +105,14 @@ def parse_arguments(arguments: Arguments) -> Settings:
     own = _typed(HarnessOptions, given)
     options = HarnessOptions(**own)
     generation = {name: value for name, value in _typed(GenerationConfig, given).items() if name != "max_length"}
-    GenerationConfig(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **generation}).refuse_idle(generation)
+    GenerationConfig(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **generation})
     memory = _typed(MemoryConfig, given, prefix="mem_")
     if memory and not options.mem_enabled:
         name = next(iter(memory))
         raise ConfigError(f"mem_{name}={memory[name]!r} has no effect without memory; add mem_enabled=True.")
+    plain = MemoryConfig()
     for name in TRAINER_OPTIONS:
-        if name in memory:
+        if name in memory and memory[name] != getattr(plain, name):
             raise ConfigError(f"mem_{name}={memory[name]!r} has no effect here: only training reads it. Leave it out.")
     for name, bad in (("per_sample", False), ("sync_inner", True)):
         if memory.get(name) is bad:

@@ -149,8 +149,10 @@ def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
         data = _read(path)
         config = _part(data, "config", path)
         results = _part(data, "results", path)
+        ours = config.get("memdlm") or {}
+        settings = [config.get("model_args"), *(ours.get(each) for each in ("options", "generation", "memory"))]
         for task in list(results):
-            key = json.dumps([task, config.get("model"), config.get("model_args")], sort_keys=True)
+            key = json.dumps([task, config.get("model"), settings], sort_keys=True)
             newer = seen.setdefault(key, path)
             if newer is not path:
                 log.warning("%s: %s was evaluated again with the same options; %s counts", path, task, newer)
