@@ -114,6 +114,16 @@ def test_modules_stay_readable(path):
             assert called not in {"hasattr", "torch.manual_seed"} or path.name == "loading.py", called
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_everything_shown_passes_one_place(path):
+    """`print` and rich's Console would let texts steer the terminal, or read markup into names."""
+    if path.name in ("output.py", "console.py", "faults.py"):
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"print", "Console", "sys.stdout.write", "sys.stderr.write"}
+
+
 def test_the_checker_sees_what_it_should():
     upward = ast.parse("from memdlm.training import score")
     hidden = ast.parse("def f():\n    import memdlm.cli.main\n")

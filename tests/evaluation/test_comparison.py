@@ -151,7 +151,10 @@ def test_lengths_that_were_not_measured_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: evaluation(evaluation(path)), "two of the runs say something of task 'memdlm_kv'"),
+        (
+            lambda path: evaluation(evaluation(path), model="./b/mdlm-seed0"),
+            "two of the runs say something of task 'memdlm_kv'",
+        ),
         (lambda path: path, "is no folder"),
         (lambda path: path.mkdir() or path, "holds no results; looked for report.json, results_"),
     ],
@@ -181,3 +184,31 @@ def test_the_interval_holds_the_share_and_stays_inside():
             assert 0 <= low <= share <= high <= 1
             assert low < high
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+
+
+def test_of_an_evaluation_that_was_run_again_the_newest_counts(tmp_path, caplog):
+    folder = tmp_path / "run"
+    for score in (0.5, 0.75):
+        evaluation(folder, score=score)
+    evaluation(folder, memory=True, score=0.9)
+    measured = read_runs([folder])
+    assert {(row["memory"], row["accuracy"]) for row in measured.accuracy} == {(False, 0.75), (True, 0.9)}
+    assert len(measured.accuracy) == 4
+    assert "memdlm_kv was evaluated again with the same options" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"log_history": [{"loss": 1.0}]},
+        {"log_history": 3},
+        {"log_history": [{"eval_nll": 1.0}]},
+    ],
+    ids=str,
+)
+def test_a_damaged_run_is_named(tmp_path, state, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps(state))
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "r.html")]) == 2
+    assert "its results are damaged" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()

@@ -78,7 +78,18 @@ def test_the_front_evaluates_and_writes_what_it_did(checkpoint, tmp_path, monkey
         (["--mem_inner_rank", "4"], "mem_inner_rank=4 has no effect without memory; add mem_enabled=True."),
         (["--extra_model_args", "stpes=4"], "model argument 'stpes' is not known."),
         (["--batch_size", "auto"], "batch_size must be a whole number, got 'auto'"),
-        (["--model", "./nowhere"], "the folder './nowhere' does not exist"),
+        (["--tasks", "memdlm_kvv"], "--tasks is given twice"),
+        (["--limit", "1", "--limit", "2"], "--limit is given twice"),
+        (["--limit", "1e30"], "limit: 1e+30 is no number of documents"),
+        (["--limit", "2.5"], "limit: 2.5 is no number of documents"),
+        (["--num_fewshot", "-1"], "num_fewshot: -1 is not possible"),
+        (["--batch_size", "1000000000"], "batch_size must be from 1 to 65536"),
+        (["--metadata", "{"], "option"),
+        (["--metadata", '{"max_seq_lengths": "1q"}'], "max_seq_lengths='1q' is no list of lengths"),
+        (["--metadata", '{"num_samples": 0}'], "num_samples=0 must be a whole number"),
+        (["--device", "tpu9"], "device: 'tpu9' is no device"),
+        (["--log_samples"], "Specify --output_path"),
+        (["--write_out", "--mem_enabled", "True", "--mem_outer_mix", "0.5"], "only training reads"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint, options, message, capsys):
@@ -86,6 +97,11 @@ def test_mistakes_are_one_line(checkpoint, options, message, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("memdlm eval: error: ")
     assert message in error
+
+
+def test_a_model_that_is_not_there_is_named(capsys):
+    assert main(["eval", "--model", "./nowhere", "--tasks", "memdlm_kv"]) == 2
+    assert "the folder './nowhere' does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_entry_points_name_the_class():

@@ -10,7 +10,7 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 
 from memdlm.errors import ConfigError, unknown
 from memdlm.inference.config import GenerationConfig
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import TRAINER_OPTIONS, MemoryConfig
 from memdlm.models.loading import DTYPES
 from memdlm.options import option, validate
 
@@ -110,6 +110,10 @@ def parse_arguments(arguments: Arguments) -> Settings:
     if memory and not options.mem_enabled:
         name = next(iter(memory))
         raise ConfigError(f"mem_{name}={memory[name]!r} has no effect without memory; add mem_enabled=True.")
+    plain = MemoryConfig()
+    for name in TRAINER_OPTIONS:
+        if name in memory and memory[name] != getattr(plain, name):
+            raise ConfigError(f"mem_{name}={memory[name]!r} has no effect here: only training reads it. Leave it out.")
     for name, bad in (("per_sample", False), ("sync_inner", True)):
         if memory.get(name) is bad:
             raise ConfigError(

@@ -5,16 +5,18 @@ last checkpoint's), `exposure_bias.json`.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import DataError
+from memdlm.errors import DataError, MemDLMError
 from memdlm.evaluation.report_data import Row, check_report
 
 CHANCE = "chance"
+log = logging.getLogger(__name__)
 _FILES = ("report.json", "results_*.json", "trainer_state.json", "exposure_bias.json")
 
 
@@ -51,15 +53,15 @@ def read_runs(folders: Sequence[Path]) -> Measured:
         if not folder.is_dir():
             raise DataError(f"run {str(folder)!r} is no folder.")
         before = len(measured.sources)
-        if (folder / "report.json").is_file():
-            _add_report(measured, folder / "report.json", name, prefix=f"{name}: " if demos > 1 else "")
-        for path in sorted(folder.glob("**/results_*.json")):
-            _add_results(measured, path, name)
-        state = _trainer_state(folder)
-        if state is not None:
-            _add_training(measured, state, name)
-        if (folder / "exposure_bias.json").is_file():
-            _add_bias(measured, folder / "exposure_bias.json", name)
+        try:
+            _add_folder(measured, folder, name, prefix=f"{name}: " if demos > 1 else "")
+        except MemDLMError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise DataError(
+                f"run {str(folder)!r}: its results are damaged: {type(error).__name__} {error}. Write them again, or "
+                "leave the run out."
+            ) from error
         if len(measured.sources) == before:
             raise DataError(f"run {str(folder)!r} holds no results; looked for {', '.join(_FILES)}.")
     for rows, keys in (
@@ -70,6 +72,17 @@ def read_runs(folders: Sequence[Path]) -> Measured:
     ):
         _once(rows, keys)
     return measured
+
+
+def _add_folder(measured: Measured, folder: Path, name: str, prefix: str) -> None:
+    if (folder / "report.json").is_file():
+        _add_report(measured, folder / "report.json", name, prefix=prefix)
+    _add_evaluations(measured, folder, name)
+    state = _trainer_state(folder)
+    if state is not None:
+        _add_training(measured, state, name)
+    if (folder / "exposure_bias.json").is_file():
+        _add_bias(measured, folder / "exposure_bias.json", name)
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -128,8 +141,35 @@ def _add_report(measured: Measured, path: Path, run: str, prefix: str) -> None:
     measured.sources.append(_source(run, "demo", data["command"], {"machine": data["machine"]}))
 
 
-def _add_results(measured: Measured, path: Path, run: str) -> None:
-    data = _read(path)
+def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
+    """Add what lm-eval wrote below `folder`; of an evaluation that was run again, the newest counts."""
+    seen: dict[str, Path] = {}
+    # lm-eval writes the date into the name.
+    for path in sorted(folder.glob("**/results_*.json"), key=lambda path: path.name, reverse=True):
+        data = _read(path)
+        config = _part(data, "config", path)
+        results = _part(data, "results", path)
+        ours = config.get("memdlm") or {}
+        settings = [config.get("model_args"), *(ours.get(each) for each in ("options", "generation", "memory"))]
+        for task in list(results):
+            key = json.dumps([task, config.get("model"), settings], sort_keys=True)
+            newer = seen.setdefault(key, path)
+            if newer is not path:
+                log.warning("%s: %s was evaluated again with the same options; %s counts", path, task, newer)
+                del results[task]
+        if results:
+            _add_results(measured, data, path, run)
+
+
+def _part(data: Row, name: str, path: Path) -> Row:
+    """Return an object of a results file; raises DataError where there is none."""
+    part = data.get(name, {})
+    if not isinstance(part, dict):
+        raise DataError(f"{path}: {name!r} holds a {type(part).__name__}, not what lm-eval writes.")
+    return part
+
+
+def _add_results(measured: Measured, data: Row, path: Path, run: str) -> None:
     config = data.get("config", {})
     ours = config.get("memdlm", {})
     options = ours.get("options", {})

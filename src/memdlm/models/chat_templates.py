@@ -2,12 +2,15 @@
 
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
 import textwrap
 
 from memdlm.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 SECONDS, MEMORY, MOST_CHARACTERS = 5, 2**30, 2**20
 """What the rendering of two short messages may take."""
@@ -71,6 +74,9 @@ def check_template(template: str, name: str) -> None:
         ).returncode
     except subprocess.TimeoutExpired:
         status = 3
+    except OSError as error:
+        log.warning("%s: its chat template could not be tried in a process of its own: %s", name, error)
+        return
     if status != 0:
         raise CheckpointError(
             f"{name}: the chat template does not end on two short messages, or prints more than {MOST_CHARACTERS} "

@@ -23,9 +23,10 @@ from memdlm.models.adapter_files import (
 from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.outer_adapters import adapter_config
+from memdlm.models.plausible import check_sizes
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import DAMAGE, SINGLE, resolve_config, tensor_names
+from memdlm.models.resolution import DAMAGE, SINGLE, resolve_config, tensor_count, tensor_names
 from memdlm.models.wrappers import unwrap_parallel
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
@@ -82,6 +83,7 @@ def load_model(
     if load_in_4bit:
         arguments["quantization_config"] = four_bit_config()
     family, config = resolve_config(name, revision=revision, token=token)
+    check_sizes(config, name, tensor_count(name, revision=revision, token=token))
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
     # Files of foreign models often hold heads of other tasks; transformers reports those.
@@ -160,6 +162,7 @@ def model_skeleton(
         str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
     )
     family, config = resolve_config(name, revision=revision, token=token)
+    check_sizes(config, name, tensor_count(name, revision=revision, token=token))
     try:
         with torch.device("meta"):
             return _foreign_loader(name, config).from_config(config) if family is None else family.lm_class(config)

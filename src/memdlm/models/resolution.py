@@ -13,7 +13,6 @@ from transformers.utils.hub import cached_file
 from memdlm.errors import CheckpointError, did_you_mean
 from memdlm.hub import is_offline, look_for
 from memdlm.models.families import FAMILIES, Family, family_of
-from memdlm.models.plausible import check_sizes
 from memdlm.models.published import PublishedConfig, config_class_for, config_class_of_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -79,7 +78,6 @@ def resolve_config(
         config = target.from_dict(fields) if config is None else config
     except DAMAGE as error:
         raise CheckpointError(f"model: the configuration of {name!r} could not be read: {error}") from error
-    check_sizes(config, str(name), tensor_count(name, revision=revision, token=token))
     return family_of(config), config
 
 

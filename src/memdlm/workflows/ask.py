@@ -33,7 +33,7 @@ class AskOptions(ModelOptions):
     keep_context: bool = option(False, "Show the document as well, in front of every question.")
     file: str | None = option(None, "With keep_context: the document; unset: where it was when it was memorised.")
     chat: bool = option(True, "Put questions through the chat template, if the tokenizer has one; False: as they are.")
-    batch_size: int = option(8, "Questions answered at a time.", minimum=1)
+    batch_size: int = option(8, "Questions answered at a time.", minimum=1, maximum=2**16)
     seed: int = option(0, "Of samples.")
     preset: str | None = option(None, "Options recommended for a family; other flags override them.")
 

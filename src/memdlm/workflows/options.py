@@ -72,7 +72,7 @@ class DataOptions(EncodingOptions):
     )
     load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
     preprocessed_dir: str = option("data", "Folder below which preprocessed data is looked for.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1)
+    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
     max_length: int = option(1024, "Longest row, in tokens.", minimum=1)
     truncation: str = option(
         "filter",

@@ -26,7 +26,7 @@ class PreprocessOptions(EncodingOptions):
         "name[train:100].",
     )
     output_dir: str = option(MISSING, "Folder to write, e.g. data/sft/llada_moe/longalpaca.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1)
+    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
     overwrite: bool = option(False, "Replace what is in output_dir.")
 
 
