@@ -1,6 +1,7 @@
 """Options: declared once, as dataclass fields, and turned into flags, checks and documentation from there."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -49,7 +50,12 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
         kinds = (*kinds, int)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+        raise ConfigError(f"{name} must be {wanted}, got {shortened(value)}.")
+    if isinstance(value, tuple):
+        element = next(get_args(member)[0] for member in members if get_origin(member) is tuple)
+        for each in value:
+            _check(f"every entry of {name}", each, element, dict.fromkeys(limits))
+    _check_size(name, value)
     if limits["choices"] is not None and value not in limits["choices"]:
         raise ConfigError(unknown(f"{name}:", value, limits["choices"]))
     for bound, holds, words in (
@@ -59,7 +65,23 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
         ("below", lambda x, b: x < b, "less than"),
     ):
         if limits[bound] is not None and not holds(value, limits[bound]):
-            raise ConfigError(f"{name} must be {words} {limits[bound]}, got {value!r}.")
+            raise ConfigError(f"{name} must be {words} {limits[bound]}, got {shortened(value)}.")
+
+
+def _check_size(name: str, value: Any) -> None:
+    """No option means NaN or infinity, and none needs more than 64 bits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name} must fit into 64 bits, got {shortened(value)}.")
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """Return what `value` looks like in a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python may refuse to print it
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -33,6 +33,7 @@ from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.backbone import MaskedDiffusionLM
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.soundness import blaming
 from memdlm.models.wrappers import unwrap
 from memdlm.randomness import Randomness, derive
 from memdlm.types import IGNORE_INDEX, Denoise
@@ -57,12 +58,16 @@ class Job:
     prompt_cache: PromptCache | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Write the memory, if there is one, and fill the canvas; yields after every denoising step."""
+        """Write the memory, if there is one, and fill the canvas; yields after every denoising step.
+
+        Between the steps the model is bare, and held: no other memory can be opened. Raises NotFiniteError when the
+        model computes NaN or infinity.
+        """
         canvas, config = self.canvas, self.config
         stable = None if config.stable_steps is None else StableAnswer(config.stable_steps)
         stop = EosStop((self.special.eos,), canvas.is_response) if self.stops and config.eos_early_stop else None
-        with nullcontext() if self.memory is None else self._written(self.memory):
-            yield from denoise_canvas(
+        with nullcontext() if self.memory is None else self._written(self.memory), blaming(self.model):
+            for step in denoise_canvas(
                 self._denoiser(),
                 canvas.ids,
                 canvas.is_open,
@@ -73,7 +78,10 @@ class Job:
                 stop=stop,
                 stable=stable,
                 generator=self.randomness,
-            )
+            ):
+                # Whoever looks at the step may call the model too, and opened no memory.
+                with nullcontext() if self.memory is None else self.memory.set_aside():
+                    yield step
 
     def _denoiser(self) -> Denoise:
         canvas, config = self.canvas, self.config

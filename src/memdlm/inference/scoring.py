@@ -10,6 +10,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
+from memdlm.models.soundness import blaming
 from memdlm.randomness import derive
 
 
@@ -46,6 +47,7 @@ def score(
     with (
         memory.write(prompt_ids[None], generator=generator) if memory is not None and writes else nullcontext(),
         torch.no_grad(),
+        blaming(model),
     ):
         return monte_carlo_nll(
             ModelDenoiser(model, attention_pattern=attention_pattern, right_shift_logits=right_shift_logits),

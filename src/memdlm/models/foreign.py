@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask
-from memdlm.models.patching import patched
+from memdlm.models.patching import in_this_thread, patched
 from memdlm.models.structure import blocks_of
 from memdlm.types import Ids, Logits, Positions
 
@@ -123,7 +123,11 @@ class ForeignModel:
 def _only(body: nn.Module, positions: Positions) -> Iterator[None]:
     """Let `body` hand on [1, N, D] states, those at `positions`, inside the block."""
 
+    is_mine = in_this_thread()
+
     def choose(module: nn.Module, arguments: Any, out: Any) -> Any:
+        if not is_mine():
+            return out
         chosen = out.last_hidden_state.flatten(0, 1).index_select(0, positions)[None]
         return type(out)(**{**out, "last_hidden_state": chosen})
 

@@ -36,7 +36,7 @@ class BiasOptions:
     split: str | None = option(None, "Which split is decoded; unset: test where there is one, else the first.")
     model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
-    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1)
+    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1, maximum=2**16)
     num_samples: int = option(64, "Conversations, from the first.", minimum=1)
     max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
