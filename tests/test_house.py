@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
-FOUNDATION = {"types", "errors", "options", "randomness", "files", "finite", "hub"}
+FOUNDATION = {"types", "errors", "options", "randomness", "files", "finite", "hub", "strict_json"}
 MAY_IMPORT = {
     "data": set(),
     "models": set(),

@@ -22,6 +22,7 @@ from memdlm.inference.canvas import (
     reveal_for,
     rule_for,
 )
+from memdlm.inference.checking import check_parts, check_tokens
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
@@ -32,6 +33,8 @@ from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View,
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.checking import check_randomness, vocabulary_of
+from memdlm.models.foreign import check_places
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.soundness import blaming
 from memdlm.models.wrappers import unwrap
@@ -186,9 +189,11 @@ def response_job(
     prompt_cache: PromptCache | None = None,
 ) -> Job:
     """Prepare responses to `prompts`; the arguments are those of `generate`."""
+    check_parts(model, tokenizer, config, memory, attention_pattern, prompt_cache)
     config = GenerationConfig() if config is None else config
     special = special_ids(tokenizer)
-    rows = encode_prompts(tokenizer, prompts)
+    check_tokens(model, special, config, memory)
+    rows = encode_prompts(tokenizer, prompts, vocabulary_of(model))
     canvas = response_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
     return _job(model, config, special, rows, canvas, memory, generator, stops=True, prompt_cache=prompt_cache)
 
@@ -204,9 +209,11 @@ def infill_job(
     attention_pattern: AttentionPattern | None = None,
 ) -> Job:
     """Prepare the filling of mask tokens in `sequences`; the arguments are those of `infill`."""
+    check_parts(model, tokenizer, config, memory, attention_pattern)
     config = GenerationConfig() if config is None else config
     special = special_ids(tokenizer)
-    rows = encode_prompts(tokenizer, sequences)
+    check_tokens(model, special, config, memory)
+    rows = encode_prompts(tokenizer, sequences, vocabulary_of(model))
     canvas = infill_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
     return _job(model, config, special, rows, canvas, memory, generator, stops=False)
 
@@ -223,6 +230,8 @@ def _job(
     stops: bool,
     prompt_cache: PromptCache | None = None,
 ) -> Job:
+    check_randomness(generator, len(rows))
+    check_places(model, canvas.ids.shape[1], "prompt and response")
     # One per row, all alike: every row gets the numbers it would get alone.
     randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
     return Job(

@@ -87,6 +87,8 @@ class Keeper:
         if row is None and samples > 1:
             raise ConfigError(f"row is missing: {samples} memories are open; say which, from 0 to {samples - 1}.")
         row = 0 if row is None else row
+        if isinstance(row, bool) or not isinstance(row, int):
+            raise ConfigError(f"row must be an integer, got {row!r:.80}.")
         if not 0 <= row < samples:
             raise ConfigError(f"row {row} is not there: {samples} memories are open, from 0 to {samples - 1}.")
         check_written(self.source.written.losses[-1, row], [value.select(-3, row) for value in self.fast.tensors()])

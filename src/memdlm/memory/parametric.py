@@ -1,6 +1,5 @@
 """A model's parametric memory: write a text into fast weights, read it through any call, leave no trace."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import ConfigError
+from memdlm.memory.checking import check_parts, check_text, warn_if_long
 from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
@@ -26,6 +26,7 @@ from memdlm.memory.ranks import Ranks
 from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
+from memdlm.models.checking import check_kind
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import decoding_pattern
 from memdlm.models.masks import AttentionPattern, BlockCausal
@@ -64,6 +65,7 @@ class ParametricMemory:
         process_group: ProcessGroup | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_parts(model, config, mask_token_id, schedule, attention_pattern, tokenizer, right_shift_logits)
         folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
         if config is None:
             config = MemoryConfig() if folder is None else saved_config(folder)
@@ -148,8 +150,8 @@ class ParametricMemory:
         Raises DataError for malformed ids, ConfigError when a block of this model is open already, and, unless the
         model is in training mode, NotFiniteError when the memory or the loss under it is not finite.
         """
-        _check_ids(input_ids, labels)
-        _warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
+        check_text(self.model, input_ids, labels, attention_mask, generator, anchor, is_padding, attention_pattern)
+        warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
@@ -190,6 +192,7 @@ class ParametricMemory:
         The folder is an ordinary PEFT adapter. It appears whole or not at all, in the place of an earlier memory.
         `provenance` is noted in it (JSON). Raises ConfigError as `export`, and when `folder` holds anything else.
         """
+        check_kind(folder, (str, Path), "folder", "the name of a folder")
         saved = self.export(row).noted(**provenance)
         saved.save(folder)
         return saved
@@ -199,6 +202,7 @@ class ParametricMemory:
 
         Raises MemoryFileError with the reason when it is damaged or was written for others.
         """
+        check_kind(folder, (str, Path), "folder", "the name of a memory's folder")
         return self._keeper.load(folder, self.learned)
 
     def unwritten(self) -> SavedMemory:
@@ -211,6 +215,7 @@ class ParametricMemory:
 
         All rows of a call share it. Raises MemoryFileError as `load`, ConfigError when a block is open already.
         """
+        check_kind(memory, (str, Path, SavedMemory), "memory", "a memory's folder, or a SavedMemory")
         if isinstance(memory, SavedMemory):
             self._keeper.check(memory, self.learned)
         else:
@@ -362,25 +367,3 @@ def _joined(written: Written) -> Written:
 def _usable(tensor: Tensor | None) -> Any:
     """Return `tensor`, or a copy that autograd accepts if it was made in inference mode."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-
-
-def _warn_if_long(model: nn.Module, length: int) -> None:
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
-    if places is not None and length > places:
-        warnings.warn(
-            f"input_ids has {length} tokens to be written at once, but the model was trained on {places} positions "
-            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces "
-            "(mem_chunk_length).",
-            stacklevel=4,
-        )
-
-
-def _check_ids(input_ids: Ids, labels: Tensor | None) -> None:
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise DataError(
-            f"input_ids must be int64 of shape [B, L], got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-        )
-    if input_ids.shape[1] == 0:
-        raise DataError("input_ids has no tokens: there is nothing to write.")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise DataError(f"labels have shape {tuple(labels.shape)}, the ids {tuple(input_ids.shape)}; they must agree.")
