@@ -80,7 +80,7 @@ def shortened(value: Any, most: int = 80) -> str:
     """Return what `value` looks like in a message of one line."""
     if isinstance(value, int) and value.bit_length() > 200:  # Python may refuse to print it
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 

@@ -19,6 +19,7 @@ from memdlm.memory.open_block import OpenBlock, claimed
 from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
 from memdlm.models.patching import copied_bare
+from memdlm.options import shortened
 from memdlm.randomness import Randomness, seeds
 
 State: TypeAlias = tuple[int, InputDropout | None]
@@ -99,6 +100,8 @@ class FastWeights:
         Raises ConfigError where no memory is open, inside another such block, and for samples that are not there.
         """
         self._check_open()
+        if not isinstance(samples, Tensor) or samples.dim() != 1 or samples.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(f"rows must be int64 of shape [R], got {shortened(samples)}.")
         if self.num_samples == 1 and not self._is_part:
             yield
             return

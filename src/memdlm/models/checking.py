@@ -1,6 +1,7 @@
 """What callers hand over, checked once where it enters: its kind, shape and range."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ def check_kind(value: Any, kind: type | tuple[type, ...], name: str, wanted: str
     """Raise ConfigError unless `value` is a `kind`, in words: `wanted`."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name} must be {wanted}, got {shortened(value)}.")
+
+
+def check_name(value: Any, name: str) -> None:
+    """Raise ConfigError unless `value` can be the name of a folder or of a hub repository."""
+    text = str(value) if isinstance(value, (str, Path)) else ""
+    if not text.strip() or "\0" in text or len(text) > 4000 or not text.isprintable():
+        raise ConfigError(f"{name} must name a folder or a hub repository, got {shortened(value)}.")
 
 
 def vocabulary_of(model: nn.Module) -> int | None:

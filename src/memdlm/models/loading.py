@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from memdlm.errors import CheckpointError, ConfigError, unknown
 from memdlm.models.adapter_files import base_of_adapter, is_adapter, load_outer_adapter
+from memdlm.models.checking import check_kind, check_name
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config
@@ -54,6 +55,10 @@ def load_model(
     unexpected or of the wrong size; ConfigError for an unknown dtype,
     and for 4 bits in float64 or without bitsandbytes.
     """
+    for what, value in (("name_or_path", name_or_path), ("adapter", adapter)):
+        if value is not None or what == "name_or_path":
+            check_name(value, what)
+    _check_arguments(device, load_in_4bit, attn_implementation, revision)
     register()
     if adapter is None and is_adapter(name_or_path, token=token):
         name_or_path, adapter = base_of_adapter(name_or_path, token=token), name_or_path
@@ -72,6 +77,18 @@ def load_model(
     model = (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
     model.memory_folder = _memory_folder(name if adapter is None else str(adapter))
     return model
+
+
+def _check_arguments(device: Any, load_in_4bit: Any, attn_implementation: Any, revision: Any) -> None:
+    """Raise ConfigError for an argument of another kind, and for a device that torch has no name for."""
+    check_kind(load_in_4bit, bool, "load_in_4bit", "True or False")
+    check_kind(device, (str, torch.device, type(None)), "device", "a device's name, such as cuda, or None")
+    for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
+        check_kind(value, (str, type(None)), name, "a name, or None")
+    try:
+        None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {str(device)!r} is not known: {str(error).splitlines()[0]}") from error
 
 
 def _memory_folder(name: str) -> str | None:
@@ -161,8 +178,8 @@ def _foreign_loader(name: str, config: PreTrainedConfig) -> Any:
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(unknown("dtype:", dtype, ["auto", *DTYPES]))
     return DTYPES[dtype]
