@@ -8,7 +8,7 @@ from torch import Tensor
 from memdlm.diffusion.losses import Nats, row_sums
 from memdlm.diffusion.masking import positions_of
 from memdlm.errors import ConfigError, DataError, NotFiniteError
-from memdlm.finite import is_finite
+from memdlm.finite import are_logits
 from memdlm.types import Denoise, Ids, PositionSet
 
 
@@ -85,7 +85,7 @@ def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_
     for _ in range(target_ids.numel()):
         positions = positions_of(is_open)
         logits = denoise.logits(ids, positions)
-        are_finite = are_finite & is_finite(logits)
+        are_finite = are_finite & are_logits(logits)
         probability = logits.float().softmax(-1)
         probability[:, mask_token_id] = 0
         confidence, token = probability.max(-1)

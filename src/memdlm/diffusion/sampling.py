@@ -21,7 +21,7 @@ from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.reveal import Reveal, Scheduled
 from memdlm.diffusion.stopping import EosStop, StableAnswer
 from memdlm.errors import ConfigError, NotFiniteError
-from memdlm.finite import is_finite
+from memdlm.finite import are_logits
 from memdlm.randomness import Randomness
 from memdlm.types import Denoise, Ids, Logits, PositionSet
 
@@ -164,7 +164,7 @@ class _Logits:
 
     def see(self, logits: Logits) -> None:
         """Look at new ones; where that is free, at once."""
-        self.are_finite = self.are_finite & is_finite(logits).to(self.are_finite.device)
+        self.are_finite = self.are_finite & are_logits(logits).to(self.are_finite.device)
         if self.are_finite.device.type == "cpu":
             self.check()
 
