@@ -56,7 +56,7 @@ def test_nothing_comes_out_of_weights_that_are_no_numbers(family, value):
         lambda: score(model, ids[:4], ids[4:], 4, mask_token_id=MASK),
         lambda: masked_loss(model, text, mask_token_id=MASK),
         lambda: exposure_bias(model, [prompt_of_two], mask_token_id=MASK, steps=2, seed=0),
-        lambda: memory_of(model).write(ids[None]).__enter__(),
+        lambda: memory_of(model, prompt_mask_ratio=1.0).write(ids[None]).__enter__(),
     ):
         with pytest.raises(NotFiniteError, match=r"model's weights hold NaN or infinity, first in model.norm.weight"):
             call()
