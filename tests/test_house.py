@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
-FOUNDATION = {"types", "errors", "options", "randomness", "files", "hub", "templates", "terminal"}
+FOUNDATION = {
+    *("types", "errors", "options", "randomness", "files", "hub", "templates", "terminal", "finite", "strict_json"),
+}
 MAY_IMPORT = {
     "data": set(),
     "models": set(),

@@ -57,4 +57,5 @@ def did_you_mean(value: str, possible: Iterable[str]) -> str:
 def unknown(what: str, value: object, possible: Iterable[str]) -> str:
     """Say that `value` is no `what`, list what is, and guess what was meant."""
     names = list(possible)
-    return f"{what} {value!r} is not known. Possible: {', '.join(names)}.{did_you_mean(str(value), names)}"
+    said = " ".join(repr(value).split())
+    return f"{what} {said:.200} is not known. Possible: {', '.join(names)}.{did_you_mean(str(value), names)}"

@@ -62,13 +62,14 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
         kinds = (*kinds, int)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}.")
+        raise ConfigError(f"{name} must be {wanted}, got {shortened(value)}.")
+    if isinstance(value, tuple):
+        element = next(get_args(member)[0] for member in _members(hint) if get_origin(member) is tuple)
+        for each in value:
+            check_value(f"every entry of {name}", each, element, {})
+    _check_size(name, value)
     if choices is not None and value not in choices:
         raise ConfigError(unknown(f"{name}:", value, choices))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} must be finite, got {value!r}.")
-    if isinstance(value, int) and abs(value) >= LARGEST:
-        raise ConfigError(f"{name} must fit into 64 bits, got a number of {value.bit_length()} bits.")
     for bound, holds, words in (
         ("above", lambda x, b: x > b, "greater than"),
         ("minimum", lambda x, b: x >= b, "at least"),
@@ -77,7 +78,23 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
     ):
         limit = limits.get(bound)
         if limit is not None and not holds(value, limit):
-            raise ConfigError(f"{name} must be {words} {limit}, got {value!r}.")
+            raise ConfigError(f"{name} must be {words} {limit}, got {shortened(value)}.")
+
+
+def _check_size(name: str, value: Any) -> None:
+    """No option means NaN or infinity, and none needs more than 64 bits."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    if isinstance(value, int) and not -LARGEST <= value < LARGEST:
+        raise ConfigError(f"{name} must fit into 64 bits, got {shortened(value)}.")
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """Return what `value` looks like in a message of one line."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python may refuse to print it
+        return f"an integer of {value.bit_length()} bits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]:

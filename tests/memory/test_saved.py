@@ -326,7 +326,7 @@ DAMAGES = {
     "another rank": (rewrite(CONFIG, lambda f: f.update(r=2, lora_alpha=4)), r"has shape \(4, .*\), not \(2, "),
     "another PEFT option": (rewrite(CONFIG, lambda f: f.update(revision="x")), f"{CONFIG} is not what was saved"),
     "another base in the header": (
-        rewrite(HEADER, lambda f: f["fingerprint"].update(weights="0")),
+        rewrite(HEADER, lambda f: f["fingerprint"].update(weights="0" * 64)),
         f"{HEADER} is not what was saved",
     ),
     "an unknown option": (rewrite(HEADER, lambda f: f["config"].update(inner_rnk=4)), "Did you mean 'inner_rank'"),

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from memdlm.diffusion.losses import Nats, row_sums
 from memdlm.diffusion.masking import positions_of
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import ConfigError, DataError, NotFiniteError
+from memdlm.finite import are_logits
 from memdlm.types import Denoise, Ids, PositionSet
 
 
@@ -41,7 +42,7 @@ def monte_carlo_nll(
     Each round masks x of the T target tokens in each of `batch_size` copies, with the x evenly spread over 1..T
     from a random start, and sums cross-entropy * T / x over the masked positions: an unbiased estimate of the
     any-order bound. Raises ConfigError unless `num_samples` is a multiple of `batch_size`, DataError for an
-    empty target.
+    empty target, NotFiniteError when the network computes NaN or infinity.
     """
     if num_samples < 1 or num_samples % batch_size:
         raise ConfigError(f"num_samples must be a multiple of batch_size, got {num_samples} and {batch_size}.")
@@ -55,7 +56,14 @@ def monte_carlo_nll(
         rounds.append(weighted_nll(denoise, clean, is_masked, share, mask_token_id=mask_token_id).mean())
     values = torch.stack(rounds).double()
     error = values.std().item() / len(rounds) ** 0.5 if len(rounds) > 1 else math.nan
-    return Likelihood(values.mean().item(), stderr=error, num_samples=num_samples)
+    return Likelihood(finite(values.mean().item(), "the likelihood"), stderr=error, num_samples=num_samples)
+
+
+def finite(value: float, what: str) -> float:
+    """Return `value`; raises NotFiniteError, which calls it `what`, when it is NaN or infinite."""
+    if not math.isfinite(value):
+        raise NotFiniteError(f"{what} is {value}: the model's logits hold NaN or infinity.")
+    return value
 
 
 def weighted_nll(denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Tensor, *, mask_token_id: int) -> Tensor:
@@ -66,20 +74,29 @@ def weighted_nll(denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Te
 
 
 def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_token_id: int) -> bool:
-    """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; T passes."""
+    """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; T passes.
+
+    Raises NotFiniteError when the network computes NaN or infinity.
+    """
     ids = torch.cat((prompt_ids, torch.full_like(target_ids, mask_token_id)))[None]
     is_open = torch.zeros_like(ids, dtype=torch.bool)
     is_open[:, prompt_ids.numel() :] = True
+    are_finite = torch.ones((), dtype=torch.bool, device=ids.device)
     for _ in range(target_ids.numel()):
         positions = positions_of(is_open)
-        probability = denoise.logits(ids, positions).float().softmax(-1)
+        logits = denoise.logits(ids, positions)
+        are_finite = are_finite & are_logits(logits)
+        probability = logits.float().softmax(-1)
         probability[:, mask_token_id] = 0
         confidence, token = probability.max(-1)
         surest = confidence.argmax()[None]
         best = positions[surest]
         ids = ids.flatten().scatter(0, best, token[surest]).view_as(ids)
         is_open = is_open.flatten().index_fill(0, best, False).view_as(is_open)
-    return bool((ids[0, prompt_ids.numel() :] == target_ids).all())
+    is_same, are_finite = torch.stack(((ids[0, prompt_ids.numel() :] == target_ids).all(), are_finite)).tolist()
+    if not are_finite:
+        raise NotFiniteError("the model's logits hold NaN or infinity, from which no token can be chosen.")
+    return bool(is_same)
 
 
 def _stratified(prompt: int, target: int, batch: int, generator: torch.Generator) -> tuple[PositionSet, Tensor]:

@@ -20,9 +20,10 @@ from memdlm.diffusion.choice import Rule
 from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.reveal import Reveal, Scheduled
 from memdlm.diffusion.stopping import EosStop, StableAnswer
-from memdlm.errors import ConfigError
+from memdlm.errors import ConfigError, NotFiniteError
+from memdlm.finite import are_logits
 from memdlm.randomness import Randomness
-from memdlm.types import Denoise, Ids, PositionSet
+from memdlm.types import Denoise, Ids, Logits, PositionSet
 
 
 @final
@@ -71,11 +72,14 @@ def denoise_canvas(
 
     `blocks` are position sets; rows may differ in everything: prompt length, block, open tokens. How many tokens a
     step commits is `reveal`'s to say, or the linear schedule's in `steps_per_block` steps. Runs without gradient.
+
+    Raises NotFiniteError when the network's logits hold NaN or infinity: on the CPU before the step is yielded,
+    elsewhere where the next step waits for the device anyway.
     """
     if (reveal is None) == (steps_per_block is None):
         raise ConfigError("pass exactly one of reveal and steps_per_block.")
     reveal = Scheduled(steps=steps_per_block or 1) if reveal is None else reveal
-    loop = _Loop(denoise, rule, reveal, edit, stop, stable, generator)
+    loop = _Loop(denoise, rule, reveal, edit, stop, stable, generator, _Logits(ids.device))
     left = is_open
     for block in blocks:
         for step, still_open in loop.fill(ids, left, block):
@@ -83,6 +87,7 @@ def denoise_canvas(
             yield step
         if stop is not None and edit is not None:
             left = left & ~stop.finished(ids, left)[:, None]
+    loop.seen.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,7 @@ class _Loop:
     stop: EosStop | None
     stable: StableAnswer | None
     generator: Randomness | None
+    seen: "_Logits"
 
     def fill(self, ids: Ids, is_open: PositionSet, block: PositionSet) -> Iterator[tuple[Step, PositionSet]]:
         """Fill one block; yields every step with what is still open after it."""
@@ -107,8 +113,9 @@ class _Loop:
             in_block = is_open & block
             is_scored = in_block if self.edit is None else review.scored(in_block)
             # Waits for the device to learn which positions: a step's work depends on what the last one decided.
-            positions = positions_of(is_scored)
+            positions = positions_of(is_scored & self.seen.are_finite)
             if positions.numel() == 0:
+                self.seen.check()
                 return
             quota = quotas[:, index] if index < quotas.shape[1] else zero
             step = self._step(ids, is_scored, in_block, positions, quota.to(ids.device), streak)
@@ -129,7 +136,9 @@ class _Loop:
         streak: "_Streak",
     ) -> Step:
         rows = positions // ids.shape[1]
-        token, confidence = self.rule.choose(self.denoise.logits(ids, positions), self.generator, rows)
+        logits = self.denoise.logits(ids, positions)
+        self.seen.see(logits)
+        token, confidence = self.rule.choose(logits, self.generator, rows)
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
         candidates = sure.masked_fill(~in_block, float("-inf"))
@@ -145,6 +154,24 @@ class _Loop:
         if self.edit is not None:
             is_edited = is_scored & ~in_block & (sure > self.edit.threshold) & (predicted != ids)
         return Step(torch.where(is_new | is_edited, predicted, ids), is_new, positions.numel(), sure, is_edited)
+
+
+class _Logits:
+    """Whether all that the network has predicted were numbers; once they are not, no position is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.are_finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def see(self, logits: Logits) -> None:
+        """Look at new ones; where that is free, at once."""
+        self.are_finite = self.are_finite & are_logits(logits).to(self.are_finite.device)
+        if self.are_finite.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raise NotFiniteError if some were not; waits for the device."""
+        if not bool(self.are_finite):
+            raise NotFiniteError("the model's logits hold NaN or infinity, from which no token can be chosen.")
 
 
 class _Review:

@@ -26,6 +26,7 @@ from memdlm.inference.shared_prompt import SharedPrompt, can_share
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import decoding_pattern
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.soundness import blaming
 from memdlm.models.wrappers import unwrap
 from memdlm.randomness import derive
 from memdlm.templates import MARK, control_of, prompt_ids, rendered_ids
@@ -240,7 +241,7 @@ class Answerer:
         prompt, target = self._tensor(scoring.prompt), self._tensor(scoring.target)
         mask = int(self.tokenizer.mask_token_id)
         copies = min(options.mc_num, options.mc_batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), blaming(self.model):
             nll = monte_carlo_nll(
                 denoise,
                 prompt,

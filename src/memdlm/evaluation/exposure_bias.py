@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memdlm.diffusion.likelihood import finite
 from memdlm.diffusion.losses import cross_entropy
 from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.sampling import Rule, denoise_canvas
@@ -26,6 +27,7 @@ from memdlm.errors import DataError
 from memdlm.evaluation.prompts import PaddedBatch
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Denoise, Ids, PositionSet
 
@@ -53,20 +55,23 @@ def exposure_bias(
     """Measure the three losses while the targets of `batches` are decoded in `steps` steps (most confident first).
 
     With a `memory`, each prompt is written first. Every row draws from a generator of its own: equal seeds give every
-    model the same random positions, whatever the batches. Raises DataError when there is nothing to decode.
+    model the same random positions, whatever the batches. Raises DataError when there is nothing to decode,
+    NotFiniteError when the model computes NaN or infinity.
     """
     totals: dict[int, Tensor] = {}
     start = 0
     for batch in batches:
         rows = range(start, start + batch.ids.shape[0])
         start = rows.stop
-        with _memory_of(memory, batch, [derive("exposure bias write", seed, row) for row in rows]):
+        with _memory_of(memory, batch, [derive("exposure bias write", seed, row) for row in rows]), blaming(model):
             randomness = [derive("exposure bias", seed, row) for row in rows]
             for step, sums in _measure(model, batch, mask_token_id, steps, randomness):
                 totals[step] = totals[step] + sums if step in totals else sums
     if not totals:
         raise DataError("exposure bias: the batches have no target tokens to decode.")
     means = [(totals[step][:3] / totals[step][3]).tolist() for step in sorted(totals)]
+    with blaming(model):
+        finite(sum(sum(mean) for mean in means), "the loss")
     return ExposureBias(
         step=sorted(totals),
         static=[mean[0] for mean in means],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memdlm.diffusion.likelihood import finite
 from memdlm.diffusion.losses import Nats
 from memdlm.diffusion.masking import positions_of
 from memdlm.errors import DataError
@@ -16,6 +17,7 @@ from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.saved import SavedMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
+from memdlm.models.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.types import PositionSet
 
@@ -66,7 +68,7 @@ def masked_loss(
     """Return nats per hidden token, the mean over all views, of the model as it is now, an open memory included.
 
     Texts longer than `window` tokens are read in pieces of that length. `batch_size` pieces go through at a time.
-    `attention_pattern` None is full attention.
+    `attention_pattern` None is full attention. Raises NotFiniteError when the model computes NaN or infinity.
     """
     length = text.ids.numel()
     window = length if window is None else min(window, length)
@@ -81,7 +83,8 @@ def masked_loss(
             positions = positions_of(rows)
             nats = denoise.read(ids.masked_fill(rows, mask_token_id), positions, Nats(ids.flatten()[positions]))
             total += float(nats.double().sum())
-    return total / text.num_scored
+    with blaming(model):
+        return finite(total, "the loss") / text.num_scored
 
 
 def loss_under(memory: ParametricMemory, text: MaskedText) -> float:

@@ -16,6 +16,7 @@ from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pa
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.masks import AttentionPattern
+from memdlm.models.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX
 
@@ -100,7 +101,7 @@ def recall(
                 derive("recall", seed, start),
                 attention_pattern=attention_pattern,
             )
-        with writes:
+        with writes, blaming(model):
             filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):
             for (first, last), answer in zip(answer_spans(text.labels), sample.answers, strict=True):

@@ -22,6 +22,7 @@ from memdlm.types import Ids, PositionSet
 
 THRESHOLD = 0.95
 """What block-causal families are decoded with by default."""
+MOST_PLACES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,8 @@ def response_canvas(
 ) -> Canvas:
     """Lay out prompts with room for their responses. Raises ConfigError when `max_length` leaves no room."""
     longest = max(row.numel() for row in rows)
+    block_size = pattern.block if isinstance(pattern, BlockCausal) else config.block_size
+    _check_room(len(rows), longest + (config.max_new_tokens or config.max_length or 0), block_size)
     new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 0) - longest
     if new < 1:
         raise ConfigError(f"max_length {config.max_length} leaves no room after a prompt of {longest} tokens.")
@@ -124,6 +127,7 @@ def infill_canvas(
             raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
     device = next(model.parameters()).device
     ids, lengths = pad(rows, special.eos)
+    _check_room(len(rows), ids.shape[1], pattern.block if isinstance(pattern, BlockCausal) else config.block_size)
     _warn_if_long(model, ids.shape[1])
     ids = ids.to(device)
     block = pattern.block if isinstance(pattern, BlockCausal) else config.block_size or ids.shape[1]
@@ -197,6 +201,15 @@ def edit_for(config: GenerationConfig) -> Edit | None:
     if config.editing_threshold is None:
         return None
     return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps or 0)
+
+
+def _check_room(rows: int, length: int, block_size: int | None) -> None:
+    """Every block is a set of positions of the whole canvas."""
+    if rows * length * (length // (block_size or length) + 1) > MOST_PLACES:
+        raise ConfigError(
+            f"{rows} rows of {length} tokens in blocks of {block_size} take more than {MOST_PLACES} bytes of "
+            "positions; raise block_size, or decode fewer rows or tokens."
+        )
 
 
 def _warn_if_long(model: nn.Module, length: int) -> None:

@@ -13,6 +13,10 @@ CACHES = ("exact", "none", "approximate")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
 TOKEN_LISTS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
+MOST = 2**16
+"""Of tokens and steps: more than any model of this kind can use, and as much as a mistyped number may cost."""
+COLDEST = 1e-4
+"""Below it, logits divided by the temperature leave the range of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,32 +29,42 @@ class GenerationConfig:
     with `editing_threshold` committed tokens may still be replaced (LLaDA2.1). Values of None become the default.
     """
 
-    max_new_tokens: int | None = option(128, "Length of the response; unset: what max_length leaves.", minimum=1)
-    max_length: int | None = option(None, "Length of prompt and response, if max_new_tokens is unset.", minimum=1)
-    block_size: int | None = option(
-        None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1
+    max_new_tokens: int | None = option(
+        128, "Length of the response; unset: what max_length leaves.", minimum=1, maximum=MOST
     )
-    steps: int | None = option(None, "Denoising steps in all; unset: one per token.", minimum=1)
-    steps_per_block: int | None = option(None, "Denoising steps of a block, instead of steps.", minimum=1)
-    temperature: float | None = option(0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0)
+    max_length: int | None = option(
+        None, "Length of prompt and response, if max_new_tokens is unset.", minimum=1, maximum=MOST
+    )
+    block_size: int | None = option(
+        None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1, maximum=MOST
+    )
+    steps: int | None = option(None, "Denoising steps in all; unset: one per token.", minimum=1, maximum=MOST)
+    steps_per_block: int | None = option(None, "Denoising steps of a block, instead of steps.", minimum=1, maximum=MOST)
+    temperature: float | None = option(
+        0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0, maximum=1e4
+    )
     top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
     top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
     remasking: str | None = option("low_confidence", "Which predictions are kept.", choices=tuple(COMMITS))
     threshold: float | None = option(
         None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
     )
-    factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0)
-    num_to_transfer: int | None = option(None, "With threshold or editing: the fewest a step commits.", minimum=1)
+    factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0, maximum=1e6)
+    num_to_transfer: int | None = option(
+        None, "With threshold or editing: the fewest a step commits.", minimum=1, maximum=MOST
+    )
     editing_threshold: float | None = option(
         None, "Replace committed tokens by predictions surer than this (LLaDA2.1).", minimum=0, maximum=1
     )
-    max_post_steps: int | None = option(16, "With editing: how often a full block is looked at again.", minimum=0)
+    max_post_steps: int | None = option(
+        16, "With editing: how often a full block is looked at again.", minimum=0, maximum=MOST
+    )
     transfer_schedule: str | None = option("dllm", "Fixed numbers: where what is left over goes.", choices=SCHEDULES)
     stochastic_transfer: bool | None = option(False, "Draw how many tokens a step commits instead of spreading evenly.")
     stable_steps: int | None = option(
-        None, "Commit the rest of a block once predictions are the same for so many steps.", minimum=1
+        None, "Commit the rest of a block once predictions are the same for so many steps.", minimum=1, maximum=MOST
     )
-    cfg_scale: float | None = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0)
+    cfg_scale: float | None = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0, maximum=1e4)
     cfg_keep_tokens: tuple[int, ...] | None = option((), "Prompt tokens that guidance never masks.")
     suppress_tokens: tuple[int, ...] | None = option((), "Tokens that are never predicted.")
     begin_suppress_tokens: tuple[int, ...] | None = option(
@@ -64,19 +78,23 @@ class GenerationConfig:
     soft_mask: bool | None = option(
         False, "Soft-masking: masked positions are shown as what was last predicted there; for models trained with it."
     )
-    soft_mask_top_k: int | None = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1)
+    soft_mask_top_k: int | None = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=MOST)
     soft_mask_scale: float | None = option(
         0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1
     )
-    soft_mask_steepness: float | None = option(5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0)
+    soft_mask_steepness: float | None = option(
+        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
+    )
     soft_mask_centre: float | None = option(
-        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", maximum=0
+        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
     )
     cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
     compile: str | None = option(
         None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
     )
-    cache_refresh: int | None = option(8, "With the approximate cache: steps until all is recomputed.", minimum=1)
+    cache_refresh: int | None = option(
+        8, "With the approximate cache: steps until all is recomputed.", minimum=1, maximum=MOST
+    )
     cache_scope: str | None = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
     )
@@ -86,7 +104,8 @@ class GenerationConfig:
             if getattr(self, field.name) is None and field.default is not None and field.name != "max_new_tokens":
                 object.__setattr__(self, field.name, field.default)
         for name in TOKEN_LISTS:
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         validate(self)
         self._check_tokens()
         if self.max_new_tokens is None and self.max_length is None:
@@ -155,6 +174,10 @@ class GenerationConfig:
         is_free = self.editing_threshold is not None or self.num_to_transfer is not None or self.factor is not None
         looks = self.threshold is not None or is_free
         return [
+            (
+                0 < (self.temperature or 0) < COLDEST,
+                f"temperature must be 0 (the likeliest token) or at least {COLDEST}, got {self.temperature}.",
+            ),
             (
                 self.steps is not None and self.steps_per_block is not None,
                 "steps and steps_per_block say the same; leave one of them out.",

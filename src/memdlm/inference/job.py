@@ -23,6 +23,7 @@ from memdlm.inference.canvas import (
     reveal_for,
     rule_for,
 )
+from memdlm.inference.checking import check_parts, check_tokens
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
@@ -33,7 +34,10 @@ from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View,
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.backbone import MaskedDiffusionLM
+from memdlm.models.checking import check_randomness, vocabulary_of
+from memdlm.models.foreign import check_places
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.soundness import blaming
 from memdlm.models.wrappers import unwrap
 from memdlm.randomness import Randomness, derive
 from memdlm.types import IGNORE_INDEX, Denoise
@@ -58,12 +62,16 @@ class Job:
     prompt_cache: PromptCache | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Write the memory, if there is one, and fill the canvas; yields after every denoising step."""
+        """Write the memory, if there is one, and fill the canvas; yields after every denoising step.
+
+        Between the steps the model is bare, and held: no other memory can be opened. Raises NotFiniteError when the
+        model computes NaN or infinity.
+        """
         canvas, config = self.canvas, self.config
         stable = None if config.stable_steps is None else StableAnswer(config.stable_steps)
         stop = EosStop((self.special.eos,), canvas.is_response) if self.stops and config.eos_early_stop else None
-        with nullcontext() if self.memory is None else self._written(self.memory):
-            yield from denoise_canvas(
+        with nullcontext() if self.memory is None else self._written(self.memory), blaming(self.model):
+            for step in denoise_canvas(
                 self._denoiser(),
                 canvas.ids,
                 canvas.is_open,
@@ -74,7 +82,10 @@ class Job:
                 stop=stop,
                 stable=stable,
                 generator=self.randomness,
-            )
+            ):
+                # Whoever looks at the step may call the model too, and opened no memory.
+                with nullcontext() if self.memory is None else self.memory.set_aside():
+                    yield step
 
     def _denoiser(self) -> Denoise:
         canvas, config = self.canvas, self.config
@@ -179,9 +190,11 @@ def response_job(
     prompt_cache: PromptCache | None = None,
 ) -> Job:
     """Prepare responses to `prompts`; the arguments are those of `generate`."""
+    check_parts(model, tokenizer, config, memory, attention_pattern, prompt_cache)
     config = GenerationConfig() if config is None else config
     special = special_ids(tokenizer)
-    rows = encode_prompts(tokenizer, prompts)
+    check_tokens(model, special, config, memory)
+    rows = encode_prompts(tokenizer, prompts, vocabulary_of(model))
     canvas = response_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
     return _job(model, config, special, rows, canvas, memory, generator, stops=True, prompt_cache=prompt_cache)
 
@@ -197,9 +210,11 @@ def infill_job(
     attention_pattern: AttentionPattern | None = None,
 ) -> Job:
     """Prepare the filling of mask tokens in `sequences`; the arguments are those of `infill`."""
+    check_parts(model, tokenizer, config, memory, attention_pattern)
     config = GenerationConfig() if config is None else config
     special = special_ids(tokenizer)
-    rows = encode_prompts(tokenizer, sequences)
+    check_tokens(model, special, config, memory)
+    rows = encode_prompts(tokenizer, sequences, vocabulary_of(model))
     canvas = infill_canvas(rows, config, special, pattern_for(model, config, attention_pattern), model)
     return _job(model, config, special, rows, canvas, memory, generator, stops=False)
 
@@ -217,6 +232,8 @@ def _job(
     prompt_cache: PromptCache | None = None,
 ) -> Job:
     config.check_vocabulary(_vocabulary(model))
+    check_randomness(generator, len(rows))
+    check_places(model, canvas.ids.shape[1], "prompt and response")
     # One per row, all alike: every row gets the numbers it would get alone.
     randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
     return Job(

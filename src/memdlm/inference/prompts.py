@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.errors import ConfigError, DataError
+from memdlm.models.checking import check_range
 from memdlm.models.families import FAMILIES
+from memdlm.options import shortened
 from memdlm.templates import message_ids, prompt_ids
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor
@@ -38,11 +40,16 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
     return SpecialIds(int(tokenizer.mask_token_id), eos, (eos, *sorted(turns - {eos})))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Return one int64 tensor of ids per prompt; raises DataError for an empty list, and for a prompt that is
-    empty, no text, or refused by the chat template, naming its index."""
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise DataError("prompts must be a non-empty list, one entry per prompt.")
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], vocabulary: int | None = None
+) -> list[Tensor]:
+    """Return one int64 tensor of ids per prompt.
+
+    Raises DataError, naming the prompt's index, for one that is empty, of another kind, no text (lone surrogates),
+    refused by the chat template, or with ids outside the `vocabulary`.
+    """
+    if not isinstance(prompts, (Sequence, Tensor)) or isinstance(prompts, (str, bytes)) or len(prompts) == 0:
+        raise DataError(f"prompts must be a non-empty list, one entry per prompt, got {shortened(prompts)}.")
     encoded = []
     for index, prompt in enumerate(prompts):
         try:
@@ -52,20 +59,25 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     for index, ids in enumerate(encoded):
         if ids.numel() == 0:
             raise DataError(f"prompt {index} is empty; give at least one token.")
+        check_range(ids, f"prompt {index}", vocabulary)
     return encoded
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
     if isinstance(prompt, Tensor):
-        return prompt.flatten().long().cpu()
+        # A row of one, as tokenizers return it, is meant as the row.
+        ids = prompt.squeeze(0) if prompt.dim() == 2 and len(prompt) == 1 else prompt
+        if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
+            raise DataError(f"it must be int64 of shape [L], got {prompt.dtype} of shape {tuple(prompt.shape)}.")
+        return ids.long().cpu()
     if isinstance(prompt, str):
         return torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64)
-    items: list[Any] = list(prompt)
+    items: list[Any] | None = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else None
     if items and all(isinstance(item, Mapping) for item in items):
         return torch.tensor(message_ids(tokenizer, items, generation=True), dtype=torch.int64)
-    if all(isinstance(item, int) for item in items):
+    if items is not None and all(type(item) is int and abs(item) < 2**62 for item in items):
         return torch.tensor(items, dtype=torch.int64)
-    raise DataError(f"a list of {type(items[0]).__name__} is none; give text, messages, or a list of ids.")
+    raise DataError(f"{shortened(prompt)} is none; give text, messages, or a list of ids.")
 
 
 def pad(rows: Sequence[Tensor], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,13 @@ from torch import Tensor, nn
 
 from memdlm.diffusion.likelihood import Likelihood, monte_carlo_nll
 from memdlm.errors import ConfigError
+from memdlm.inference.checking import check_count, check_scoring
 from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.checking import check_token
 from memdlm.models.denoiser import ModelDenoiser
+from memdlm.models.foreign import check_places
 from memdlm.models.masks import AttentionPattern
+from memdlm.models.soundness import blaming
 from memdlm.randomness import derive
 
 
@@ -32,6 +36,8 @@ def score(
     comes from `mask_token_id`, the memory, or the model's configuration; ConfigError when none of them has it.
     `attention_pattern` None is full attention, as published for every family.
     """
+    check_scoring(model, prompt_ids, target_ids, memory, generator, attention_pattern)
+    num_samples, batch_size = check_count(num_samples, "num_samples"), check_count(batch_size, "batch_size")
     mask = mask_token_id
     if mask is None:
         mask = memory.mask_token_id if memory is not None else getattr(model.config, "mask_token_id", None)
@@ -39,13 +45,16 @@ def score(
         raise ConfigError(
             "mask_token_id: the model's configuration has none; pass mask_token_id=tokenizer.mask_token_id."
         )
+    check_token(mask, "mask_token_id", model)
+    check_places(model, prompt_ids.numel() + target_ids.numel(), "the text")
     generator = derive("memdlm.score", 0) if generator is None else generator
     device = next(model.parameters()).device
-    prompt_ids, target_ids = prompt_ids.to(device), target_ids.to(device)
+    prompt_ids, target_ids = prompt_ids.to(device, torch.int64), target_ids.to(device)
     writes = memory is not None and prompt_ids.numel() > 0
     with (
         memory.write(prompt_ids[None], generator=generator) if memory is not None and writes else nullcontext(),
         torch.no_grad(),
+        blaming(model),
     ):
         return monte_carlo_nll(
             ModelDenoiser(model, attention_pattern=attention_pattern, right_shift_logits=right_shift_logits),

@@ -15,6 +15,8 @@ from torch import Tensor
 from memdlm.errors import ConfigError, MemoryFileError
 from memdlm.memory.packing import Pair, Pairs
 from memdlm.memory.saved import SavedMemory
+from memdlm.options import shortened
+from memdlm.strict_json import is_number, is_whole
 
 
 def concatenate(
@@ -30,6 +32,7 @@ def concatenate(
     ConfigError for a list that is empty or of another length than `weights`, and for memories with a learned start
     that would be counted more or less than once.
     """
+    _check_kinds(memories, weights, start)
     memories = list(memories)
     weights = [1.0] * len(memories) if weights is None else [float(weight) for weight in weights]
     if not memories or len(weights) != len(memories):
@@ -65,6 +68,7 @@ def concatenate(
 
 def average(memories: Sequence[SavedMemory]) -> SavedMemory:
     """Return one memory that adds the mean of what `memories` add; see `concatenate`."""
+    _check_kinds(memories, None, None)
     return concatenate(memories, [1 / max(1, len(memories))] * len(memories))
 
 
@@ -75,8 +79,11 @@ def compress(memory: SavedMemory, rank: int) -> SavedMemory:
     The provenance has the error as `compression`: the share of the Frobenius norm over all modules that was lost, and
     that of the module which lost most. Raises ConfigError unless 1 <= rank < the memory's.
     """
-    if not 1 <= rank < memory.rank:
-        raise ConfigError(f"rank must be from 1 to {memory.rank - 1}, one less than the memory's, got {rank}.")
+    _check_kinds([memory], None, None)
+    if not is_whole(rank, 1, memory.rank - 1):
+        raise ConfigError(
+            f"rank must be from 1 to {memory.rank - 1}, one less than the memory's, got {shortened(rank)}."
+        )
     pairs: Pairs = {}
     lost, whole, worst = 0.0, 0.0, 0.0
     for module, pair in memory.pairs.items():
@@ -96,6 +103,15 @@ def _made_of(
     memory: SavedMemory, rank: int, pairs: Pairs, targets: tuple[str, ...], provenance: dict[str, Any]
 ) -> SavedMemory:
     return dataclasses.replace(memory, rank=rank, pairs=pairs, targets=targets, provenance=provenance)
+
+
+def _check_kinds(memories: Any, weights: Any, start: Any) -> None:
+    """Raise ConfigError for what is no memory, and for weights that are no finite numbers."""
+    is_list = isinstance(memories, Sequence) and all(isinstance(each, SavedMemory) for each in memories)
+    if not is_list or not isinstance(start, (SavedMemory, type(None))):
+        raise ConfigError("memories must be a list of SavedMemory (ParametricMemory.export or read_memory give one).")
+    if weights is not None and not (isinstance(weights, Sequence) and all(is_number(each) for each in weights)):
+        raise ConfigError(f"weights must be a list of finite numbers, one per memory, got {shortened(weights)}.")
 
 
 def _check_alike(memories: Sequence[SavedMemory]) -> None:

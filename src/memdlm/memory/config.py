@@ -29,30 +29,36 @@ TRAINER_OPTIONS = (
     "batch_reach",
 )
 """Options of a training run: what it writes, and how it learns from what was written."""
+MOST = 4096
+"""Of updates, of views and of ranks: more than any use has, and as much as a mistyped number may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Where fast weights sit and how a write moves them. The defaults are the paper's (`MemoryConfig.paper()`)."""
 
-    num_inner_steps: int = option(2, "States of the trajectory, one update each.", minimum=1)
-    num_inner_epochs: int = option(1, "How often the trajectory is repeated; fast weights are kept.", minimum=1)
+    num_inner_steps: int = option(2, "States of the trajectory, one update each.", minimum=1, maximum=MOST)
+    num_inner_epochs: int = option(
+        1, "How often the trajectory is repeated; fast weights are kept.", minimum=1, maximum=MOST
+    )
     masking_strategy: str = option("pmc", "How the states follow from the anchor.", choices=tuple(STRATEGIES))
     prompt_mask_ratio: float = option(0.2, "Share of the tokens masked in the anchor at inference.", above=0, maximum=1)
     progressive_consistent_start_scale: float = option(
-        1.5, "The first state masks this many times the anchor's tokens.", minimum=1
+        1.5, "The first state masks this many times the anchor's tokens.", minimum=1, maximum=1e6
     )
     chunk_length: int | None = option(
         None, "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.", minimum=1
     )
-    strides: int = option(2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2)
-    inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0)
+    strides: int = option(
+        2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2, maximum=MOST
+    )
+    inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0, maximum=1e6)
     inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
     inner_clip_scope: str = option(
         "tensor", "What is clipped: every fast-weight tensor, or all of a memory by one norm.", choices=CLIP_SCOPES
     )
-    inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1)
-    inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0)
+    inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1, maximum=MOST)
+    inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0, maximum=1e6)
     inner_dropout: float = option(
         0.0, "Share of the low-rank fast weights' inputs zeroed during a write.", minimum=0, below=1
     )
@@ -64,7 +70,7 @@ class MemoryConfig:
     )
     inner_adapter_type: str = option("lora", "Kind of fast weights.", choices=tuple(ADAPTERS))
     inner_loss_type: str = option("ce", "Inner objective.", choices=tuple(OBJECTIVES))
-    distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", above=0)
+    distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", minimum=1e-4, maximum=1e4)
     distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
     inner_loss_mask_mode: str = option("student_masked", "Which masked positions count.", choices=SCORED)
     loss_weight_type: str | None = option(
@@ -98,8 +104,10 @@ class MemoryConfig:
     outer_mix: float = option(0.0, "Share of the outer loss that is computed without memory.", minimum=0, maximum=1)
     learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
     learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
-    learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0)
-    learned_rates_lr: float = option(0.03, "Outer learning rate of the logarithms of the learned rates.", above=0)
+    learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0, maximum=1e6)
+    learned_rates_lr: float = option(
+        0.03, "Outer learning rate of the logarithms of the learned rates.", above=0, maximum=1e6
+    )
     attention: str = option(
         "full",
         "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
@@ -111,7 +119,7 @@ class MemoryConfig:
         "as 1,1,1; unset: always both.",
     )
     batch_reach: int | None = option(
-        None, "Steps with memory alone: how far attention sees to either side, in tokens.", minimum=0
+        None, "Steps with memory alone: how far attention sees to either side, in tokens.", minimum=0, maximum=2**24
     )
     sync_inner: bool | None = option(
         None,
@@ -235,7 +243,7 @@ class MemoryConfig:
             numbers = [float(part) for part in self.batch_mix.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) != 3 or not all(0 <= number < float("inf") for number in numbers) or not sum(numbers):
+        if len(numbers) != 3 or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
             raise ConfigError(
                 f"mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, got "
                 f"{self.batch_mix!r}."

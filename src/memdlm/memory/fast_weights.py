@@ -2,7 +2,7 @@
 
 Fast weights are never parameters or buffers of the model, so they cannot reach its state dict, its optimizer, its
 gradient norm or its checkpoints. A forward hook adds them to a linear layer's output; stacked experts ask an
-`ExpertAdditions` object.
+`ExpertAdditions` object. One memory can be open per network, and only the thread that opened it reads it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from memdlm.errors import ConfigError
 from memdlm.memory.adapters import Adapter, check_rows
 from memdlm.memory.dropout import InputDropout
+from memdlm.memory.open_block import OpenBlock, claimed
 from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
+from memdlm.models.patching import copied_bare
+from memdlm.options import shortened
 from memdlm.randomness import Randomness, seeds
 
 State: TypeAlias = tuple[int, InputDropout | None]
@@ -25,15 +28,25 @@ State: TypeAlias = tuple[int, InputDropout | None]
 
 @final
 class FastWeights:
-    """phi: for every site, the adapter's tensors."""
+    """phi: for every site, the adapter's tensors. `blocks` are the adapted blocks of `network`."""
 
-    def __init__(self, sites: Sequence[Site], adapter: Adapter) -> None:
-        self.sites, self.adapter = tuple(sites), adapter
+    def __init__(
+        self, sites: Sequence[Site], adapter: Adapter, *, network: nn.Module, blocks: Sequence[nn.Module]
+    ) -> None:
+        self.sites, self.adapter, self.network, self.blocks = tuple(sites), adapter, network, tuple(blocks)
         self.num_samples = 0
         self._values: dict[str, tuple[Tensor, ...]] = {}
         self._dropout: InputDropout | None = None
-        self._is_dropping = self._is_attached = False
+        self._is_dropping = False
+        self._block: OpenBlock | None = None
+        self._attachments: ExitStack | None = None
         self._some: tuple[tuple[int, ...], dict[str, tuple[Tensor, ...]]] | None = None
+        self._is_part = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._block is not None:
+            raise ConfigError(f"a memory is not copied while it is open: {self._block}. Leave the block first.")
+        return self.__dict__
 
     def reset(self, num_samples: int, randomness: Randomness, start: Sequence[Tensor] | None = None) -> None:
         """Start anew for `num_samples` samples: from `start`, or from values that add nothing until updated.
@@ -82,11 +95,23 @@ class FastWeights:
 
     @contextmanager
     def of_samples(self, samples: Tensor) -> Iterator[None]:
-        """Hold only the values of `samples` [n] inside the block; with one memory for all rows nothing changes."""
-        if self.num_samples == 1:
+        """Hold only the values of `samples` [n] inside the block; with one memory for all rows nothing changes.
+
+        Raises ConfigError where no memory is open, inside another such block, and for samples that are not there.
+        """
+        self._check_open()
+        if not isinstance(samples, Tensor) or samples.dim() != 1 or samples.dtype not in (torch.int64, torch.int32):
+            raise ConfigError(f"rows must be int64 of shape [R], got {shortened(samples)}.")
+        if self.num_samples == 1 and not self._is_part:
             yield
             return
         values, number, key = self._values, self.num_samples, tuple(samples.tolist())
+        if self._is_part:
+            raise ConfigError("some rows' memories are chosen already; leave that block before choosing others.")
+        if not key or not all(0 <= sample < number for sample in key):
+            raise ConfigError(
+                f"the rows {list(key)} are not there: {number} memories are open, from 0 to {number - 1}."
+            )
         if self._some is None or self._some[0] != key:
             chosen = {
                 path: tuple(tensor.index_select(-3, samples.to(tensor.device)) for tensor in tensors)
@@ -94,11 +119,11 @@ class FastWeights:
             }
             # Decoding asks for the same rows many times in a row.
             self._some = key, chosen
-        self._values, self.num_samples = self._some[1], len(key)
+        self._values, self.num_samples, self._is_part = self._some[1], len(key), True
         try:
             yield
         finally:
-            self._values, self.num_samples = values, number
+            self._values, self.num_samples, self._is_part = values, number, False
 
     def tensors(self) -> list[Tensor]:
         """Return all values, site by site in the adapter's order."""
@@ -133,31 +158,101 @@ class FastWeights:
         self.replace([values[name].to(old).detach().requires_grad_() for name, old in current.items()])
 
     @contextmanager
+    def opened(self, kind: str) -> Iterator[None]:
+        """Hold the network for these values, which are forgotten at the end; the network does not read them yet.
+
+        Raises ConfigError when a memory holds it already, this one or another. `kind` is for such messages.
+        """
+        with claimed(self.blocks[-1], kind) as self._block:
+            try:
+                yield
+            finally:
+                self._block = None
+                self.erase()
+
+    def check_thread(self) -> None:
+        """Raise ConfigError if the values are open in another thread."""
+        if self._block is not None:
+            self._block.check_thread()
+
+    @contextmanager
     def attached(self) -> Iterator[None]:
         """Let the network read these values inside the block, and not a moment longer."""
         with ExitStack() as stack:
-            stack.callback(setattr, self, "_is_attached", False)
-            self._is_attached = True
-            for module, sites in self._sites_by_module().items():
-                if isinstance(module, Experts):
-                    stack.callback(setattr, module, "additions", None)
-                    module.additions = _ExpertReader(self, sites)
-                else:
-                    handle = module.register_forward_hook(self._hook(sites[0]))
-                    stack.callback(handle.remove)
+            if self._block is None:
+                block = stack.enter_context(claimed(self.blocks[-1], "read"))
+                stack.callback(setattr, self, "_block", None)
+                self._block = block
+            stack.callback(self._detach)
+            self._attachments = self._attach()
             yield
+
+    def _detach(self) -> None:
+        if self._attachments is not None:
+            self._attachments.close()
+        self._attachments = None
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside an open block: let the network read nothing for the length of this one, and hold it all the same.
+
+        Whoever leaves it reads on, in whatever thread that is.
+        """
+        if self._attachments is None or self._block is None:
+            raise ConfigError("no memory is open that could be set aside.")
+        self.check_thread()
+        self._detach()
+        try:
+            yield
+        finally:
+            self._block.take_over()
+            self._attachments = self._attach()
 
     @contextmanager
     def holding(self, tensors: Sequence[Tensor], state: State) -> Iterator[None]:
-        """Let the network read `tensors` inside the block, as in `state`, whatever is open around it."""
-        before = self.state(), self._values
-        (self.num_samples, self._dropout), self._values = state, {}
-        self.replace(tensors)
-        try:
-            with nullcontext() if self._is_attached else self.attached():
+        """Let the network read `tensors` inside the block, as in `state`, in the place of what these values were."""
+        self.check_thread()
+        with nullcontext() if self._attachments is not None else self.attached():
+            before = self.state(), self._values
+            (self.num_samples, self._dropout), self._values = state, {}
+            self.replace(tensors)
+            try:
                 yield
-        finally:
-            (self.num_samples, self._dropout), self._values = before
+            finally:
+                (self.num_samples, self._dropout), self._values = before
+
+    def _attach(self) -> ExitStack:
+        """Put the values beside what the modules compute; closing the stack takes them away again."""
+        changed: dict[nn.Module, dict[str, Any]] = {}
+        handles = []
+        with ExitStack() as stack:
+            for block in self.blocks:
+                handles.append(block.register_forward_pre_hook(self._check_rows, with_kwargs=True))
+                stack.callback(handles[-1].remove)
+                changed[block] = {}
+            for module, sites in self._sites_by_module().items():
+                changed[module] = {}
+                if isinstance(module, Experts):
+                    changed[module] = {"additions": module.additions}
+                    stack.callback(setattr, module, "additions", module.additions)
+                    module.additions = _ExpertReader(self, sites)
+                else:
+                    handles.append(module.register_forward_hook(self._hook(sites[0])))
+                    stack.callback(handles[-1].remove)
+            stack.enter_context(copied_bare(self.network, changed, {handle.id for handle in handles}))
+            return stack.pop_all()
+
+    def _check_rows(self, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        # Here, because experts see tokens, not rows.
+        self.check_thread()
+        hidden = arguments[0] if arguments else next(iter(keywords.values()), None)
+        if isinstance(hidden, Tensor):
+            check_rows(hidden.shape[0], self.num_samples)
+
+    def _check_open(self) -> None:
+        if self._block is None:
+            raise ConfigError("no memory is open; use this inside a `with memory.write(...)` block.")
+        self.check_thread()
 
     def state(self) -> State:
         """Return what, beside the values, decides how they are read."""
@@ -171,6 +266,7 @@ class FastWeights:
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
+            self.check_thread()
             x = arguments[0]
             check_rows(x.shape[0], self.num_samples)
             x = x.reshape(self.num_samples, -1, x.shape[-1])
@@ -194,6 +290,7 @@ class _ExpertReader(ExpertAdditions):
 
     @property
     def num_samples(self) -> int:  # type: ignore[override]
+        self.fast.check_thread()
         return self.fast.num_samples
 
     def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:

@@ -1,14 +1,18 @@
 """From an open memory to one that is kept, and back: what `ParametricMemory` saves, loads and recalls."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import final
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.errors import ConfigError, MemoryFileError
+from memdlm.errors import ConfigError, MemoryFileError, NotFiniteError
+from memdlm.finite import is_finite
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.fingerprint import Identity
@@ -38,8 +42,22 @@ class WrittenText:
         return {
             "tokens": ids.numel(),
             "ids_sha256": hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
-            "write_losses": self.written.losses[:, row].tolist(),
+            # JSON has no NaN: of an update that was left out there is no loss.
+            "write_losses": [loss if isfinite(loss) else None for loss in self.written.losses[:, row].tolist()],
         }
+
+
+def check_written(losses: Tensor, values: Sequence[Tensor]) -> None:
+    """Raise NotFiniteError when `values`, or their last `losses`, are not finite; waits for the device once.
+
+    A last update that was left out because its loss was not finite leaves the values that made it so.
+    """
+    flags = [is_finite(each) for each in (losses, *values)]
+    if not all(torch.stack([flag.to(losses.device) for flag in flags]).tolist()):
+        raise NotFiniteError(
+            f"the memory or its loss is not finite after the write (last losses: {losses.tolist()}); it would make "
+            "every answer NaN."
+        )
 
 
 @final
@@ -62,26 +80,34 @@ class Keeper:
         """Do what `ParametricMemory.export` says."""
         if self.source is None:
             raise ConfigError("no memory is open; save inside a `with memory.write(...)` block.")
+        self.fast.check_thread()
         if isinstance(self.source, SavedMemory):
             return self.source
         samples = self.fast.num_samples
         if row is None and samples > 1:
             raise ConfigError(f"row is missing: {samples} memories are open; say which, from 0 to {samples - 1}.")
         row = 0 if row is None else row
+        if isinstance(row, bool) or not isinstance(row, int):
+            raise ConfigError(f"row must be an integer, got {row!r:.80}.")
         if not 0 <= row < samples:
             raise ConfigError(f"row {row} is not there: {samples} memories are open, from 0 to {samples - 1}.")
-        return self._packed(row, learned, self.source.provenance(row, samples))
+        check_written(self.source.written.losses[-1, row], [value.select(-3, row) for value in self.fast.tensors()])
+        return self._packed(self.fast, row, learned, self.source.provenance(row, samples))
 
     def unwritten(self, learned: LearnedWrite | None) -> SavedMemory:
         """Do what `ParametricMemory.unwritten` says."""
         start = None if learned is None else learned.start()
         if start is None:
             raise ConfigError("this memory has no learned start: unwritten, it adds nothing.")
-        with self.fast.holding(start, (1, None)):
-            return self._packed(0, learned, {"tokens": 0})
+        # Values of their own: a memory that is open stays as it is.
+        fast = FastWeights(self.fast.sites, self.fast.adapter, network=self.network, blocks=self.fast.blocks)
+        fast.replace(start)
+        return self._packed(fast, 0, learned, {"tokens": 0})
 
-    def _packed(self, row: int, learned: LearnedWrite | None, provenance: dict[str, object]) -> SavedMemory:
-        rank, pairs = pack(self.fast, row, self.network)
+    def _packed(
+        self, fast: FastWeights, row: int, learned: LearnedWrite | None, provenance: dict[str, object]
+    ) -> SavedMemory:
+        rank, pairs = pack(fast, row, self.network)
         return SavedMemory(
             fingerprint=self.identity.fingerprint(learned),
             config=self.config,

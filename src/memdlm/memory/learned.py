@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.files import replace_files
+from memdlm.finite import is_finite
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.options import from_mapping
 from memdlm.randomness import derive
+from memdlm.strict_json import check_fields, is_object, is_whole, read_json
 
 TRAINING_ONLY = (
     "write_source",
@@ -44,6 +46,8 @@ TRAINING_ONLY = (
 """
 
 RATES = "log_rates"
+MOST_LOG_RATE = 50
+"""Rates are exponentials: beyond it they are no learning rates."""
 
 
 @final
@@ -129,6 +133,13 @@ class LearnedWrite(nn.Module):
             raise CheckpointError(
                 f"{path} was learned for another model: {', '.join(wrong[:4])} are missing, unknown or of another size."
             )
+        for name in own:
+            if not found[name].is_floating_point() or not bool(is_finite(found[name])):
+                raise CheckpointError(f"{path}: {name} holds something else than finite numbers; train the start anew.")
+        if RATES in own and bool(found[RATES].abs().max() > MOST_LOG_RATE):
+            raise CheckpointError(
+                f"{path}: {RATES} goes beyond +-{MOST_LOG_RATE}, which no training leaves; it diverged."
+            )
         for name, tensor in own.items():
             tensor.copy_(found[name])
 
@@ -137,7 +148,8 @@ def saved_config(folder: str | Path) -> MemoryConfig:
     """Return the options of the memory whose start or rates lie in `folder`; raises CheckpointError without them."""
     path = Path(folder) / MEMORY_CONFIG_FILE
     try:
-        options = dict(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: could not be read: {error!r}") from error
-    return from_mapping(MemoryConfig, options, f"{path}: memory")
+        options = read_json(path)
+        check_fields(options, {"format": lambda value: is_whole(value, 1, 1), "config": is_object}, "it")
+        return from_mapping(MemoryConfig, options["config"], "memory")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: could not be read: {error}") from error

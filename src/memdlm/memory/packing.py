@@ -4,6 +4,7 @@ R rank. A pair is {"A": [R, in], "B": [out, R]}; scale * B A is what the memory 
 are modules of their own; one that adds exactly nothing needs no pair.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.errors import MemoryFileError
+from memdlm.finite import is_finite
 from memdlm.memory.adapters import Full, LoRA
 from memdlm.memory.fast_weights import FastWeights, value_dtype
 from memdlm.memory.sites import Site
 from memdlm.models.outer_adapters import published_name
+
+NUMBER = re.compile(r"(?<![^.])(0|[1-9][0-9]*)(?![^.])", re.ASCII)
+"""A part of a dotted name that is a number, written in the only way."""
 
 Pair: TypeAlias = dict[str, Tensor]
 Pairs: TypeAlias = dict[str, Pair]
@@ -69,7 +74,9 @@ def scale_of(config: Any) -> float:
 def pack(fast: FastWeights, row: int, network: nn.Module) -> tuple[int, Pairs]:
     """Return the rank and the pairs of sample `row`, copied to the CPU."""
     layers = layers_of(fast.sites, network)
-    values = [[tensor.detach().select(-3, row).cpu() for tensor in fast.read(site.path)] for site in fast.sites]
+    values = [
+        [tensor.detach().select(-3, row).to("cpu", copy=True) for tensor in fast.read(site.path)] for site in fast.sites
+    ]
     if isinstance(fast.adapter, Full):
         rank = max(min(layer.in_features, layer.out_features) for layer in layers)
         values = [list(_factored(delta, rank)) for (delta,) in values]
@@ -105,20 +112,44 @@ def _factored(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def check_pairs(pairs: Mapping[str, Pair], layers: Sequence[Layer], rank: int, where: str) -> None:
-    """Raise MemoryFileError unless `pairs` are those of `layers`; only experts may be left out."""
-    expected = {module: layer for layer in layers for module in layer.modules()}
-    for module in pairs:
-        if module not in expected:
+    """Raise MemoryFileError unless `pairs` are those of `layers`, in finite numbers; only experts may be left out."""
+    by_name = {layer.name: layer for layer in layers}
+    owners = {module: _owner(module, by_name) for module in pairs}
+    for module, layer in owners.items():
+        if layer is None:
             raise MemoryFileError(f"{where}: {module} is none of the adapted projections; a tensor was renamed.")
-    present = {expected[module].name for module in pairs}
-    for layer in layers:
-        if layer.num_experts is None and layer.name not in present:
-            raise MemoryFileError(f"{where}: the tensors of {layer.name} are missing.")
-    for module, pair in pairs.items():
-        layer = expected[module]
         for side, size in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
-            if tuple(pair[side].shape) != size:
-                raise MemoryFileError(f"{where}: {module}.lora_{side} has shape {tuple(pair[side].shape)}, not {size}.")
+            tensor = pairs[module][side]
+            if tuple(tensor.shape) != size:
+                raise MemoryFileError(f"{where}: {module}.lora_{side} has shape {tuple(tensor.shape)}, not {size}.")
+            if not tensor.is_floating_point():
+                raise MemoryFileError(f"{where}: {module}.lora_{side} has numbers of {tensor.dtype}.")
+    for layer in layers:
+        if layer.num_experts is None and layer not in owners.values():
+            raise MemoryFileError(f"{where}: the tensors of {layer.name} are missing.")
+    unsound = first_unsound(pairs)
+    if unsound is not None:
+        raise MemoryFileError(f"{where}: {unsound} holds NaN or infinity; the memory cannot be read.")
+
+
+def _owner(module: str, layers: Mapping[str, Layer]) -> Layer | None:
+    """Return the layer that `module` belongs to; however many experts that has, their names are not listed."""
+    if module in layers:
+        return layers[module] if layers[module].num_experts is None else None
+    for number in NUMBER.finditer(module):
+        layer = layers.get(f"{module[: number.start()]}*{module[number.end() :]}")
+        if layer is not None and len(number[0]) < 10 and int(number[0]) < (layer.num_experts or 0):
+            return layer
+    return None
+
+
+def first_unsound(pairs: Mapping[str, Pair]) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity; None: there is none."""
+    for module, pair in pairs.items():
+        for side, tensor in pair.items():
+            if not bool(is_finite(tensor)):
+                return f"{module}.lora_{side}"
+    return None
 
 
 def unpack(pairs: Mapping[str, Pair], rank: int, fast: FastWeights, network: nn.Module) -> list[Tensor]:

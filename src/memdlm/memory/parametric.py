@@ -1,6 +1,5 @@
 """A model's parametric memory: write a text into fast weights, read it through any call, leave no trace."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -14,23 +13,26 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import ConfigError
+from memdlm.memory.checking import check_parts, check_text, warn_if_long
 from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
-from memdlm.memory.keeping import Keeper, WrittenText
+from memdlm.memory.keeping import Keeper, WrittenText, check_written
 from memdlm.memory.learned import LearnedWrite, saved_config
 from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, trajectory
+from memdlm.models.checking import check_kind
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import decoding_pattern
 from memdlm.models.masks import AttentionPattern, BlockCausal
 from memdlm.models.patching import recomputed
 from memdlm.models.prefix import Prefix, SharedPrefix
+from memdlm.models.soundness import blaming
 from memdlm.models.wrappers import unwrap, unwrap_parallel
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
@@ -44,10 +46,11 @@ class ParametricMemory:
             logits = model(input_ids=other_ids).logits      # reads the memory
         # here the model is bit for bit what it was
 
-    Nothing is added to the model: `state_dict()`, `parameters()` and the training mode never change. One block can
-    be open per memory at a time. `process_group` holds the ranks that `mem_sync_inner` joins (None: all). With the
-    `tokenizer`, saved memories are refused under another one. Raises ConfigError when a target names no projection of
-    the model.
+    Nothing is added to the model: `state_dict()`, `parameters()` and the training mode never change, and a copy made
+    inside a block is a bare model. One block can be open per model at a time, and the thread that opened it alone may
+    call the model meanwhile (ConfigError): several texts at once are the rows of one write. `process_group` holds the
+    ranks that `mem_sync_inner` joins (None: all). With the `tokenizer`, saved memories are refused under another one.
+    Raises ConfigError when a target names no projection of the model.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class ParametricMemory:
         process_group: ProcessGroup | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        check_parts(model, config, mask_token_id, schedule, attention_pattern, tokenizer, right_shift_logits)
         folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
         if config is None:
             config = MemoryConfig() if folder is None else saved_config(folder)
@@ -80,8 +84,8 @@ class ParametricMemory:
             norm=self.config.loss_norm_type or "token",
         )
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
-        self.fast = FastWeights(sites, self.config.adapter())
         self.first_block, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
+        self.fast = FastWeights(sites, self.config.adapter(), network=unwrap(model), blocks=self._adapted)
         """The first block with fast weights; those below compute the same whatever is written."""
         if self.config.outer_gradient != "first_order":
             check_attention(model)
@@ -90,7 +94,6 @@ class ParametricMemory:
         if folder is not None and self.learned is not None:
             self.learned.load(folder)
         self._keeper = Keeper(unwrap(model), self.fast, self.config, tokenizer, mask_token_id)
-        self._is_open = False
         self._prefix: SharedPrefix | None = None
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
@@ -144,17 +147,18 @@ class ParametricMemory:
         ranks must write at the same time, unless the write `is_alone`. `attention_pattern` is this write's; None: the
         memory's. `on_chunk` is told how many columns are written (with `mem_chunk_length`, several times).
 
-        Raises DataError for malformed ids and ConfigError when a block of this memory is open already.
+        Raises DataError for malformed ids, ConfigError when a block of this model is open already, and, unless the
+        model is in training mode, NotFiniteError when the memory or the loss under it is not finite.
         """
-        _check_ids(input_ids, labels)
-        _warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
+        check_text(self.model, input_ids, labels, attention_mask, generator, anchor, is_padding, attention_pattern)
+        warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
         per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
         pattern = self.attention_pattern if attention_pattern is None else attention_pattern
         reading = _Reading(anchor is not None and torch.is_grad_enabled(), is_tracked, pattern)
-        with self._opened():
+        with self._opened("write"):
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
                 clean, labels, mask = _usable(input_ids), _usable(labels), _usable(attention_mask)
@@ -168,6 +172,10 @@ class ParametricMemory:
                     written = self._write_chunks(
                         Text(clean, is_maskable, mask, anchor), randomness, reading, is_alone, on_chunk
                     )
+                # In training the trainer looks, where it waits for the device anyway.
+                if not self.model.training:
+                    with blaming(self.model):
+                        check_written(written.losses[-1], self.fast.tensors())
                 self._keeper.source = WrittenText(clean, is_maskable, written)
                 yield written if per_sample else _joined(written)
 
@@ -184,6 +192,7 @@ class ParametricMemory:
         The folder is an ordinary PEFT adapter. It appears whole or not at all, in the place of an earlier memory.
         `provenance` is noted in it (JSON). Raises ConfigError as `export`, and when `folder` holds anything else.
         """
+        check_kind(folder, (str, Path), "folder", "the name of a folder")
         saved = self.export(row).noted(**provenance)
         saved.save(folder)
         return saved
@@ -193,6 +202,7 @@ class ParametricMemory:
 
         Raises MemoryFileError with the reason when it is damaged or was written for others.
         """
+        check_kind(folder, (str, Path), "folder", "the name of a memory's folder")
         return self._keeper.load(folder, self.learned)
 
     def unwritten(self) -> SavedMemory:
@@ -205,17 +215,25 @@ class ParametricMemory:
 
         All rows of a call share it. Raises MemoryFileError as `load`, ConfigError when a block is open already.
         """
+        check_kind(memory, (str, Path, SavedMemory), "memory", "a memory's folder, or a SavedMemory")
         if isinstance(memory, SavedMemory):
             self._keeper.check(memory, self.learned)
         else:
             memory = self.load(memory)
-        with self._opened(), self.fast.holding(self._keeper.values(memory), (1, None)):
+        with self._opened("recall"), self.fast.holding(self._keeper.values(memory), (1, None)):
             self._keeper.source = memory
             yield memory
 
     def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
         """Inside an open block: let calls on the texts `rows` [R] alone read their memories."""
         return self.fast.of_samples(rows)
+
+    def set_aside(self) -> AbstractContextManager[None]:
+        """Inside an open block: leave the model bare for the length of another one; no other memory can be opened.
+
+        Whoever leaves it reads the memory on, in whatever thread that is.
+        """
+        return self.fast.set_aside()
 
     @property
     def prefix(self) -> Prefix | None:
@@ -306,15 +324,12 @@ class ParametricMemory:
         return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=ids)
 
     @contextmanager
-    def _opened(self) -> Iterator[None]:
-        if self._is_open:
-            raise ConfigError("this memory is open already; leave its block before writing again.")
-        self._is_open = True
-        try:
-            yield
-        finally:
-            self.fast.erase()
-            self._prefix, self._keeper.source, self._is_open = None, None, False
+    def _opened(self, kind: str) -> Iterator[None]:
+        with self.fast.opened(kind):
+            try:
+                yield
+            finally:
+                self._prefix, self._keeper.source = None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,25 +367,3 @@ def _joined(written: Written) -> Written:
 def _usable(tensor: Tensor | None) -> Any:
     """Return `tensor`, or a copy that autograd accepts if it was made in inference mode."""
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
-
-
-def _warn_if_long(model: nn.Module, length: int) -> None:
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
-    if places is not None and length > places:
-        warnings.warn(
-            f"input_ids has {length} tokens to be written at once, but the model was trained on {places} positions "
-            "(max_position_embeddings): what is written beyond them is extrapolated. Write the text in pieces "
-            "(mem_chunk_length).",
-            stacklevel=4,
-        )
-
-
-def _check_ids(input_ids: Ids, labels: Tensor | None) -> None:
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
-        raise DataError(
-            f"input_ids must be int64 of shape [B, L], got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-        )
-    if input_ids.shape[1] == 0:
-        raise DataError("input_ids has no tokens: there is nothing to write.")
-    if labels is not None and labels.shape != input_ids.shape:
-        raise DataError(f"labels have shape {tuple(labels.shape)}, the ids {tuple(input_ids.shape)}; they must agree.")

@@ -15,26 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import CheckpointError, ConfigError, MemoryFileError
+from memdlm.errors import CheckpointError, ConfigError, MemoryFileError, NotFiniteError
 from memdlm.files import replace_folder
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fingerprint import Fingerprint
-from memdlm.memory.packing import Layer, Pairs, check_pairs, scale_of
+from memdlm.memory.header import (
+    FORMAT,
+    HEADER_FILE,
+    READING,
+    check_provenance,
+    checked_header,
+    fingerprint_of,
+    layers_of_header,
+)
+from memdlm.memory.packing import Layer, Pairs, check_pairs, first_unsound, scale_of
 from memdlm.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, parameter_name, read_adapter, write_adapter
 from memdlm.models.outer_adapters import plain_config
 from memdlm.models.outer_adapters import scale_of as peft_scale
 from memdlm.options import from_mapping
-
-HEADER_FILE = "memory.json"
-FORMAT = 1
-READING = (
-    "inner_adapter_type",
-    "inner_rank",
-    "inner_alpha",
-    "inner_target_modules",
-    "inner_layer_fraction",
-)
-"""Options that say what a memory's values mean; all others are about writing."""
+from memdlm.strict_json import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,15 @@ class SavedMemory:
     def save(self, folder: str | Path) -> Path:
         """Write the folder, in the place of an earlier memory if there is one.
 
-        Raises ConfigError when `folder` holds anything else.
+        Raises ConfigError when `folder` holds anything else or `provenance` is no JSON, NotFiniteError for a memory
+        that holds NaN or infinity.
         """
         folder = Path(folder)
         check_output(folder, overwrite=True)
+        unsound = first_unsound(self.pairs)
+        if unsound is not None:
+            raise NotFiniteError(f"the memory holds NaN or infinity in {unsound}; it is not saved.")
+        self._check_provenance()
         tensors = {
             parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
         }
@@ -96,6 +100,15 @@ class SavedMemory:
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
         return folder
 
+    def _check_provenance(self) -> None:
+        try:
+            json.dumps(self.provenance, allow_nan=False).encode()
+            check_provenance(self.provenance)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"provenance cannot be saved: {error}. Give JSON: text, numbers, lists, objects."
+            ) from error
+
 
 def read_memory(folder: str | Path) -> SavedMemory:
     """Read a memory; raises MemoryFileError that says what is missing, damaged or changed."""
@@ -103,32 +116,49 @@ def read_memory(folder: str | Path) -> SavedMemory:
     where = f"memory {str(folder)!r}"
     header = _header(folder, where)
     try:
+        fingerprint = fingerprint_of(header)
+        layers = layers_of_header(header, fingerprint)
+        config = from_mapping(MemoryConfig, header["config"], f"{where}: memory")
+    except ValueError as error:
+        raise MemoryFileError(f"{where}: {HEADER_FILE} does not say what a memory needs: {error}.") from error
+    try:
         peft, pairs = read_adapter(folder)
     except CheckpointError as error:
         raise MemoryFileError(f"{where}: {error}") from error
-    try:
-        saved = SavedMemory(
-            fingerprint=Fingerprint(**header["fingerprint"]),
-            config=from_mapping(MemoryConfig, header["config"], f"{where}: memory"),
-            layers=tuple(Layer(**fields) for fields in header["layers"]),
-            rank=peft.r,
-            pairs=pairs,
-            targets=tuple(sorted(peft.target_modules or ())),
-            provenance=dict(header["provenance"]),
-        )
-    except (TypeError, KeyError, ConfigError) as error:
-        raise MemoryFileError(f"{where}: {HEADER_FILE} does not say what a memory needs: {error}") from error
+    saved = SavedMemory(
+        fingerprint=fingerprint,
+        config=config,
+        layers=layers,
+        rank=peft.r,
+        pairs=pairs,
+        targets=tuple(sorted(peft.target_modules or ())),
+        provenance=header["provenance"],
+    )
     if abs(peft_scale(peft) - saved.scale) > 1e-9 * saved.scale:
         raise MemoryFileError(
             f"{where}: {CONFIG_FILE} says a scale of {peft_scale(peft)}, {HEADER_FILE} one of {saved.scale}; one of "
             "them was changed."
         )
     check_pairs(pairs, saved.layers, saved.rank, where)
+    _check_targets(peft.target_modules, pairs, where)
     for name, expected in header["sha256"].items():
         found = _checksum(header) if name == HEADER_FILE else _sha256(folder / name)
         if found != expected:
             raise MemoryFileError(f"{where}: {name} is not what was saved (its checksum differs). Write it again.")
     return saved
+
+
+def _check_targets(found: Any, pairs: Pairs, where: str) -> None:
+    """Raise MemoryFileError unless the path ends that PEFT is told name the modules of `pairs`, each at least one."""
+    targets = set() if found is None or isinstance(found, str) else set(found)
+    used = {end for module in pairs for end in _ends(module)}
+    if not targets <= used or not all(targets.intersection(_ends(module)) for module in pairs):
+        raise MemoryFileError(f"{where}: target_modules in {CONFIG_FILE} are not the modules that have tensors.")
+
+
+def _ends(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[index:]) for index in range(len(parts))]
 
 
 def is_memory(folder: str | Path) -> bool:
@@ -175,7 +205,7 @@ class MemorySummary:
 def inspect_memory(folder: str | Path) -> MemorySummary:
     """Describe a memory without its model; raises MemoryFileError when it is damaged."""
     saved = read_memory(folder)
-    modules = sum(len(layer.modules()) for layer in saved.layers)
+    modules = sum(layer.num_experts or 1 for layer in saved.layers)
     return MemorySummary(
         path=str(folder),
         problem=None,
@@ -227,16 +257,13 @@ def _header(folder: Path, where: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise MemoryFileError(f"{where}: there is no such folder.")
     try:
-        header = json.loads((folder / HEADER_FILE).read_text())
+        header = read_json(folder / HEADER_FILE)
     except (OSError, ValueError) as error:
-        raise MemoryFileError(f"{where}: {HEADER_FILE} could not be read: {error}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else None
-        raise MemoryFileError(f"{where}: {HEADER_FILE} has format {found!r}; this version reads {FORMAT}.")
-    sums = header.get("sha256")
-    if not isinstance(sums, dict) or set(sums) != {WEIGHTS_FILE, CONFIG_FILE, HEADER_FILE}:
-        raise MemoryFileError(f"{where}: {HEADER_FILE} lacks the checksums.")
-    return header
+        raise MemoryFileError(f"{where}: {HEADER_FILE} could not be read: {error}.") from error
+    try:
+        return checked_header(header, (WEIGHTS_FILE, CONFIG_FILE))
+    except ValueError as error:
+        raise MemoryFileError(f"{where}: {HEADER_FILE} does not say what a memory needs: {error}.") from error
 
 
 def _checksum(header: dict[str, Any]) -> str:

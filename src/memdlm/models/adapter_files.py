@@ -7,7 +7,6 @@ or loading fails with the list.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,8 +22,22 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from memdlm.errors import CheckpointError, ConfigError, did_you_mean
+from memdlm.finite import is_finite
 from memdlm.hub import look_for
 from memdlm.models.outer_adapters import ALL_LINEAR, Target, adapter_config, attach, check_free, find_targets, slots
+from memdlm.strict_json import (
+    Check,
+    check_fields,
+    is_flag,
+    is_list_of,
+    is_number,
+    is_object,
+    is_text,
+    is_whole,
+    one_of,
+    optional,
+    read_json,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -37,6 +50,26 @@ HONOURED = {
     *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
 }
 """Fields of a configuration that may have any value."""
+NAMES = optional(one_of(is_text, is_list_of(is_text)))
+KINDS: dict[str, Check] = {
+    "peft_type": is_text,
+    "r": lambda value: is_whole(value, 1, 2**20),
+    "lora_alpha": lambda value: is_number(value) and value > 0,
+    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
+    "use_rslora": is_flag,
+    "inference_mode": is_flag,
+    "init_lora_weights": one_of(is_flag, is_text),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), NAMES),
+    "layers_to_transform": optional(
+        one_of(lambda value: is_whole(value, 0), is_list_of(lambda each: is_whole(each, 0)))
+    ),
+    "qalora_group_size": lambda value: is_whole(value, 1),
+    **dict.fromkeys(("auto_mapping", "megatron_config", "runtime_config"), optional(is_object)),
+    **dict.fromkeys(
+        ("base_model_name_or_path", "task_type", "revision", "peft_version", "megatron_core"), optional(is_text)
+    ),
+}
+"""What kind of value each of them has."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model's weights as they are."""
 
@@ -204,16 +237,27 @@ def read_adapter(name: str | Path, token: str | bool | None = None) -> tuple[Lor
         )
     if not modules:
         raise CheckpointError(f"adapter {str(name)!r}: {WEIGHTS_FILE} holds no tensors.")
+    _check_numbers(name, modules)
     single = [module for module, sides in modules.items() if len(sides) != 2]
     if single:
         raise CheckpointError(f"adapter {str(name)!r}: lora_A without lora_B, or the reverse: {_listed(single)}.")
     return config, modules
 
 
+def _check_numbers(name: str | Path, modules: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for module, sides in modules.items():
+        for side, tensor in sides.items():
+            if not tensor.is_floating_point() or tensor.dim() != 2 or not bool(is_finite(tensor)):
+                raise CheckpointError(
+                    f"adapter {str(name)!r}: {module}.lora_{side} is no matrix of finite numbers, but {tensor.dtype} "
+                    f"of shape {tuple(tensor.shape)}; the file is damaged, or its training diverged."
+                )
+
+
 def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
     file = _file(name, CONFIG_FILE, token)
     try:
-        fields = json.loads(Path(file).read_text())
+        fields = read_json(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"adapter {str(name)!r}: {CONFIG_FILE} could not be read: {error}") from error
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
@@ -229,7 +273,12 @@ def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
             f"adapter {str(name)!r}: init_lora_weights={fields['init_lora_weights']!r} changed the base model's "
             "weights too; convert the adapter to plain LoRA with PEFT (path_initial_model_for_weight_conversion)."
         )
-    return LoraConfig(**{field: value for field, value in fields.items() if field in HONOURED & set(defaults)})
+    honoured = {field: value for field, value in fields.items() if field in HONOURED & set(defaults)}
+    try:
+        check_fields(honoured, {field: KINDS[field] for field in honoured}, CONFIG_FILE)
+        return LoraConfig(**honoured)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"adapter {str(name)!r}: {error}") from error
 
 
 def _file(name: str | Path, file: str, token: str | bool | None) -> str:

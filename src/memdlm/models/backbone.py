@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from memdlm.errors import ConfigError
+from memdlm.errors import ConfigError, DataError
 from memdlm.models.adapter_files import save_outer_adapter
+from memdlm.models.checking import check_ids, check_positions, is_index, kind_of
 from memdlm.models.key_values import Reading, Window, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
@@ -97,6 +98,7 @@ class Backbone(DiffusionPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = keep_mask(attention_mask)
         if window is None:
@@ -129,6 +131,27 @@ class Backbone(DiffusionPreTrainedModel):
             hidden = self.norm(hidden)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
+
+    def _check_inputs(self, ids: Any, embeds: Any, mask: Any, places: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # values would break the graph, and the plain call before it was checked
+        width = self.config.hidden_size
+        if embeds is None:
+            ids = ids.long() if isinstance(ids, Tensor) and ids.dtype == torch.int32 else ids
+            check_ids(ids, "input_ids", dim=2, vocabulary=self.embed_tokens.num_embeddings)
+        elif not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[-1] != width:
+            raise DataError(f"inputs_embeds must be a tensor of shape [B, L, {width}], got {kind_of(embeds)}.")
+        shape = (ids if embeds is None else embeds).shape[:2]
+        if shape[1] == 0:
+            raise DataError("the text has no tokens.")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ConfigError(f"attention_mask must be a tensor, or None, got {kind_of(mask)}.")
+        if places is not None and not (
+            isinstance(places, Tensor) and places.dim() == 2 and places.shape[1] == shape[1] and is_index(places)
+        ):
+            raise DataError(
+                f"position_ids must be int64 of shape {[*shape]} or {[1, shape[1]]}, got {kind_of(places)}."
+            )
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):
@@ -224,6 +247,8 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         )
         hidden = out.last_hidden_state
         if positions is not None:
+            if not torch.compiler.is_compiling():
+                check_positions(positions, hidden.shape[0] * hidden.shape[1])
             hidden = hidden.flatten(0, 1).index_select(0, positions)
         if readout is not None:
             width = self.lm_head.weight.shape[0]

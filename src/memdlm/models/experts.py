@@ -177,19 +177,22 @@ class Experts(SelfInitialising):
         ends = routing.expert_ends
         inputs = x[routing.token]
         gate, up = _product(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
-        gate = self._with_additions("gate_proj", gate, inputs, routing, ends)
-        up = self._with_additions("up_proj", up, inputs, routing, ends)
+        # The memory is that of the call's beginning, though another thread may open one meanwhile.
+        gate = self._with_additions(added, "gate_proj", gate, inputs, routing, ends)
+        up = self._with_additions(added, "up_proj", up, inputs, routing, ends)
         inner = F.silu(gate) * up
         out = _product(inner, self.down_proj, ends)
-        out = self._with_additions("down_proj", out, inner, routing, ends)
+        out = self._with_additions(added, "down_proj", out, inner, routing, ends)
         # Unsorting and summing over k, unlike an atomic scatter, gives the same bits in every run.
         out = routing.restore(out).unflatten(0, expert.shape)
         return (out * weight[..., None].to(out.dtype)).sum(1)
 
-    def _with_additions(self, projection: str, out: Tensor, x: Tensor, routing: Routing, ends: Tensor) -> Tensor:
+    def _with_additions(
+        self, added: ExpertAdditions | None, projection: str, out: Tensor, x: Tensor, routing: Routing, ends: Tensor
+    ) -> Tensor:
         """Add the open memory's part to the base projection, then the outer adapter's."""
-        if self.additions is not None:
-            out = self.additions.add(projection, out, x, routing)
+        if added is not None:
+            out = added.add(projection, out, x, routing)
         return out if self.adapter is None else self.adapter.add(projection, out, x, ends)
 
 

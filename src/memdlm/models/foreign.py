@@ -14,16 +14,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from memdlm.errors import ConfigError
+from memdlm.errors import ConfigError, DataError
 from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask
-from memdlm.models.patching import patched
+from memdlm.models.patching import in_this_thread, patched
 from memdlm.models.structure import blocks_of
+from memdlm.models.wrappers import unwrap
 from memdlm.types import Ids, Logits, Positions
 
 
 def chooses_positions(network: nn.Module) -> bool:
     """Return whether `network` itself takes `positions`, as our families do."""
     return "positions" in inspect.signature(network.forward).parameters
+
+
+def check_places(model: nn.Module, length: int, name: str) -> None:
+    """Raise DataError when a text of `length` tokens is longer than the model's table of positions, if it has one."""
+    if chooses_positions(unwrap(model)):
+        return  # our families compute positions
+    for path, module in unwrap(model).named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts from behind its padding index.
+            places = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            if length > places:
+                raise DataError(
+                    f"{name} has {length} tokens, but the model has a table of {places} positions; shorten it."
+                )
 
 
 @final
@@ -123,7 +138,11 @@ class ForeignModel:
 def _only(body: nn.Module, positions: Positions) -> Iterator[None]:
     """Let `body` hand on [1, N, D] states, those at `positions`, inside the block."""
 
+    is_mine = in_this_thread()
+
     def choose(module: nn.Module, arguments: Any, out: Any) -> Any:
+        if not is_mine():
+            return out
         chosen = out.last_hidden_state.flatten(0, 1).index_select(0, positions)[None]
         return type(out)(**{**out, "last_hidden_state": chosen})
 

@@ -20,6 +20,7 @@ from memdlm.models.adapter_files import (
     load_outer_adapter,
     reload_outer_adapter,
 )
+from memdlm.models.checking import check_kind, check_name
 from memdlm.models.devices import check_device
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.outer_adapters import adapter_config
@@ -69,6 +70,10 @@ def load_model(
     for 4 bits in float64 or without bitsandbytes, and for a device that is none; MachineError for one that this
     machine does not have.
     """
+    for what, value in (("name_or_path", name_or_path), ("adapter", adapter)):
+        if value is not None or what == "name_or_path":
+            check_name(value, what)
+    _check_arguments(device, load_in_4bit, attn_implementation, revision)
     register()
     if device is not None:
         check_device(device)
@@ -147,6 +152,14 @@ def _read_alone(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
     _check_tensors(str(path), None, info, None, None, allow_others=False)
     return found
+
+
+def _check_arguments(device: Any, load_in_4bit: Any, attn_implementation: Any, revision: Any) -> None:
+    """Raise ConfigError for an argument of another kind."""
+    check_kind(load_in_4bit, bool, "load_in_4bit", "True or False")
+    check_kind(device, (str, torch.device, type(None)), "device", "a device's name, such as cuda, or None")
+    for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
+        check_kind(value, (str, type(None)), name, "a name, or None")
 
 
 def _memory_folder(name: str) -> str | None:
@@ -263,8 +276,8 @@ def _foreign_loader(name: str, config: PreTrainedConfig) -> Any:
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(unknown("dtype:", dtype, ["auto", *DTYPES]))
     return DTYPES[dtype]

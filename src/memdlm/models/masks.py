@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memdlm.errors import ConfigError
+from memdlm.options import shortened
 
 
 class AttentionPattern(ABC):
@@ -46,8 +47,8 @@ class BlockCausal(AttentionPattern):
     block: int
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ConfigError(f"BlockCausal.block must be at least 1, got {self.block}.")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or not 1 <= self.block < 2**31:
+            raise ConfigError(f"BlockCausal.block must be an integer of at least 1, got {shortened(self.block)}.")
 
     def allowed(self, length: int, device: torch.device) -> Tensor | None:
         """Return the lower block triangle."""
@@ -63,8 +64,8 @@ class Windowed(AttentionPattern):
     reach: int
 
     def __post_init__(self) -> None:
-        if self.reach < 0:
-            raise ConfigError(f"Windowed.reach must be at least 0, got {self.reach}.")
+        if isinstance(self.reach, bool) or not isinstance(self.reach, int) or not 0 <= self.reach < 2**31:
+            raise ConfigError(f"Windowed.reach must be an integer of at least 0, got {shortened(self.reach)}.")
 
     def allowed(self, length: int, device: torch.device) -> Tensor:
         """Return a band along the diagonal."""
@@ -94,6 +95,8 @@ def attention_scores_mask(
     in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
     """
     batch, length = hidden.shape[:2]
+    if not isinstance(pattern, AttentionPattern):
+        raise ConfigError(f"attention_pattern must be an AttentionPattern, such as Full(), got {shortened(pattern)}.")
     allowed = pattern.allowed(length, hidden.device)
     if window is not None:
         near = Windowed(window).allowed(length, hidden.device)

@@ -33,8 +33,8 @@ class LoRAOptions:
     target_modules: str = option(
         ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: all but the vocabulary's."
     )
-    r: int = option(32, "Rank.", minimum=1)
-    lora_alpha: float = option(64.0, "The adapter is scaled by alpha / rank.", above=0)
+    r: int = option(32, "Rank.", minimum=1, maximum=2**14)
+    lora_alpha: float = option(64.0, "The adapter is scaled by alpha / rank.", above=0, maximum=1e6)
     lora_dropout: float = option(0.05, "Dropout on the adapter's input.", minimum=0, maximum=0.999)
     bias: str = option("none", "Which biases to train; only none is supported.", choices=("none",))
     modules_to_save: str | None = option(None, "Modules to train whole; not supported.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memdlm.models.patching import in_this_thread
 from memdlm.models.wrappers import unwrap
 from memdlm.types import Positions
 
@@ -21,7 +22,11 @@ def blended_inputs(
     stays. Gradients reach the table through both parts. All calls in the block must be of the same shape.
     """
 
+    is_mine = in_this_thread()
+
     def mix(table: nn.Embedding, _: Any, output: Tensor) -> Tensor:
+        if not is_mine():
+            return output
         flat = output.flatten(0, 1)
         # The table's weights, not a call of the table: they are whole here even where they are sharded.
         others = (F.embedding(tokens, table.weight) * weights[..., None].to(output.dtype)).sum(1)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from memdlm.errors import CheckpointError
 from memdlm.models.adapter_files import base_of_adapter, is_adapter, with_tokenizer
 from memdlm.models.chat_templates import check_template
+from memdlm.models.checking import check_name
 from memdlm.models.families import FAMILIES, Family, register
 from memdlm.models.resolution import find_family, published_fields, table_rows
 
@@ -36,6 +37,7 @@ def load_tokenizer(
     model that was trained for masked diffusion has a trained embedding for it, so none is added), when the mask
     token's id has no row in the model's embedding table, or when the chat template does not end within bounds.
     """
+    check_name(name_or_path, "name_or_path")
     register()
     name = str(name_or_path)
     fields = None

@@ -33,9 +33,14 @@ class DiffusionConfig:
         False, "Spread the times of an optimizer step evenly over its rows, on all ranks; each stays uniform."
     )
     planner_weight: float = option(
-        0.0, "PAPL: how much more the loss counts where decoding would go next; 0 is the plain loss.", minimum=0
+        0.0,
+        "PAPL: how much more the loss counts where decoding would go next; 0 is the plain loss.",
+        minimum=0,
+        maximum=1e6,
     )
-    planner_temperature: float = option(1.0, "PAPL: low, and only the surest masked tokens count more.", above=0)
+    planner_temperature: float = option(
+        1.0, "PAPL: low, and only the surest masked tokens count more.", minimum=1e-4, maximum=1e4
+    )
 
     soft_mask_prob: float = option(
         0.0,
@@ -43,11 +48,13 @@ class DiffusionConfig:
         minimum=0,
         maximum=1,
     )
-    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1)
+    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=2**16)
     soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
-    soft_mask_steepness: float = option(5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0)
+    soft_mask_steepness: float = option(
+        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
+    )
     soft_mask_centre: float = option(
-        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", maximum=0
+        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
     )
 
     def __post_init__(self) -> None:
