@@ -68,7 +68,8 @@ def test_requests_of_other_lengths_are_not_reused(tmp_path, monkeypatch):
         metadata = json.dumps({"max_seq_lengths": [length], "num_samples": 1})
         options = ["--cache_requests", "--log_samples", "--metadata", metadata, "--gen_kwargs", "max_gen_toks=2"]
         evaluate(str(length), *options)
-        seen[length] = len(next(Path(str(length)).rglob("samples*")).read_text())
+        sample = json.loads(next(Path(str(length)).rglob("samples*")).read_text().splitlines()[0])
+        seen[length] = len(str(sample["arguments"]))
     assert seen[64] > seen[32]
 
 

@@ -27,9 +27,7 @@ def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> i
     try:
         with _plain_logs():
             _check_text(arguments)
-            status = run(arguments)
-            # What is still in the buffer may not fit the disk, or have no reader.
-            sys.stdout.flush()
+            status = _flushed(run, arguments)
         return status
     except KeyboardInterrupt:
         note(f"{name}: interrupted")
@@ -40,7 +38,20 @@ def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> i
     except Exception as error:
         if is_debug:
             traceback.print_exception(error)
+        _drop_output()
         return _told(error, name, [program, *arguments], is_debug=is_debug)
+
+
+def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command and write out what is still in the buffer: it may not fit the disk, or have no reader."""
+    try:
+        status = run(arguments)
+    except SystemExit:
+        # argparse, after --help.
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
 
 
 def _told(error: Exception, name: str, command: Sequence[str], *, is_debug: bool) -> int:
@@ -98,12 +109,12 @@ def _null_at(number: int) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is still in the buffers go nowhere: whoever read it has enough."""
+    """Write out what is still in the buffers; what cannot be written goes nowhere, or Python would complain at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(null, stream.fileno())
     os.close(null)
 
