@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
-FOUNDATION = {"types", "errors", "options", "randomness", "files", "hub"}
+FOUNDATION = {"types", "errors", "options", "randomness", "files", "locks", "outputs", "hub"}
 MAY_IMPORT = {
     "data": set(),
     "models": set(),

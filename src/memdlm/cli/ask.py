@@ -2,16 +2,18 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from rich.console import Console
 
 from memdlm.cli.decoding import preset_defaults
 from memdlm.cli.parsing import DataclassParser
-from memdlm.data.records import write_jsonl
+from memdlm.data.records import as_jsonl
 from memdlm.errors import ConfigError
 from memdlm.inference import PRESETS, GenerationConfig
-from memdlm.workflows.ask import Asker, AskOptions, answered, asker, read_questions
+from memdlm.outputs import output_file
+from memdlm.workflows.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
 from memdlm.workflows.chat import typed
 
 
@@ -21,9 +23,16 @@ def main(argv: Sequence[str]) -> int:
     if given.question and options.questions is not None:
         raise ConfigError("give questions on the command line or in a file (--questions), not both.")
     rows = None if options.questions is None else read_questions(options.questions)
-    with asker(options, config) as ready:
+    with ExitStack() as stack:
+        write = None
+        if options.output is not None:
+            # Taken before the model is loaded, and held until the answers are there.
+            write = stack.enter_context(
+                output_file(options.output, holds_answers, "answers", overwrite=options.overwrite)
+            )
+        ready = stack.enter_context(asker(options, config))
         if rows is not None:
-            _batch(ready, rows, options)
+            _batch(ready, rows, options, write)
         else:
             for question in given.question or typed("> " if sys.stdin.isatty() else ""):
                 if question.strip():
@@ -44,14 +53,16 @@ def ask_parser() -> DataclassParser:
     return parser
 
 
-def _batch(ready: Asker, rows: list[dict[str, object]], options: AskOptions) -> None:
+def _batch(
+    ready: Asker, rows: list[dict[str, object]], options: AskOptions, write: Callable[[bytes], None] | None
+) -> None:
     found = []
     for row in answered(ready, rows, options.batch_size, Console(stderr=True)):
         found.append(row)
-        if options.output is None:
+        if write is None:
             print(json.dumps(row, ensure_ascii=False), flush=True)
-    if options.output is not None:
-        write_jsonl(found, options.output)
+    if write is not None:
+        write(as_jsonl(found))
     compared = [row["correct"] for row in found if "correct" in row]
     if compared:
         print(f"{sum(compared)} of {len(compared)} answers are exact", file=sys.stderr)

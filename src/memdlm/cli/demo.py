@@ -20,12 +20,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="runs/demo", help="folder of the report and the checkpoints")
     parser.add_argument("--quick", action="store_true", help="an easier task and fewer steps: under 2 minutes")
     parser.add_argument("--seed", type=int, default=0, help="first seed; every model is trained on two")
+    parser.add_argument("--overwrite", action="store_true", help="replace the demo that is in the folder already")
     options = parser.parse_args(list(argv))
     plan, out = plan_for(options.seed, quick=options.quick), Path(options.out)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     display = Display()
-    report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip())
+    report = run_demo(
+        plan, out, display, f"memdlm demo {shlex.join(argv)}".strip(), overwrite=options.overwrite
+    )
     console = Console()
     console.print(_table(report["recall"], "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))

@@ -10,13 +10,12 @@ Only safetensors and JSON are read. A folder is written whole or not at all.
 import dataclasses
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import CheckpointError, ConfigError, MemoryFileError
-from memdlm.files import replace_folder
+from memdlm.errors import CheckpointError, ConfigError, MachineError, MemoryFileError
+from memdlm.files import writing
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fingerprint import Fingerprint
 from memdlm.memory.packing import Layer, Pairs, check_pairs, scale_of
@@ -24,6 +23,7 @@ from memdlm.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, parameter_nam
 from memdlm.models.outer_adapters import plain_config
 from memdlm.models.outer_adapters import scale_of as peft_scale
 from memdlm.options import from_mapping
+from memdlm.outputs import Kind, Output, content, discard, find, output_folder, written_in
 
 HEADER_FILE = "memory.json"
 FORMAT = 1
@@ -74,15 +74,20 @@ class SavedMemory:
     def save(self, folder: str | Path) -> Path:
         """Write the folder, in the place of an earlier memory if there is one.
 
-        Raises ConfigError when `folder` holds anything else.
+        Raises ConfigError when `folder` holds anything else, or another process writes there; MachineError when the
+        disk is full or closed to us.
         """
-        folder = Path(folder)
-        check_output(folder, overwrite=True)
+        with output_folder(folder, MEMORY, overwrite=True) as output:
+            self.save_to(output)
+        return Path(folder)
+
+    def save_to(self, output: Output) -> None:
+        """Write the folder into a place that is held already."""
         tensors = {
             parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
         }
         config = plain_config(self.targets, rank=self.rank, alpha=self.scale * self.rank, base=self.fingerprint.model)
-        with replace_folder(folder) as growing:
+        with output.replaced() as growing, writing(output.place):
             write_adapter(growing, config, tensors)
             header: dict[str, Any] = {
                 "format": FORMAT,
@@ -94,13 +99,13 @@ class SavedMemory:
             }
             header["sha256"][HEADER_FILE] = _checksum(header)
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
-        return folder
 
 
 def read_memory(folder: str | Path) -> SavedMemory:
     """Read a memory; raises MemoryFileError that says what is missing, damaged or changed."""
     folder = Path(folder)
     where = f"memory {str(folder)!r}"
+    find(folder, MEMORY)
     header = _header(folder, where)
     try:
         peft, pairs = read_adapter(folder)
@@ -139,15 +144,6 @@ def is_memory(folder: str | Path) -> bool:
 def holds_memories(folder: str | Path) -> bool:
     """Whether some memory lies in `folder`."""
     return Path(folder).is_dir() and any(is_memory(each) for each in Path(folder).iterdir())
-
-
-def check_output(folder: str | Path, *, overwrite: bool) -> None:
-    """Raise ConfigError when a memory cannot be written to `folder`: only another memory may be replaced."""
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_memory(folder)):
-        raise ConfigError(f"{str(folder)!r} exists and is no memory; name a new folder, such as doc.mem.")
-    if is_memory(folder) and not overwrite:
-        raise ConfigError(f"{str(folder)!r} holds a memory already; name a new folder, or overwrite it.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,16 +207,22 @@ def list_memories(folder: str | Path) -> list[MemorySummary]:
 
 
 def delete_memory(folder: str | Path) -> None:
-    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing."""
+    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing.
+
+    Raises MachineError when it cannot be deleted.
+    """
     folder = Path(folder)
-    if not is_memory(folder):
-        raise MemoryFileError(f"{str(folder)!r} is no memory: it has no {HEADER_FILE}. Nothing was deleted.")
-    others = {path.name for path in folder.iterdir()} - {HEADER_FILE, WEIGHTS_FILE, CONFIG_FILE}
+    own = written_in(folder, MEMORY)
+    if not own:
+        raise MemoryFileError(f"{str(folder)!r} is no memory that memdlm wrote. Nothing was deleted.")
+    others = content(folder) - own
     if others:
         raise MemoryFileError(
             f"{str(folder)!r} holds more than a memory ({', '.join(sorted(others)[:4])}). Nothing was deleted."
         )
-    shutil.rmtree(folder)
+    discard(folder, MEMORY)
+    if folder.exists():
+        raise MachineError(f"{str(folder)!r} could not be deleted: no permission.")
 
 
 def _header(folder: Path, where: str) -> dict[str, Any]:
@@ -237,6 +239,19 @@ def _header(folder: Path, where: str) -> dict[str, Any]:
     if not isinstance(sums, dict) or set(sums) != {WEIGHTS_FILE, CONFIG_FILE, HEADER_FILE}:
         raise MemoryFileError(f"{where}: {HEADER_FILE} lacks the checksums.")
     return header
+
+
+def _without_marker(folder: Path) -> tuple[str, ...]:
+    """Return what is a memory's in a folder that has no marker: earlier versions wrote none."""
+    try:
+        header = _header(folder, str(folder))
+    except MemoryFileError:
+        return ()
+    is_unchanged = header["sha256"][HEADER_FILE] == _checksum(header)
+    return (HEADER_FILE, WEIGHTS_FILE, CONFIG_FILE) if is_unchanged else ()
+
+
+MEMORY = Kind(name="memory", words="a memory", earlier=_without_marker)
 
 
 def _checksum(header: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -15,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
-from memdlm.files import replace_files
 from memdlm.inference import Generation, Job
 from memdlm.inference.prompts import visible
 from memdlm.inference.trace import Trace
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.options import option, validate
+from memdlm.outputs import is_page, output_file
 from memdlm.types import Ids
 
 OPEN = "\u2591"
@@ -114,6 +113,10 @@ def decode(
     job: Job, cut: Cut, tokenizer: PreTrainedTokenizerBase, *, console: Console, trace: str | None = None
 ) -> tuple[Generation, float]:
     """Run `job`, showing its first row as its tokens settle if `console` is a terminal; returns (result, seconds)."""
+    if trace is not None:
+        # Before hours of decoding, not only after them.
+        with output_file(trace, is_page, "page", option="trace"):
+            pass
     record = None if trace is None else Trace(job, tokenizer)
     start, ids = time.perf_counter(), job.canvas.ids
     with _shown(console) as show:
@@ -126,7 +129,8 @@ def decode(
     seconds = time.perf_counter() - start
     result = cut(job, ids, tokenizer)
     if record is not None and trace is not None:
-        replace_files({Path(trace): record.page().encode()})
+        with output_file(trace, is_page, "page", option="trace") as write:
+            write(record.page().encode())
     return result, seconds
 
 
