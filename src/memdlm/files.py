@@ -1,6 +1,7 @@
 """Results that appear whole or not at all: an earlier one stays until the new one is complete."""
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -124,6 +125,15 @@ def make_folder(path: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except FileNotFoundError as error:  # a file system that takes no new folders, such as /proc
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path)) from error
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

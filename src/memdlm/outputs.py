@@ -72,7 +72,7 @@ class Output:
         """
         with _growing(self.place, self.kind) as growing:
             yield growing
-            _mark(growing, self.kind, sorted(content(growing)))
+            mark(growing, self.kind)
             flush(growing)
             self._exchange(growing)
 
@@ -168,7 +168,7 @@ def _growing(place: Path, kind: Kind) -> Iterator[Path]:
     with writing(place):
         growing.mkdir()
         try:
-            _mark(growing, kind, ())
+            mark(growing, kind, ())
             yield growing
         finally:
             shutil.rmtree(growing, ignore_errors=True)
@@ -252,8 +252,10 @@ def _marker(folder: Path) -> dict[str, Any] | None:
     return found if is_ours and "kind" in found else None
 
 
-def _mark(folder: Path, kind: Kind, entries: Collection[str]) -> None:
-    facts = {"made_by": "memdlm", "kind": kind.name, "entries": list(entries)}
+def mark(folder: Path, kind: Kind, entries: Collection[str] | None = None) -> None:
+    """Write the marker: `entries` in `folder` are memdlm's; unset: all that is there."""
+    names = sorted(content(folder) if entries is None else entries)
+    facts = {"made_by": "memdlm", "kind": kind.name, "entries": names}
     (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -283,8 +285,8 @@ def refuse_foreign(folder: Path, kind: Kind, *, shown: str | Path | None = None,
         names = ", ".join(each.rstrip("@") for each in foreign[:_MOST_NAMES])
         more = f" and {len(foreign) - _MOST_NAMES} more" if len(foreign) > _MOST_NAMES else ""
         raise ConfigError(
-            f"{option}: {str(folder if shown is None else shown)!r} is not empty, and memdlm did not write {names}{more} "
-            f"there as part of {kind.words}; it replaces only what it made itself. Name a new folder."
+            f"{option}: {str(folder if shown is None else shown)!r} is not empty, and memdlm did not write "
+            f"{names}{more} there as part of {kind.words}; it replaces only what it made itself. Name a new folder."
         )
 
 

@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
     torch.rand(3)
     again = run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
     assert figures(again) == figures(finished[1])
-    with pytest.raises(ConfigError, match="holds a demo already.*add --overwrite"):
+    with pytest.raises(ConfigError, match=r"holds a demo already.*add --overwrite"):
         run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
     other = run_demo(dataclasses.replace(PLAN, seeds=(5,)), tmp_path, quiet(), "memdlm demo", overwrite=True)
     mine = [row["curve"]["loss"] for row in other["models"]]

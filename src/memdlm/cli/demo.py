@@ -26,9 +26,7 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     display = Display()
-    report = run_demo(
-        plan, out, display, f"memdlm demo {shlex.join(argv)}".strip(), overwrite=options.overwrite
-    )
+    report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip(), overwrite=options.overwrite)
     console = Console()
     console.print(_table(report["recall"], "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))

@@ -26,7 +26,7 @@ from memdlm import __version__
 from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
 from memdlm.data.sources import source_state
 from memdlm.errors import DataError
-from memdlm.files import make_folder, replace_files, writing
+from memdlm.files import make_folder, replace_files, sha256, writing
 from memdlm.outputs import Kind, Output, content, find, output_folder
 
 MANIFEST, FORMAT, WITHOUT_CHECKSUMS = "manifest.json", 2, 1
@@ -141,12 +141,6 @@ def _whole_piece(folder: Path, split: str, start: int) -> Path | None:
             return file
         file.unlink()
     return None
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finished(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -323,7 +317,9 @@ def _without_marker(folder: Path) -> set[str]:
 _ARROW = r"data-\d{5}-of-\d{5}\.arrow|dataset_info\.json|state\.json"
 PREPROCESSED = Kind(name="preprocessed data", words="preprocessed data", earlier=_without_marker)
 _SHAPES: Mapping[str, Callable[[Any], bool]] = {
-    "sources": lambda found: isinstance(found, list) and all(isinstance(each, dict) and "spec" in each for each in found),
+    "sources": lambda found: (
+        isinstance(found, list) and all(isinstance(each, dict) and "spec" in each for each in found)
+    ),
     "tokenizer": lambda found: isinstance(found, dict),
     "options": lambda found: isinstance(found, dict),
     "splits": lambda found: isinstance(found, dict),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.errors import CheckpointError, ConfigError, MachineError, MemoryFileError
-from memdlm.files import writing
+from memdlm.files import sha256, writing
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fingerprint import Fingerprint
 from memdlm.memory.packing import Layer, Pairs, check_pairs, scale_of
@@ -95,7 +95,7 @@ class SavedMemory:
                 "config": dataclasses.asdict(self.config),
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],
                 "provenance": self.provenance,
-                "sha256": {name: _sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
+                "sha256": {name: sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
             }
             header["sha256"][HEADER_FILE] = _checksum(header)
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
@@ -130,7 +130,7 @@ def read_memory(folder: str | Path) -> SavedMemory:
         )
     check_pairs(pairs, saved.layers, saved.rank, where)
     for name, expected in header["sha256"].items():
-        found = _checksum(header) if name == HEADER_FILE else _sha256(folder / name)
+        found = _checksum(header) if name == HEADER_FILE else sha256(folder / name)
         if found != expected:
             raise MemoryFileError(f"{where}: {name} is not what was saved (its checksum differs). Write it again.")
     return saved
@@ -258,7 +258,3 @@ def _checksum(header: dict[str, Any]) -> str:
     """Return the digest of all that memory.json says but this."""
     rest = {**header, "sha256": {name: value for name, value in header["sha256"].items() if name != HEADER_FILE}}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -130,9 +130,7 @@ class DemoData:
     by_length: dict[int, list[Sample]]
 
 
-def run_demo(
-    plan: DemoPlan, out: Path, display: Display, command: str, *, overwrite: bool = False
-) -> dict[str, Any]:
+def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overwrite: bool = False) -> dict[str, Any]:
     """Train, measure and report; returns the report that was written to `out`.
 
     Leaves `report.html`, `report.json`, five PNGs and `checkpoints/<model>-seed<n>/` (folders for

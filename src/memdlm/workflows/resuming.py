@@ -9,10 +9,10 @@ from typing import Any
 import transformers
 
 from memdlm.errors import CheckpointError, ConfigError
+from memdlm.training.output_dir import RUN_FILE
 from memdlm.workflows.display import Display
 from memdlm.workflows.plan import RunPlan, default_of, resolved
 
-RUN_FILE = "run.json"
 WORLD = "world_size"
 
 _PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "dataloader_")
