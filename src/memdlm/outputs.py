@@ -248,8 +248,9 @@ def _marker(folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text()) if path.is_file() and not path.is_symlink() else None
     except (OSError, ValueError):
         return None
-    is_ours = isinstance(found, dict) and found.get("made_by") == "memdlm" and isinstance(found.get("entries"), list)
-    return found if is_ours and "kind" in found else None
+    if not isinstance(found, dict) or found.get("made_by") != "memdlm" or "kind" not in found:
+        return None
+    return found if isinstance(found.get("entries"), list) else None
 
 
 def mark(folder: Path, kind: Kind, entries: Collection[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from memdlm.files import make_folder, replace_files, sha256, writing
 from memdlm.outputs import Kind, Output, content, find, output_folder
 
 MANIFEST, FORMAT, WITHOUT_CHECKSUMS = "manifest.json", 2, 1
+SUMS = "files_sha256"
 PIECE = 1024
 """Conversations per file of the partial result: what an interruption costs at most, per worker."""
 HISTOGRAM = tuple(2**power for power in range(5, 18))
@@ -194,7 +195,7 @@ def _assemble(pieces: Mapping[str, Sequence[Path]], made_with: Mapping[str, Any]
     }
     with output.replaced() as folder:
         splits.save_to_disk(str(folder))
-        manifest["sha256"] = {name: sha256(folder / name) for name in sorted(content(folder)) if name[-1] != "/"}
+        manifest[SUMS] = {name: sha256(folder / name) for name in sorted(content(folder)) if name[-1] != "/"}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -241,7 +242,7 @@ def read_manifest(folder: Path, *, optional: bool = False) -> dict[str, Any] | N
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise DataError unless the files of a folder are those that were written; format 1 has no checksums."""
-    sums = manifest.get("sha256", {})
+    sums = manifest.get(SUMS, {})
     if manifest["format"] == FORMAT and not sums:
         raise DataError(f"{folder / MANIFEST} is damaged: it has no checksums. {AGAIN}")
     for name, expected in sums.items():
@@ -323,6 +324,6 @@ _SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "tokenizer": lambda found: isinstance(found, dict),
     "options": lambda found: isinstance(found, dict),
     "splits": lambda found: isinstance(found, dict),
-    "sha256": lambda found: found is None or isinstance(found, dict),
+    SUMS: lambda found: found is None or isinstance(found, dict),
 }
 """What the parts of a manifest are, wherever it comes from."""

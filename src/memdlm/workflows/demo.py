@@ -140,11 +140,11 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
     """
     with output_folder(out, DEMO, overwrite=overwrite, option="out") as output:
         earlier = (output.place / "report.json").exists()
-        stopped: KeyboardInterrupt | None = None
+        report = None
         with output.replaced() as growing:
             try:
                 report = _demo(plan, growing, display, command)
-            except KeyboardInterrupt as interrupt:
+            except KeyboardInterrupt:
                 if not (growing / "report.json").exists():
                     raise
                 folder = out / INTERRUPTED if earlier else out
@@ -152,9 +152,8 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
                 if earlier:
                     _keep(growing, output)
                     raise
-                stopped = interrupt
-        if stopped is not None:
-            raise stopped
+        if report is None:
+            raise KeyboardInterrupt
     return report
 
 
