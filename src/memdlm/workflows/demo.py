@@ -57,7 +57,6 @@ NOTES = (
 
 INTERRUPTED = "interrupted"
 DEMO = Kind(name="demo", words="a demo", part=INTERRUPTED)
-
 QUICK_RECALL = RecallPlan(
     task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
     train_length=18,
@@ -160,9 +159,8 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
 def _keep(growing: Path, output: Output) -> None:
     """Move what was finished into the earlier demo, which stays."""
     with Output(output.place / INTERRUPTED, DEMO).replaced() as folder:
-        for path in growing.iterdir():
-            if path.name != MARKER:
-                os.replace(path, folder / path.name)
+        for path in [each for each in growing.iterdir() if each.name != MARKER]:
+            os.replace(path, folder / path.name)
 
 
 def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str, Any]:
