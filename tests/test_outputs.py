@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import fill, tree
 
 from memdlm import outputs
 from memdlm.errors import ConfigError, DataError, MachineError, MemDLMError
 from memdlm.outputs import MARKER, Kind, find, forbidden, output_file, output_folder
+from trees import fill, tree
 
 KIND, OTHER = Kind(name="thing", words="a thing"), Kind(name="other", words="another thing")
 
@@ -39,10 +39,9 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     with output_folder(place, KIND, overwrite=False) as output, output.replaced() as folder:
         (folder / "one").write_text("1")
         assert not place.exists()
-    with pytest.raises(ZeroDivisionError), output_folder(place, KIND, overwrite=True) as output:
+    with pytest.raises(FileNotFoundError), output_folder(place, KIND, overwrite=True) as output:
         with output.replaced() as folder:
-            (folder / "two").write_text("2")
-            raise ZeroDivisionError
+            (folder / "none" / "two").write_text("2")
     assert sorted(path.name for path in place.iterdir()) == [MARKER, "one"]
     with pytest.raises(ConfigError, match=r"holds a thing already.*name a new folder, or add --overwrite"):
         put(place, overwrite=False)
@@ -88,9 +87,8 @@ def test_what_somebody_put_beside_ours_is_not_deleted(change, tmp_path):
 
 def test_what_is_put_there_while_we_work_is_not_deleted(tmp_path):
     place = put(tmp_path / "doc")
-    with pytest.raises(ConfigError, match="did not write late"):
-        with output_folder(place, KIND, overwrite=True) as output, output.replaced() as folder:
-            (folder / "new").write_text("")
+    with output_folder(place, KIND, overwrite=True) as output:
+        with pytest.raises(ConfigError, match="did not write late"), output.replaced():
             (place / "late").write_text("mine")
     assert read(place) == "1"
     assert (place / "late").read_text() == "mine"

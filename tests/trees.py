@@ -6,9 +6,24 @@ import os
 import random
 
 NAMES = (
-    *("thesis.tex", "notes.txt", ".hidden", "config.json", "model.safetensors", "adapter_model.safetensors", "run.json"),
+    *(
+        "thesis.tex",
+        "notes.txt",
+        ".hidden",
+        "config.json",
+        "model.safetensors",
+        "adapter_model.safetensors",
+        "run.json",
+    ),
     *("adapter_config.json", "memory.json", "manifest.json", "report.html", "report.json", "exposure_bias.json"),
-    *("dataset_dict.json", "trainer_state.json", "tokenizer.json", ".memdlm.json", "answers.jsonl", "training_args.bin"),
+    *(
+        "dataset_dict.json",
+        "trainer_state.json",
+        "tokenizer.json",
+        ".memdlm.json",
+        "answers.jsonl",
+        "training_args.bin",
+    ),
 )
 FOLDERS = ("", "checkpoint-5", ".git", "train", "a/deep/er", "runs", "interrupted", ".saving", "checkpoints/mdlm-seed0")
 TEXTS = ("years of work", "{", "{}", '{"format": 1}', json.dumps({"made_by": "me"}), "\x00\xff", '{"global_step": 5}')

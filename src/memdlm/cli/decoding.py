@@ -11,7 +11,7 @@ from memdlm.memory import MemoryConfig
 from memdlm.memory.learned import saved_config
 from memdlm.models.loading import MEMORY_CONFIG_FILE
 from memdlm.options import as_flags, from_flags
-from memdlm.workflows.decoding import DecodingOptions
+from memdlm.workflows.decoding import DecodingOptions, page_at
 
 MemoryFlags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, "mem_"))
 
@@ -22,6 +22,10 @@ def parse(
     """Parse flags of `decoding_parser`; a preset's options, and a learned memory's, are the defaults of the others."""
     defaults = preset_defaults(argv) | learned_defaults(argv)
     options, config, memory, *others = parser.parse(defaults, argv)
+    if options.trace is not None:
+        # Refused before the model is loaded, not after hours of decoding.
+        with page_at(options.trace):
+            pass
     return options, config, from_flags(MemoryConfig, memory, "mem_"), tuple(others)
 
 

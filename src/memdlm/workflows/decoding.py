@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -113,10 +113,6 @@ def decode(
     job: Job, cut: Cut, tokenizer: PreTrainedTokenizerBase, *, console: Console, trace: str | None = None
 ) -> tuple[Generation, float]:
     """Run `job`, showing its first row as its tokens settle if `console` is a terminal; returns (result, seconds)."""
-    if trace is not None:
-        # Before hours of decoding, not only after them.
-        with output_file(trace, is_page, "page", option="trace"):
-            pass
     record = None if trace is None else Trace(job, tokenizer)
     start, ids = time.perf_counter(), job.canvas.ids
     with _shown(console) as show:
@@ -129,9 +125,14 @@ def decode(
     seconds = time.perf_counter() - start
     result = cut(job, ids, tokenizer)
     if record is not None and trace is not None:
-        with output_file(trace, is_page, "page", option="trace") as write:
+        with page_at(trace) as write:
             write(record.page().encode())
     return result, seconds
+
+
+def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
+    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced."""
+    return output_file(trace, is_page, "page", option="trace")
 
 
 def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
