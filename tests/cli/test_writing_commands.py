@@ -240,7 +240,9 @@ def test_a_full_disk_ends_in_one_line_and_the_earlier_result_stays(inputs, tmp_p
     for (words, size), (status, err) in zip(calls, limited(calls), strict=True):
         assert status == 1, (words[0], size, status, err)
         assert re.search("could not be written: (File too large|No space left)", last(err)), (words[0], size, err)
-    assert {path.name: state(path) for path in tmp_path.iterdir() if path.name != "cache"} == before
+    after = {path.name: state(path) for path in tmp_path.iterdir() if path.name != "cache"}
+    # Finished pieces of a preprocessing wait for the next try.
+    assert {name: found for name, found in after.items() if not name.endswith(".partial")} == before
 
 
 @pytest.mark.parametrize("share", [0.5, 1.5], ids=["weights", "optimizer"])
