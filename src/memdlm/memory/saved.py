@@ -10,6 +10,7 @@ Only safetensors and JSON are read. A folder is written whole or not at all.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def is_memory(folder: str | Path) -> bool:
 
 def holds_memories(folder: str | Path) -> bool:
     """Whether some memory lies in `folder`."""
-    return Path(folder).is_dir() and any(is_memory(each) for each in Path(folder).iterdir())
+    return Path(folder).is_dir() and any(_memories_in(Path(folder)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +190,11 @@ def inspect_memory(folder: str | Path) -> MemorySummary:
     )
 
 
+def _memories_in(folder: Path) -> Iterator[Path]:
+    # Hidden folders are memories that are being replaced.
+    return (each for each in folder.iterdir() if is_memory(each) and not each.name.startswith("."))
+
+
 def list_memories(folder: str | Path) -> list[MemorySummary]:
     """Describe the memories in `folder`, by name; of a damaged one, `problem` says what is wrong.
 
@@ -198,7 +204,7 @@ def list_memories(folder: str | Path) -> list[MemorySummary]:
     if not folder.is_dir():
         raise MemoryFileError(f"there is no folder {str(folder)!r} with memories.")
     found = []
-    for path in sorted(each for each in folder.iterdir() if is_memory(each)):
+    for path in sorted(_memories_in(folder)):
         try:
             found.append(inspect_memory(path))
         except MemoryFileError as error:

@@ -39,6 +39,8 @@ def prepare_output(folder: Path, resume: str, *, overwrite: bool) -> Path | None
     left as it is; CheckpointError for a checkpoint that is missing or has no optimizer state.
     """
     restore(folder)
+    if resume not in (NEVER, LATEST):
+        restore(Path(resume).absolute().parent)
     refuse_others(folder, goes_on=resume != NEVER)
     found = checkpoints_in(folder)
     if resume == NEVER:
