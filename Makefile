@@ -19,7 +19,7 @@ $(STAMP): $(PACKAGE)
 	touch $(STAMP)
 
 demo: $(PACKAGE)  ## train, evaluate and compare small models offline; the report is runs/demo/report.html
-	$(BIN)/memdlm demo $(ARGS)
+	$(BIN)/memdlm demo --overwrite $(ARGS)
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -202,7 +202,7 @@ def understood(words):
     """A demo, up to its start."""
     module, seen = importlib.import_module("memdlm.cli.demo"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_demo", lambda plan, *rest: seen.append(plan) or sys.exit(0))
+        patch.setattr(module, "run_demo", lambda plan, *rest, **more: seen.append(plan) or sys.exit(0))
         with pytest.raises(SystemExit):
             main(words[1:])
     assert seen

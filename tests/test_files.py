@@ -3,21 +3,7 @@
 import pytest
 
 from memdlm.errors import DataError
-from memdlm.files import replace_files, replace_folder
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    place = tmp_path / "a" / "result"
-    with replace_folder(place) as folder:
-        (folder / "one").write_text("1")
-        assert not place.exists()
-    with pytest.raises(FileNotFoundError), replace_folder(place) as folder:
-        (folder / "none" / "two").write_text("2")
-    assert [path.name for path in place.iterdir()] == ["one"]
-    with replace_folder(place) as folder:
-        (folder / "three").write_text("3")
-    assert [path.name for path in place.iterdir()] == ["three"]
-    assert list(place.parent.iterdir()) == [place]
+from memdlm.files import replace_files
 
 
 def test_files_are_replaced_together(tmp_path):

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
 FOUNDATION = {
-    *("types", "errors", "options", "randomness", "files", "hub", "templates", "terminal", "finite", "strict_json"),
+    *("types", "errors", "options", "randomness", "files", "locks", "outputs", "hub", "templates", "terminal"),
+    *("finite", "strict_json"),
 }
 MAY_IMPORT = {
     "data": set(),

@@ -7,8 +7,8 @@ import pytest
 from memdlm.data import EncodingOptions, fit, load_conversations
 from memdlm.data.cache import load_preprocessed
 from memdlm.data.encoding import COLUMNS, encode_all
-from memdlm.data.preprocess import MANIFEST, preprocess, read_manifest
-from memdlm.errors import DataError
+from memdlm.data.preprocess import MANIFEST, SUMS, preprocess, read_manifest
+from memdlm.errors import ConfigError, DataError
 from memdlm.types import IGNORE_INDEX
 
 
@@ -63,7 +63,10 @@ def test_an_interrupted_job_goes_on_where_it_stopped(source, word_tokenizer, tmp
         write(source, word_tokenizer, tmp_path / "out", advance=stop)
     assert not (tmp_path / "out").exists()
     done = []
-    assert write(source, word_tokenizer, tmp_path / "out", advance=done.append) == whole
+    again = write(source, word_tokenizer, tmp_path / "out", advance=done.append)
+    assert {**again, SUMS: None} == {**whole, SUMS: None}
+    arrow = "train/data-00000-of-00001.arrow"
+    assert again[SUMS][arrow] == whole[SUMS][arrow]
     assert done == [12, 16, 20]
 
 
@@ -78,8 +81,8 @@ def test_a_finished_folder_is_left_alone_and_another_is_not_overwritten(source, 
     assert write(source, word_tokenizer, out, EncodingOptions(train_turns="all"), overwrite=True) != first
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(DataError, match="no preprocessed data"):
-        write(source, word_tokenizer, tmp_path / "mine")
+    with pytest.raises(ConfigError, match=r"did not write thesis\.txt there as part of preprocessed data"):
+        write(source, word_tokenizer, tmp_path / "mine", overwrite=True)
 
 
 @pytest.mark.parametrize("named", ["dataset", "folder", "folder with limits"])

@@ -375,7 +375,7 @@ def test_a_memory_replaces_a_memory_and_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").write_text("x")
     with memory.write(random_ids(1, 8, seed=9)):
-        with pytest.raises(ConfigError, match="exists and is no memory"):
+        with pytest.raises(ConfigError, match=r"did not write thesis\.tex there"):
             memory.save(tmp_path / "precious")
         with monkeypatch.context() as patch:
             patch.setattr("memdlm.memory.saved.write_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full")))

@@ -119,13 +119,14 @@ def test_starting_anew_beside_another_run_is_refused_in_one_line(folder, tmp_pat
 def make_checkpoint(path, *files):
     path.mkdir(parents=True)
     for file in files:
-        (path / file).write_text("")
+        (path / file).write_text('{"global_step": 1}' if file == "trainer_state.json" else "")
     return path
 
 
 def test_which_checkpoint_is_chosen(tmp_path):
     assert prepare_output(tmp_path, "never", overwrite=False) is None
     assert prepare_output(tmp_path, "latest", overwrite=False) is None
+    (tmp_path / "run.json").write_text('{"memdlm": "0", "options": {}, "command": []}')
     for step in (2, 10, 9):
         make_checkpoint(tmp_path / f"checkpoint-{step}", "trainer_state.json", "optimizer.pt")
     make_checkpoint(tmp_path / ".saving" / "checkpoint-11", "trainer_state.json", "optimizer.pt")

@@ -16,7 +16,8 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation import recall
 from memdlm.memory import ParametricMemory
 from memdlm.models import load_model, load_tokenizer
-from memdlm.workflows.demo import ARMS, DemoPlan, checkpoint_name, plan_for, run_demo
+from memdlm.outputs import MARKER, output_folder
+from memdlm.workflows.demo import ARMS, DEMO, DemoPlan, checkpoint_name, plan_for, run_demo
 from memdlm.workflows.demo_recall import panel_checkpoint
 from memdlm.workflows.display import Display
 from memdlm.workflows.recall_study import MAIN, OURS, RecallPlan
@@ -67,7 +68,7 @@ def finished(tmp_path_factory):
 
 def test_everything_is_left_in_the_folder(finished):
     out, report = finished
-    assert {path.name for path in out.iterdir()} == FILES | {"checkpoints"}
+    assert {path.name for path in out.iterdir()} == FILES | {"checkpoints", MARKER}
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     rows = {(row["model"], row["seed"]) for row in report["models"]}
     assert rows == {(arm, seed) for arm in ARMS for seed in PLAN.seeds}
@@ -100,7 +101,9 @@ def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
     torch.rand(3)
     again = run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
     assert figures(again) == figures(finished[1])
-    other = run_demo(dataclasses.replace(PLAN, seeds=(5,)), tmp_path, quiet(), "memdlm demo")
+    with pytest.raises(ConfigError, match=r"holds a demo already.*add --overwrite"):
+        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
+    other = run_demo(dataclasses.replace(PLAN, seeds=(5,)), tmp_path, quiet(), "memdlm demo", overwrite=True)
     mine = [row["curve"]["loss"] for row in other["models"]]
     assert mine != [row["curve"]["loss"] for row in finished[1]["models"]][: len(mine)]
 
@@ -138,6 +141,7 @@ def interrupt_second_model(monkeypatch):
         return train(*arguments)
 
     monkeypatch.setattr(demo, "_train", interrupted)
+    return calls
 
 
 def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch):
@@ -168,12 +172,16 @@ def test_an_interrupt_in_the_first_panel_leaves_what_is_finished(tmp_path, monke
 
 
 def test_an_interrupt_does_not_replace_an_earlier_report(tmp_path, monkeypatch):
-    (tmp_path / "report.json").write_text("earlier")
-    interrupt_second_model(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
-    assert (tmp_path / "report.json").read_text() == "earlier"
-    assert json.loads((tmp_path / "interrupted" / "report.json").read_text())["models"]
+    with output_folder(tmp_path, DEMO, overwrite=False) as output, output.replaced() as folder:
+        (folder / "report.json").write_text("earlier")
+    calls = interrupt_second_model(monkeypatch)
+    for _ in range(2):  # the second time, an interrupted one is there as well
+        with pytest.raises(KeyboardInterrupt):
+            run_demo(PLAN, tmp_path, quiet(), "memdlm demo", overwrite=True)
+        assert (tmp_path / "report.json").read_text() == "earlier"
+        assert json.loads((tmp_path / "interrupted" / "report.json").read_text())["models"]
+        (tmp_path / "interrupted" / "report.json").write_text("{}")
+        calls.clear()
 
 
 def test_threads_are_given_back(tmp_path, monkeypatch):

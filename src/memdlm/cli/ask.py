@@ -1,16 +1,18 @@
 """`memdlm ask --model MODEL --memory doc.mem "question"`: ask a memory, once, in a batch, or line by line."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from memdlm.cli.decoding import decoding_defaults
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.data.records import write_jsonl
+from memdlm.data.records import as_jsonl
 from memdlm.errors import ConfigError
 from memdlm.inference import PRESETS, GenerationConfig
+from memdlm.outputs import output_file
 from memdlm.terminal import json_text
-from memdlm.workflows.ask import Asker, AskOptions, answered, asker, read_questions
+from memdlm.workflows.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
 from memdlm.workflows.chat import typed
 from memdlm.workflows.console import PlainConsole
 
@@ -23,9 +25,16 @@ def main(argv: Sequence[str]) -> int:
     if given.question and options.questions is not None:
         raise ConfigError("give questions on the command line or in a file (--questions), not both.")
     rows = None if options.questions is None else read_questions(options.questions)
-    with asker(options, config) as ready:
+    with ExitStack() as stack:
+        write = None
+        if options.output is not None:
+            # Taken before the model is loaded, and held until the answers are there.
+            write = stack.enter_context(
+                output_file(options.output, holds_answers, "answers", overwrite=options.overwrite)
+            )
+        ready = stack.enter_context(asker(options, config))
         if rows is not None:
-            _batch(ready, rows, options)
+            _batch(ready, rows, options, write)
         else:
             for question in given.question or typed("> " if sys.stdin.isatty() else ""):
                 if question.strip():
@@ -46,14 +55,16 @@ def ask_parser() -> DataclassParser:
     return parser
 
 
-def _batch(ready: Asker, rows: list[dict[str, object]], options: AskOptions) -> None:
+def _batch(
+    ready: Asker, rows: list[dict[str, object]], options: AskOptions, write: Callable[[bytes], None] | None
+) -> None:
     found = []
     for row in answered(ready, rows, options.batch_size, PlainConsole(stderr=True)):
         found.append(row)
-        if options.output is None:
+        if write is None:
             say(json_text(row), flush=True)
-    if options.output is not None:
-        write_jsonl(found, options.output)
+    if write is not None:
+        write(as_jsonl(found))
     compared = [row["correct"] for row in found if "correct" in row]
     if compared:
         note(f"{sum(compared)} of {len(compared)} answers are exact")

@@ -13,7 +13,7 @@ from memdlm.memory.config import TRAINER_OPTIONS
 from memdlm.memory.learned import saved_config
 from memdlm.models.loading import MEMORY_CONFIG_FILE
 from memdlm.options import as_flags, from_flags
-from memdlm.workflows.decoding import DecodingOptions
+from memdlm.workflows.decoding import DecodingOptions, page_at
 
 MemoryFlags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, "mem_"))
 
@@ -25,6 +25,10 @@ def parse(
     defaults = decoding_defaults(argv) | learned_defaults(argv)
     options, config, memory, *others = parser.parse(defaults, argv)
     config.refuse_idle(parser.given)
+    if options.trace is not None:
+        # Refused before the model is loaded, not after hours of decoding.
+        with page_at(options.trace):
+            pass
     return options, config, memory_of(parser, memory, is_on=options.mem_enabled), tuple(others)
 
 

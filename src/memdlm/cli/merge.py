@@ -1,16 +1,15 @@
 """`memdlm merge --adapter ADAPTER --output FOLDER`: fold an outer adapter into its base, as one ordinary model."""
 
-import os
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
-from memdlm.errors import ConfigError
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
 from memdlm.models.adapter_files import base_of_adapter, with_tokenizer
 from memdlm.models.loading import cast_parameters
+from memdlm.outputs import Kind, Output, output_folder
+
+MODEL = Kind(name="model", words="a merged model")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,25 +22,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default=None, help="where to add up, for example cuda; default: the CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
     options = parser.parse_args(list(argv))
-    output = Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {options.output!r} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
-        raise ConfigError(f"output: {options.output!r} is not empty; name a new folder, or add --overwrite.")
     base = base_of_adapter(options.adapter) if options.base is None else options.base
-    # Summed in the base's own precision, then rounded once to the one that was asked for.
-    model = load_model(base, device=options.device, adapter=options.adapter)
-    merge_outer_adapter(model)
-    cast_parameters(model, options.dtype)
-    tokenizer = load_tokenizer(with_tokenizer(options.adapter, base))
-    temporary = output.absolute().parent / f".{output.name}.{os.getpid()}"
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with output_folder(options.output, MODEL, overwrite=options.overwrite) as output:
+        _merge(base, options.adapter, output, dtype=options.dtype, device=options.device)
     say(f"{options.output}: {base} with {options.adapter} merged in, {options.dtype}")
     return 0
+
+
+def _merge(base: str, adapter: str, output: Output, *, dtype: str, device: str | None) -> None:
+    # Summed in the base's own precision, then rounded once to the one that was asked for.
+    model = load_model(base, device=device, adapter=adapter)
+    merge_outer_adapter(model)
+    cast_parameters(model, dtype)
+    tokenizer = load_tokenizer(with_tokenizer(adapter, base))
+    with output.replaced() as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

@@ -72,8 +72,12 @@ def read_directory(path: Path) -> dict[str, Any]:
 
 def write_jsonl(records: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     """Write one JSON object per line; an earlier file is replaced only when all lines are written."""
-    lines = (json.dumps(dict(record)) + "\n" for record in records)
-    replace_files({Path(path): "".join(lines).encode()})
+    replace_files({Path(path): as_jsonl(records)})
+
+
+def as_jsonl(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return one JSON object per line."""
+    return "".join(json.dumps(dict(record)) + "\n" for record in records).encode()
 
 
 def _content(path: Path) -> str:

@@ -13,7 +13,7 @@ from memdlm.evaluation.report_figures import accuracy_by_length
 from memdlm.evaluation.report_html import document, figure, fold, table
 from memdlm.evaluation.report_page import bias_section, training_section
 from memdlm.evaluation.runs import Measured, read_runs
-from memdlm.files import replace_files
+from memdlm.outputs import is_page, output_file
 
 _NONE = '<p class="missing">None of the runs has measured it.</p>'
 _NOT_TRAINING = frozenset(
@@ -30,9 +30,11 @@ _Z = 1.96
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Read the runs in `folders` and write one self-contained page to `output`, which is returned.
 
-    A result with memory is shown only beside the one without. Raises DataError as `read_runs` does.
+    A result with memory is shown only beside the one without. Raises DataError as `read_runs` does, ConfigError when
+    `output` is a file that is no page of memdlm's.
     """
-    replace_files({output: comparison_page(read_runs(folders)).encode()})
+    with output_file(output, is_page, "page") as write:
+        write(comparison_page(read_runs(folders)).encode())
     return output
 
 

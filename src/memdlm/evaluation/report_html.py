@@ -7,6 +7,7 @@ from html import escape
 
 from memdlm.evaluation.report_data import Report, Row, spread
 from memdlm.evaluation.report_figures import NARROW, WIDE, Draw, svg
+from memdlm.outputs import GENERATOR
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -80,7 +81,7 @@ def document(title: str, header: str, sections: Iterable[tuple[str, str]]) -> st
     body = "\n".join(f"<section>\n<h2>{escape(name)}</h2>\n{content}\n</section>" for name, content in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'{GENERATOR}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<header>\n{header}\n</header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.sampling import Step
 from memdlm.inference.job import Job
+from memdlm.outputs import GENERATOR
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --page: #fff; --box: #f6f8fa }
@@ -133,7 +134,8 @@ class Trace:
         # "</script>" inside a token must not end the script.
         packed = json.dumps(data).replace("<", "\\u003c")
         return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">{GENERATOR}
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p class="soft">Colour: the step at which a token settled, first <span class="legend" id="legend"></span> last.

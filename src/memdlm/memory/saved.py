@@ -10,13 +10,13 @@ Only safetensors and JSON are read. A folder is written whole or not at all.
 import dataclasses
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memdlm.errors import CheckpointError, ConfigError, MemoryFileError, NotFiniteError
-from memdlm.files import replace_folder
+from memdlm.errors import CheckpointError, ConfigError, MachineError, MemoryFileError, NotFiniteError
+from memdlm.files import sha256, writing
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fingerprint import Fingerprint
 from memdlm.memory.header import (
@@ -33,6 +33,7 @@ from memdlm.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, parameter_nam
 from memdlm.models.outer_adapters import plain_config
 from memdlm.models.outer_adapters import scale_of as peft_scale
 from memdlm.options import from_mapping
+from memdlm.outputs import Kind, Output, content, discard, find, output_folder, written_in
 from memdlm.strict_json import read_json
 
 
@@ -73,11 +74,15 @@ class SavedMemory:
     def save(self, folder: str | Path) -> Path:
         """Write the folder, in the place of an earlier memory if there is one.
 
-        Raises ConfigError when `folder` holds anything else or `provenance` is no JSON, NotFiniteError for a memory
-        that holds NaN or infinity.
+        Raises ConfigError when `folder` holds anything else, another process writes there, or `provenance` is no JSON;
+        NotFiniteError for a memory that holds NaN or infinity; MachineError when the disk is full or closed to us.
         """
-        folder = Path(folder)
-        check_output(folder, overwrite=True)
+        with output_folder(folder, MEMORY, overwrite=True) as output:
+            self.save_to(output)
+        return Path(folder)
+
+    def save_to(self, output: Output) -> None:
+        """Write the folder into a place that is held already."""
         unsound = first_unsound(self.pairs)
         if unsound is not None:
             raise NotFiniteError(f"the memory holds NaN or infinity in {unsound}; it is not saved.")
@@ -86,7 +91,7 @@ class SavedMemory:
             parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
         }
         config = plain_config(self.targets, rank=self.rank, alpha=self.scale * self.rank, base=self.fingerprint.model)
-        with replace_folder(folder) as growing:
+        with output.replaced() as growing, writing(output.place):
             write_adapter(growing, config, tensors)
             header: dict[str, Any] = {
                 "format": FORMAT,
@@ -94,11 +99,10 @@ class SavedMemory:
                 "config": dataclasses.asdict(self.config),
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],
                 "provenance": self.provenance,
-                "sha256": {name: _sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
+                "sha256": {name: sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
             }
             header["sha256"][HEADER_FILE] = _checksum(header)
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
-        return folder
 
     def _check_provenance(self) -> None:
         try:
@@ -114,6 +118,7 @@ def read_memory(folder: str | Path) -> SavedMemory:
     """Read a memory; raises MemoryFileError that says what is missing, damaged or changed."""
     folder = Path(folder)
     where = f"memory {str(folder)!r}"
+    find(folder, MEMORY)
     header = _header(folder, where)
     try:
         fingerprint = fingerprint_of(header)
@@ -142,7 +147,7 @@ def read_memory(folder: str | Path) -> SavedMemory:
     check_pairs(pairs, saved.layers, saved.rank, where)
     _check_targets(peft.target_modules, pairs, where)
     for name, expected in header["sha256"].items():
-        found = _checksum(header) if name == HEADER_FILE else _sha256(folder / name)
+        found = _checksum(header) if name == HEADER_FILE else sha256(folder / name)
         if found != expected:
             raise MemoryFileError(f"{where}: {name} is not what was saved (its checksum differs). Write it again.")
     return saved
@@ -168,16 +173,7 @@ def is_memory(folder: str | Path) -> bool:
 
 def holds_memories(folder: str | Path) -> bool:
     """Whether some memory lies in `folder`."""
-    return Path(folder).is_dir() and any(is_memory(each) for each in Path(folder).iterdir())
-
-
-def check_output(folder: str | Path, *, overwrite: bool) -> None:
-    """Raise ConfigError when a memory cannot be written to `folder`: only another memory may be replaced."""
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_memory(folder)):
-        raise ConfigError(f"{str(folder)!r} exists and is no memory; name a new folder, such as doc.mem.")
-    if is_memory(folder) and not overwrite:
-        raise ConfigError(f"{str(folder)!r} holds a memory already; name a new folder, or overwrite it.")
+    return Path(folder).is_dir() and any(_memories_in(Path(folder)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +219,11 @@ def inspect_memory(folder: str | Path) -> MemorySummary:
     )
 
 
+def _memories_in(folder: Path) -> Iterator[Path]:
+    # Hidden folders are memories that are being replaced.
+    return (each for each in folder.iterdir() if is_memory(each) and not each.name.startswith("."))
+
+
 def list_memories(folder: str | Path) -> list[MemorySummary]:
     """Describe the memories in `folder`, by name; of a damaged one, `problem` says what is wrong.
 
@@ -232,7 +233,7 @@ def list_memories(folder: str | Path) -> list[MemorySummary]:
     if not folder.is_dir():
         raise MemoryFileError(f"there is no folder {str(folder)!r} with memories.")
     found = []
-    for path in sorted(each for each in folder.iterdir() if is_memory(each)):
+    for path in sorted(_memories_in(folder)):
         try:
             found.append(inspect_memory(path))
         except MemoryFileError as error:
@@ -241,16 +242,22 @@ def list_memories(folder: str | Path) -> list[MemorySummary]:
 
 
 def delete_memory(folder: str | Path) -> None:
-    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing."""
+    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing.
+
+    Raises MachineError when it cannot be deleted.
+    """
     folder = Path(folder)
-    if not is_memory(folder):
-        raise MemoryFileError(f"{str(folder)!r} is no memory: it has no {HEADER_FILE}. Nothing was deleted.")
-    others = {path.name for path in folder.iterdir()} - {HEADER_FILE, WEIGHTS_FILE, CONFIG_FILE}
+    own = written_in(folder, MEMORY)
+    if not own:
+        raise MemoryFileError(f"{str(folder)!r} is no memory that memdlm wrote. Nothing was deleted.")
+    others = content(folder) - own
     if others:
         raise MemoryFileError(
             f"{str(folder)!r} holds more than a memory ({', '.join(sorted(others)[:4])}). Nothing was deleted."
         )
-    shutil.rmtree(folder)
+    discard(folder, MEMORY)
+    if folder.exists():
+        raise MachineError(f"{str(folder)!r} could not be deleted: no permission.")
 
 
 def _header(folder: Path, where: str) -> dict[str, Any]:
@@ -266,11 +273,20 @@ def _header(folder: Path, where: str) -> dict[str, Any]:
         raise MemoryFileError(f"{where}: {HEADER_FILE} does not say what a memory needs: {error}.") from error
 
 
+def _without_marker(folder: Path) -> tuple[str, ...]:
+    """Return what is a memory's in a folder that has no marker: earlier versions wrote none."""
+    try:
+        header = _header(folder, str(folder))
+    except MemoryFileError:
+        return ()
+    is_unchanged = header["sha256"][HEADER_FILE] == _checksum(header)
+    return (HEADER_FILE, WEIGHTS_FILE, CONFIG_FILE) if is_unchanged else ()
+
+
+MEMORY = Kind(name="memory", words="a memory", earlier=_without_marker)
+
+
 def _checksum(header: dict[str, Any]) -> str:
     """Return the digest of all that memory.json says but this."""
     rest = {**header, "sha256": {name: value for name, value in header["sha256"].items() if name != HEADER_FILE}}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,19 +9,21 @@ or loading fails with the list.
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from memdlm.errors import CheckpointError, ConfigError, did_you_mean
+from memdlm.files import flush, make_folder, writing
 from memdlm.finite import is_finite
 from memdlm.hub import look_for
 from memdlm.models.outer_adapters import ALL_LINEAR, Target, adapter_config, attach, check_free, find_targets, slots
@@ -40,6 +42,8 @@ from memdlm.strict_json import (
 )
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MADE_BY = {"made_by": "memdlm"}
+"""In the header of the weights: what tells our adapters from those of other programs."""
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HONOURED = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"),
@@ -130,8 +134,10 @@ def save_outer_adapter(
     """Write the model's adapter as adapter_config.json and adapter_model.safetensors, in published names.
 
     `state_dict` has the values by our parameter names where they are not the model's own (sharded training).
-    Raises ConfigError when the model has no outer adapter.
+    Raises ConfigError when the model has no outer adapter, and when `folder` has one that memdlm did not write, which
+    stays; MachineError when the disk is full or closed to us.
     """
+    _refuse_others(Path(folder))
     config = adapter_config(model)
     if config is None:
         raise ConfigError("there is no outer adapter to save; add one with add_outer_lora or load_model(adapter=...).")
@@ -153,14 +159,37 @@ def parameter_name(module: str, side: str) -> str:
 def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter's two files; `tensors` are named by `parameter_name`, on the CPU and contiguous."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    make_folder(folder)
+    growing = folder / f".adapter.{os.getpid()}.tmp"
+    with writing(folder):
+        growing.mkdir()
+        try:
+            save_file(dict(tensors), growing / WEIGHTS_FILE, metadata={"format": "pt", **MADE_BY})
+            dataclasses.replace(config, inference_mode=True).save_pretrained(growing)
+            flush(growing)
+            for path in growing.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(growing, ignore_errors=True)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise ConfigError when `folder` has an adapter of another program."""
+    found = [folder / name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(folder / name)]
+    if found and not _is_ours(folder / WEIGHTS_FILE):
+        raise ConfigError(
+            f"{found[0]} exists and memdlm did not write it; it replaces only what it made itself. Name a new folder."
+        )
+
+
+def _is_ours(weights: Path) -> bool:
+    if weights.is_symlink() or not weights.is_file():
+        return False
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
-    dataclasses.replace(config, inference_mode=True).save_pretrained(folder)
+        with safe_open(weights, "pt") as file:
+            return MADE_BY.items() <= (file.metadata() or {}).items()
+    except (SafetensorError, OSError):
+        return False
 
 
 def base_of_adapter(name: str | Path, *, token: str | bool | None = None) -> str:

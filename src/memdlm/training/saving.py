@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.trainer_utils import rotate_checkpoints
 
-from memdlm.training.checkpoints import SAVING, STATE, move_files, publish
+from memdlm.files import writing
+from memdlm.training.checkpoints import SAVING, STATE, move_files, publish, rotate
 from memdlm.training.resuming import ResumingTrainer
 
 
@@ -30,7 +30,8 @@ class SavingTrainer(ResumingTrainer):
         self.accelerator.wait_for_everyone()
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(folder / name):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
         best = self.state.best_model_checkpoint
@@ -41,11 +42,7 @@ class SavingTrainer(ResumingTrainer):
             self.state.save_to_json(str(growing / name / STATE))
             publish(growing / name, folder / name)
             growing.rmdir()
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
+            rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_final(self, folder: str | Path) -> None:
@@ -54,7 +51,8 @@ class SavingTrainer(ResumingTrainer):
         if self.args.should_save:
             shutil.rmtree(growing, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(growing))
+        with writing(folder):
+            self.save_model(str(growing))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             move_files(growing, Path(folder))

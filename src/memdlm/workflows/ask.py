@@ -1,5 +1,6 @@
 """Answer questions from a saved memory: one write, any number of questions."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class AskOptions(ModelOptions):
         None, "A .jsonl file with a `question` per line, and perhaps the `answer` to compare with."
     )
     output: str | None = option(None, "Write the answers to this .jsonl file; unset: print them.")
+    overwrite: bool = option(False, "Replace answers that output holds already.")
     keep_context: bool = option(False, "Show the document as well, in front of every question.")
     file: str | None = option(None, "With keep_context: the document; unset: where it was when it was memorised.")
     chat: bool = option(True, "Put questions through the chat template, if the tokenizer has one; False: as they are.")
@@ -45,6 +47,8 @@ class AskOptions(ModelOptions):
             raise ConfigError("file has no effect without keep_context: the memory stands for the document.")
         if self.output is not None and self.questions is None:
             raise ConfigError("output has no effect without questions (a .jsonl file); answers are printed.")
+        if self.overwrite and self.output is None:
+            raise ConfigError("overwrite has no effect without output (a .jsonl file); answers are printed.")
 
 
 @final
@@ -125,6 +129,18 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
             )
         check_text(row["question"], f"questions: {path}, row {index}: ")
     return [dict(row) for row in rows]
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is what `memdlm ask --output` writes: a `question` and a `response`, both text, in every row."""
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    except ValueError:
+        return False
+    keys = ("question", "response")
+    return bool(rows) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys) for row in rows
+    )
 
 
 def answered(

@@ -10,15 +10,17 @@ from typing import final
 from rich.console import Console
 
 from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
-from memdlm.files import replace_files
+from memdlm.files import resolved
 from memdlm.inference import GenerationConfig, PromptCache, encode_prompts, prompt_cache_for, response_job, responses
 from memdlm.models.wrappers import unwrap
 from memdlm.options import option, validate
+from memdlm.outputs import output_file
 from memdlm.randomness import derive
 from memdlm.terminal import printable
 from memdlm.workflows.decoding import Setup, Tally, decode
 
 Message = dict[str, str]
+SAVED_BY, SAVER = "saved_by", "memdlm chat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Chat:
     turns: list[Message] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
     answers: int = 0
+    saved: set[Path] = field(default_factory=set)
+    """Where this conversation was saved: there it may be saved again."""
     prompt_cache: PromptCache | None = field(init=False)
     """What is known of the history, with memory on or off."""
 
@@ -162,12 +166,35 @@ def _steps(chat: Chat, argument: str) -> str:
 
 
 def _save(chat: Chat, argument: str) -> str:
-    if not argument:
+    flag, _, rest = argument.partition(" ")
+    overwrite = flag == "--overwrite"
+    name = rest.strip() if overwrite else argument
+    if not name:
         raise ConfigError("/save takes a file name.")
     system = [] if chat.options.system is None else [{"role": "system", "content": chat.options.system}]
-    text = json.dumps({"messages": [*system, *chat.turns]}, ensure_ascii=False)
-    replace_files({Path(argument): (text + "\n").encode()})
-    return f"saved to {argument}"
+    # The mark tells it from somebody's own conversation, which is never replaced.
+    text = json.dumps({"messages": [*system, *chat.turns], SAVED_BY: SAVER}, ensure_ascii=False)
+    place = resolved(name)
+    with output_file(
+        place,
+        is_saved,
+        "conversation",
+        overwrite=overwrite or place in chat.saved,
+        option="/save",
+        flag="--overwrite in front of the name",
+    ) as write:
+        write((text + "\n").encode())
+    chat.saved.add(place)
+    return f"saved to {name}"
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file is what /save writes."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and set(found) == {"messages", SAVED_BY} and found[SAVED_BY] == SAVER
 
 
 def _exit(chat: Chat, argument: str) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
-from memdlm.files import replace_files
 from memdlm.inference import Generation, GenerationConfig, Job
 from memdlm.inference.prompts import visible
 from memdlm.inference.trace import Trace
@@ -25,6 +24,7 @@ from memdlm.models.adapter_files import base_of_adapter, is_adapter
 from memdlm.models.loading import DTYPES
 from memdlm.models.resolution import published_fields, table_rows
 from memdlm.options import option, validate
+from memdlm.outputs import is_page, output_file
 from memdlm.terminal import printable
 from memdlm.types import Ids
 
@@ -147,8 +147,14 @@ def decode(
     seconds = time.perf_counter() - start
     result = cut(job, ids, tokenizer)
     if record is not None and trace is not None:
-        replace_files({Path(trace): record.page().encode()})
+        with page_at(trace) as write:
+            write(record.page().encode())
     return result, seconds
+
+
+def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
+    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced."""
+    return output_file(trace, is_page, "page", option="trace")
 
 
 def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -30,11 +30,11 @@ from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.recall import encode_samples, recall
 from memdlm.evaluation.report import write_report
 from memdlm.evaluation.runs import curve_of
-from memdlm.files import make_folder, replace_folder
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.loading import build_model
 from memdlm.models.small import SmallDLMConfig
+from memdlm.outputs import MARKER, Kind, Output, output_folder
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.demo_recall import empty_panel, fill_panel, panel_seconds, pass_seconds
@@ -55,6 +55,8 @@ NOTES = (
 )
 
 
+INTERRUPTED = "interrupted"
+DEMO = Kind(name="demo", words="a demo", part=INTERRUPTED)
 QUICK_RECALL = RecallPlan(
     task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
     train_length=18,
@@ -127,14 +129,41 @@ class DemoData:
     by_length: dict[int, list[Sample]]
 
 
-def run_demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str, Any]:
+def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overwrite: bool = False) -> dict[str, Any]:
     """Train, measure and report; returns the report that was written to `out`.
 
     Leaves `report.html`, `report.json`, five PNGs and `checkpoints/<model>-seed<n>/` (folders for
-    `memdlm.load_model`). On Ctrl-C the report of what is finished is written (beside an earlier complete one, into
-    `out/interrupted`), then KeyboardInterrupt goes on. Raises DataError when `out` is, or lies under, a file.
+    `memdlm.load_model`), all at once in the end: an earlier demo stays until then. On Ctrl-C what is finished is
+    written (beside an earlier demo, into `out/interrupted`), then KeyboardInterrupt goes on. Raises DataError when
+    `out` is, or lies under, a file, ConfigError when it holds anything but a demo, or a demo and `overwrite` is off.
     """
-    make_folder(out)
+    with output_folder(out, DEMO, overwrite=overwrite, option="out") as output:
+        earlier = (output.place / "report.json").exists()
+        report = None
+        with output.replaced() as growing:
+            try:
+                report = _demo(plan, growing, display, command)
+            except KeyboardInterrupt:
+                if not (growing / "report.json").exists():
+                    raise
+                folder = out / INTERRUPTED if earlier else out
+                display.say(f"Interrupted. What was finished is in {folder / 'report.html'}.")
+                if earlier:
+                    _keep(growing, output)
+                    raise
+        if report is None:
+            raise KeyboardInterrupt
+    return report
+
+
+def _keep(growing: Path, output: Output) -> None:
+    """Move what was finished into the earlier demo, which stays."""
+    with Output(output.place / INTERRUPTED, DEMO).replaced() as folder:
+        for path in [each for each in growing.iterdir() if each.name != MARKER]:
+            os.replace(path, folder / path.name)
+
+
+def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str, Any]:
     start = time.perf_counter()
     report = _empty_report(plan, command)
     try:
@@ -149,9 +178,7 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[
     except KeyboardInterrupt:
         if report["recall"]["models"]:
             report["notes"].append("Interrupted: what was finished until then is shown.")
-            folder = out / "interrupted" if (out / "report.json").exists() else out
-            _finish(report, folder, display, start)
-            display.say(f"Interrupted. What was finished is in {folder / 'report.html'}.")
+            _finish(report, out, display, start)
         raise
     _finish(report, out, display, start)
     return report
@@ -313,9 +340,9 @@ def _train(
         trainer.train()
     seconds = time.perf_counter() - start
     model.eval()
-    with replace_folder(out / "checkpoints" / checkpoint_name(arm, seed)) as folder:
-        model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
+    folder = out / "checkpoints" / checkpoint_name(arm, seed)
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
     options = {"learning_rate": plan.learning_rate, "batch_size": plan.batch_size, "training_rows": len(data.train)}
     memory = {} if arguments.memory is None else {"memory": asdict(arguments.memory)}
     row = {

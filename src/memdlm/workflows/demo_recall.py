@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
 from memdlm.data.synthetic import KeyValueRecall
-from memdlm.files import replace_folder
 from memdlm.memory.config import MemoryConfig
 from memdlm.types import Ids
 from memdlm.workflows.display import Display
@@ -81,11 +80,11 @@ def _one_model(
     name, config = f"{arm}, seed {seed}", arms(plan)[arm]
     with display.bar("train", f"{name}: training", plan.steps) as advance:
         trained = train_arm(plan, data, config, seed, advance)
-    with replace_folder(out / "checkpoints" / panel_checkpoint(arm, seed)) as folder:
-        trained.model.save_pretrained(folder)
-        data.tokenizer.save_pretrained(folder)
-        if trained.memory.learned is not None:
-            trained.memory.learned.save(folder)
+    folder = out / "checkpoints" / panel_checkpoint(arm, seed)
+    trained.model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    if trained.memory.learned is not None:
+        trained.memory.learned.save(folder)
     with display.bar("evaluate", f"{name}: answering", 2 * len(plan.times) * plan.num_eval) as advance:
         accuracy = accuracies(plan, data, trained, seed, advance)
     panel["models"].append(_row(plan, data, trained, config, arm, seed))

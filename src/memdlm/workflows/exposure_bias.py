@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from memdlm import __version__
@@ -15,14 +14,15 @@ from memdlm.errors import ConfigError, DataError, MemDLMError, unknown
 from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.report_figures import BIAS_PANELS, png
-from memdlm.files import replace_files
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.loading import DTYPES, load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option, validate
+from memdlm.outputs import Kind, Output, output_folder
 
 JSON_NAME, PICTURE_NAME = "exposure_bias.json", "exposure_bias.png"
+MEASUREMENT = Kind(name="exposure bias", words="a measurement of exposure bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class BiasOptions:
     )
     model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
+    overwrite: bool = option(False, "Replace a measurement that output holds already.")
     steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1, maximum=2**16)
     num_samples: int = option(64, "Conversations, from the first.", minimum=1)
     max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
@@ -67,8 +68,15 @@ def measure_exposure_bias(
 
     With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
     part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
-    model's tokenizer gives other ids, because masks would then not be the same.
+    model's tokenizer gives other ids, because masks would then not be the same; ConfigError when the output is taken.
     """
+    with output_folder(options.output, MEASUREMENT, overwrite=options.overwrite) as output:
+        return _measured(options, memory, output, say, command)
+
+
+def _measured(
+    options: BiasOptions, memory: MemoryConfig | None, output: Output, say: Callable[[str], None], command: str
+) -> dict[str, Any]:
     models = [name for name in (options.model, options.model2) if name is not None]
     split, conversations = _conversations(options)
     texts = _texts(options, conversations, options.model)
@@ -89,12 +97,9 @@ def measure_exposure_bias(
         "exposure_bias": rows,
     }
     panels = [(panel.title, panel.draw) for panel in BIAS_PANELS]
-    replace_files(
-        {
-            Path(options.output, JSON_NAME): json.dumps(data, indent=2, allow_nan=False).encode() + b"\n",
-            Path(options.output, PICTURE_NAME): png(panels, data, size=(11.5, 3.7)),
-        }
-    )
+    with output.replaced() as folder:
+        (folder / JSON_NAME).write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        (folder / PICTURE_NAME).write_bytes(png(panels, data, size=(11.5, 3.7)))
     return data
 
 

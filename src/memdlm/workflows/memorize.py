@@ -16,9 +16,10 @@ from memdlm.data.documents import Document, plain_ids, read_document
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.masked_loss import loss_under, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory, compress
-from memdlm.memory.saved import check_output
+from memdlm.memory.saved import MEMORY
 from memdlm.models.wrappers import unwrap
 from memdlm.options import option
+from memdlm.outputs import Output, output_folder
 from memdlm.randomness import derive
 from memdlm.templates import message_ids
 from memdlm.types import IGNORE_INDEX
@@ -75,8 +76,11 @@ def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -
 
     Raises DataError for a document that cannot be read, ConfigError when the output is taken.
     """
-    output = str(options.output)
-    check_output(output, overwrite=options.overwrite)
+    with output_folder(str(options.output), MEMORY, overwrite=options.overwrite) as output:
+        return _memorize(options, config, display, output)
+
+
+def _memorize(options: MemorizeOptions, config: MemoryConfig, display: Display, output: Output) -> Memorized:
     document = read_document(str(options.file))
     model, tokenizer = load_parts(options)
     ids = document_ids(document, tokenizer, as_message=options.as_message)
@@ -94,7 +98,7 @@ def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -
         memdlm=__version__,
     )
     if done.kept:
-        noted.save(output)
+        noted.save_to(output)
     return dataclasses.replace(done, memory=noted)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import transformers
 
+from memdlm.data.preprocess import SUMS
 from memdlm.errors import CheckpointError, ConfigError
+from memdlm.training.output_dir import RUN_FILE
 from memdlm.workflows.display import Display
 from memdlm.workflows.plan import RunPlan, default_of, resolved
 
-RUN_FILE = "run.json"
 WORLD = "world_size"
 
 _PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "dataloader_")
@@ -130,13 +131,16 @@ def _judge(changed: list[str], plan: RunPlan, checkpoint: Path, display: Display
     return changed
 
 
+_PLACE = ("path", "memdlm", "format", SUMS)
+
+
 def _content(manifest: Any) -> Any:
     """Return what a manifest says of the data, wherever they are and whatever wrote it."""
     if isinstance(manifest, list):
         return [_content(each) for each in manifest]
     if not isinstance(manifest, Mapping):
         return manifest
-    found = {name: _content(value) for name, value in manifest.items() if name not in ("path", "memdlm")}
+    found = {name: _content(value) for name, value in manifest.items() if name not in _PLACE}
     # Manifests of preprocessed folders are listed by folder.
     folders = [name for name, value in found.items() if isinstance(value, Mapping) and "sources" in value]
     if not folders:

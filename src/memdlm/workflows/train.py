@@ -1,6 +1,7 @@
 """A training run from files: load, encode, train, save."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -8,12 +9,13 @@ from transformers import PreTrainedModel
 from memdlm.data.collate import Collator
 from memdlm.data.encoding import Counts
 from memdlm.errors import ConfigError
-from memdlm.files import make_folder
+from memdlm.files import make_folder, writing
 from memdlm.models.loading import load_model
 from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.checkpoints import NEVER, prepare_output
+from memdlm.training.output_dir import held
 from memdlm.training.states import check_checkpoint, left_out
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.datasets import load_data
@@ -45,6 +47,24 @@ def run_training(
     name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
+    with ExitStack() as stack:
+        if arguments.process_index == 0:
+            sources = [name for name in (model_options.path, model_options.adapter) if name is not None]
+            goes_on = run.resume != NEVER or arguments.resume_from_checkpoint is not None
+            stack.enter_context(held(out, sources, goes_on=goes_on))
+        stack.enter_context(writing(out))
+        return _run(model_options, data_options, arguments, lora, run, display)
+
+
+def _run(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: TrainingArguments,
+    lora: LoRAOptions,
+    run: RunOptions,
+    display: Display,
+) -> Path:
+    out = Path(arguments.output_dir)
     checkpoint = start_of(run, arguments, out)
     plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
     changed = [] if checkpoint is None else check_same_run(plan, checkpoint, display)

@@ -1,0 +1,126 @@
+"""The output folder of a training run: one run at a time writes there, and only what runs wrote is replaced."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memdlm.errors import ConfigError
+from memdlm.files import resolved
+from memdlm.locks import locked
+from memdlm.outputs import Kind, content, is_page, marked_as, refuse_place, written_in
+
+STATE = "trainer_state.json"
+RUN_FILE = "run.json"
+"""In the output folder of every run: what makes the folder one of ours."""
+LOCK = ".memdlm.lock"
+_MODEL = (
+    r"(generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|adapter_config\.json|"
+    r"memory_init\.(json|safetensors)|training_args\.bin|tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|"
+    r"(additional_)?chat_template[\w./-]*|vocab\.\w+|merges\.txt|trainer_state\.json|\.memdlm\.json"
+)
+_OF_RUN = re.compile(rf"{_MODEL}|run\.json|\.saving(-final)?|\.checkpoint-\d+\.old|\.[\w.-]+\.\d+\.tmp")
+"""What a run writes into its output folder, beside checkpoints."""
+_OF_CHECKPOINT = re.compile(
+    rf"{_MODEL}|(optimizer|scheduler|scaler|rng_state)[\w./-]*|global_step\d+[\w./-]*|latest|zero_to_fp32\.py|"
+    r"pytorch_model[\w./-]*|README\.md"
+)
+"""What transformers and the launchers write into a checkpoint."""
+_TRACKERS = ("runs", "logs", "wandb", "mlruns", "trackio", "tensorboard")
+"""Folders of trackers: a run adds to them and replaces nothing there."""
+
+
+@contextmanager
+def held(folder: Path, sources: Sequence[str | Path], *, goes_on: bool) -> Iterator[None]:
+    """Hold the output folder of a run inside the block; it must exist.
+
+    Raises ConfigError, and touches nothing, when another run writes there, when it is the folder of one of the
+    `sources` (a model or an adapter that the run starts from), and as `refuse_others`.
+    """
+    refuse_others(folder, goes_on=goes_on)
+    for source in sources:
+        if os.path.isdir(source) and os.path.samefile(source, folder):
+            raise ConfigError(
+                f"output_dir: {str(folder)!r} is the folder of the model that the run starts from, which would be "
+                "overwritten. Name another folder."
+            )
+    with locked(resolved(folder) / LOCK, folder):
+        yield
+
+
+def refuse_others(folder: Path, *, goes_on: bool) -> None:
+    """Raise ConfigError when `folder` holds anything that no training run wrote.
+
+    A run that goes on in its own folder passes over what it never writes, such as notes. What other commands of memdlm
+    left there stays as well.
+    """
+    refuse_place(resolved(folder), folder, "output_dir")
+    if not folder.is_dir():
+        return
+    is_ours = is_run(folder)
+    for path in sorted(folder.iterdir()):
+        if is_checkpoint_name(path.name):
+            foreign = foreign_in(path)
+            if foreign:
+                raise ConfigError(refusal(folder, f"{path.name}/{foreign[0]}".rstrip("/@")))
+        elif is_ours and (goes_on or _OF_RUN.fullmatch(path.name)):
+            continue
+        elif path.name not in (LOCK, *_TRACKERS) and not _is_result(path):
+            raise ConfigError(refusal(folder, path.name))
+
+
+def refusal(folder: Path, name: str) -> str:
+    """Say that `name` in `folder` is somebody's."""
+    return (
+        f"output_dir: {str(folder)!r} holds {name!r}, which no training run of memdlm wrote; it replaces only what it "
+        "made itself. Name a new folder, or move that away."
+    )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training run of memdlm wrote into `folder`: its run.json says so."""
+    found = _json(folder / RUN_FILE)
+    return isinstance(found, dict) and {"memdlm", "options", "command"} <= set(found)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run calls its checkpoints so."""
+    return re.fullmatch(r"checkpoint-\d+", name) is not None
+
+
+def foreign_in(path: Path) -> list[str]:
+    """Return what no training run wrote in a checkpoint, all of it where it is none; empty: it is one, and whole."""
+    if path.is_symlink() or not path.is_dir():
+        return ["@"]
+    return sorted(content(path) - written_in(path, CHECKPOINT)) or ([] if _is_checkpoint(path) else ["/"])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    state = _json(path / STATE)
+    return isinstance(state, dict) and "global_step" in state
+
+
+def _without_marker(path: Path) -> set[str]:
+    """Return what is a checkpoint's in a folder without a marker: transformers and earlier versions wrote none."""
+    return {name for name in content(path) if _OF_CHECKPOINT.fullmatch(name)} if _is_checkpoint(path) else set()
+
+
+CHECKPOINT = Kind(name="checkpoint", words="a checkpoint", earlier=_without_marker)
+FINAL = Kind(name="final weights", words="final weights")
+"""What a run leaves in its output folder in the end; only that, of all in the folder, is in the marker."""
+
+
+def _is_result(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    return marked_as(path) is not None if path.is_dir() else path.suffix == ".html" and path.is_file() and is_page(path)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError):
+        return None
