@@ -5,13 +5,16 @@ Any subset of files may be present in a family's folder; whatever is present is 
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from memdlm.errors import CheckpointError
 from memdlm.models import load_model
 
 ROOT = Path(os.environ.get("MEMDLM_GOLDEN", Path(__file__).parent / "golden"))
@@ -39,9 +42,26 @@ KIND_FILES = {"adapt": "adapt.json", "outer": "outer.json", "sampler": "sampler.
 
 
 def cases(kind: str) -> list[Case]:
-    """Every recorded case of a kind, over all families."""
+    """Every recorded case of a kind, over all families. What a file says beside its cases is no object."""
     file = KIND_FILES[kind]
-    return [Case(family, f"{kind}:{name}") for family in folders(file) for name in read_json(family, file)]
+    return [
+        Case(family, f"{kind}:{name}")
+        for family in folders(file)
+        for name, record in read_json(family, file).items()
+        if isinstance(record, dict)
+    ]
+
+
+def must_know(case: object, found: Iterable[str], known: Iterable[str], what: str = "field") -> None:
+    """Fail unless a replay knows everything that was recorded: a field that it ignored might change the result."""
+    unknown = sorted(set(found) - set(known))
+    if unknown:
+        cannot_replay(case, f"this replay knows no recorded {what} {', '.join(unknown)}")
+
+
+def cannot_replay(case: object, reason: str) -> None:
+    """Fail with one line: a case that cannot be replayed is neither skipped nor a crash."""
+    pytest.fail(f"{case} cannot be replayed: {reason}", pytrace=False)
 
 
 @lru_cache
@@ -61,7 +81,16 @@ def tensors(family: str, file: str) -> dict[str, torch.Tensor]:
     }
 
 
-@lru_cache
 def model(family: str):
     """The recorded network, float32, eval mode. Shared: tests must leave it as it was."""
-    return load_model(ROOT / family / "checkpoint", dtype="float32")
+    try:
+        return _model(ROOT / family / "checkpoint")
+    except CheckpointError as error:
+        config = read_json(family, "checkpoint/config.json")
+        stated = f"{config.get('model_type')!r} {config.get('architectures')}"
+        cannot_replay(family, f"its network, {stated}, is none of ours. {error}")
+
+
+@lru_cache
+def _model(folder: Path):
+    return load_model(folder, dtype="float32")

@@ -11,7 +11,13 @@ from torch.testing import assert_close
 
 from memdlm.diffusion import (
     COMMITS,
+    Above,
+    AtLeast,
     ClassifierFree,
+    Commit,
+    Edit,
+    Factor,
+    LowConfidence,
     Rule,
     Scheduled,
     absolute_blocks,
@@ -91,6 +97,100 @@ def test_most_confident_positions_are_committed_first():
     for row in range(2):
         chosen, others = best[row, first.is_new[row]], best[row, is_open[row] & ~first.is_new[row]]
         assert chosen.min() >= others.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_confidences_are_computed_in_float32_at_least(dtype):
+    logits = (3 * torch.randn(64, 500, generator=rng())).to(dtype)
+    token, sure = Rule(mask_token_id=499).choose(logits)
+    exact = logits.double().softmax(-1).gather(-1, token[:, None]).squeeze(1)
+    assert sure.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(sure.double(), exact, rtol=1e-5, atol=0)
+    assert (sure.double().argsort() == exact.argsort()).all()
+    coarse = logits.bfloat16().softmax(-1).gather(-1, token[:, None])
+    assert len(coarse.unique()) < len(sure.unique()), "in bfloat16 some of them would tie"
+
+
+class Scripted(Commit):
+    """Confidences that are exactly what is written."""
+
+    def __init__(self, *sure):
+        self.sure = torch.tensor(sure)
+
+    def confidence(self, logits, token, draw):
+        return self.sure[-len(token) :]
+
+
+class Lines(Table):
+    """Logits by column, whatever the ids."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def everywhere(self, ids):
+        return self.lines.expand(len(ids), -1, -1)
+
+
+def first_step(sure, **options):
+    ids, is_open = canvas_of([0], len(sure))
+    rule = Rule(mask_token_id=MASK, commit=Scripted(*sure))
+    return next(iter(denoise_canvas(Table(), ids, is_open, [is_open], rule=rule, **options)))
+
+
+@pytest.mark.parametrize(
+    ("reveal", "committed"),
+    [
+        (Above(threshold=0.5, block_size=4, steps=4), [0, 1]),
+        (AtLeast(threshold=0.5), [0, 1]),
+        # The bound of the second is 1 - 0.75 / 3 = 0.75, which counts; of the third 0.8125.
+        (Factor(factor=0.75), [0, 1]),
+    ],
+    ids=["above", "at least", "factor"],
+)
+def test_what_is_exactly_as_sure_as_the_threshold(reveal, committed):
+    """Not surer than a threshold, so it stays; the factor rule's bound is met, so it is committed."""
+    step = first_step((0.875, 0.75, 0.5, 0.25), reveal=reveal)
+    assert step.is_new[0].nonzero().squeeze(1).tolist() == committed
+    step = first_step(
+        (0.875, 0.75, math.nextafter(0.5, 1) + 1e-6, 0.25), reveal=Above(threshold=0.5, block_size=4, steps=4)
+    )
+    assert int(step.is_new.sum()) == 3
+
+
+@pytest.mark.parametrize(("sure", "is_edited"), [(0.5, False), (0.5000001, True), (0.4999999, False)])
+def test_a_token_is_replaced_by_what_is_surer_than_the_threshold_only(sure, is_edited):
+    ids, is_open = canvas_of([0], 2)
+
+    class Changing(Table):
+        """Predicts token 1, then token 2."""
+
+        calls = 0
+
+        def everywhere(self, ids):
+            self.calls += 1
+            return torch.nn.functional.one_hot(torch.full_like(ids, min(self.calls, 2)), V).double()
+
+    rule = Rule(mask_token_id=MASK, commit=Scripted(sure, sure))
+    reveal, edit = AtLeast(threshold=0.0), Edit(threshold=0.5)
+    steps = list(denoise_canvas(Changing(), ids, is_open, [is_open], rule=rule, reveal=reveal, edit=edit))
+    assert steps[0].ids.tolist() == [[1, 1]]
+    assert steps[1].is_edited.tolist() == [[is_edited] * 2]
+    assert steps[-1].ids.tolist() == [[2, 2] if is_edited else [1, 1]]
+
+
+@pytest.mark.parametrize("postponed", [(), (3,)], ids=["sure", "postponed"])
+def test_ties_go_to_the_lower_column_and_the_lower_token(postponed):
+    """Equal confidences, or all postponed to 0: left to right, however many there are."""
+    width = 40
+    lines = torch.zeros(width, V)
+    lines[:, [3, 5]] = 4.0
+    ids, is_open = canvas_of([0], width)
+    rule = Rule(mask_token_id=MASK, postpone=postponed)
+    steps = list(denoise_canvas(Lines(lines), ids, is_open, [is_open], steps_per_block=8, rule=rule))
+    order = torch.cat([step.is_new[0].nonzero().squeeze(1) for step in steps])
+    assert order.tolist() == list(range(width))
+    assert (steps[-1].ids == 3).all()
+    assert isinstance(rule.commit, LowConfidence)
 
 
 def test_drawing_without_a_generator_is_refused():

@@ -8,6 +8,7 @@ import torch
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, compiled, generate
+from memdlm.inference.config import COMPILE_MODES
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
 from tiny import V, rng, tiny
@@ -39,7 +40,7 @@ class Counting:
     """torch.compile, counting what it compiled."""
 
     def __init__(self, inner):
-        self.inner, self.compiled = inner, 0
+        self.inner, self.compiled, self.modes = inner, 0, []
 
     def __call__(self, graph, inputs, **_):
         self.compiled += 1
@@ -51,7 +52,13 @@ def backend(monkeypatch, request):
     torch._dynamo.reset()
     counting = Counting(getattr(request, "param", None))
     compile_ = torch.compile
-    monkeypatch.setattr(compiled.torch, "compile", lambda f, mode: compile_(f, backend=counting))
+
+    def watched(f, mode):
+        # A backend of one's own takes no mode, so what was asked for is noted instead.
+        counting.modes.append(mode)
+        return compile_(f, backend=counting)
+
+    monkeypatch.setattr(compiled.torch, "compile", watched)
     yield counting
     torch._dynamo.reset()
 
@@ -70,6 +77,13 @@ def test_a_step_is_compiled_once_for_all_blocks(backend):
     assert found[0].sequences[0].equal(found[2].sequences[0])
     # One for the steps inside a block, one for those that take the finished block before along.
     assert backend.compiled == 2
+
+
+def test_torch_is_told_the_mode_and_keeps_what_it_compiled_in_another(backend):
+    model, options = tiny("llada", torch.float64), {"max_new_tokens": 8, "block_size": 4, "eos_early_stop": False}
+    for mode in (*COMPILE_MODES, *COMPILE_MODES):
+        generate(model, WORDS, PROMPTS[:1], GenerationConfig(**options, compile=mode), attention_pattern=BlockCausal(4))
+    assert backend.modes == list(COMPILE_MODES)
 
 
 def compare_in_float32(family):

@@ -1,13 +1,17 @@
 """Generation and infilling commit the published tokens at every step; the likelihood equals the published one."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from goldens import ROOT, Case, cases, folders, model, read_json, tensors
-from memdlm.diffusion import ClassifierFree, is_greedy, weighted_nll
-from memdlm.inference import GenerationConfig, infill_job, response_job
+from goldens import ROOT, Case, cannot_replay, cases, folders, model, must_know, read_json, tensors
+from memdlm.diffusion import ClassifierFree, is_greedy, positions_of, weighted_nll
+from memdlm.inference import GenerationConfig, Job, infill_job, response_job
+from memdlm.inference.canvas import rule_for
 from memdlm.models import ModelDenoiser, load_tokenizer
+from ties import Sureness, describe, is_tie
 
 pytestmark = pytest.mark.golden
 MASK, EOS = 505, 500
@@ -19,22 +23,49 @@ def numbered(family: str, prefix: str) -> list[torch.Tensor]:
     return [data[name] for name in names]
 
 
-def canvases(case: Case, **changes) -> list[torch.Tensor]:
-    """Our canvases after every step, cut to what was asked for."""
+HONOURED = {"prompts", "inputs", "kwargs", "n_forward", "masks_left", "published_defect"}
+MEASURED = {"shape", "robust_to_1e6_weight_noise"}
+
+
+def job_of(case: Case, **changes) -> Job:
+    """The recorded decoding, by our code."""
     kind, record = case.name.split(":")[1].split("/")[0], case.record
+    network = model(case.family)
+    must_know(case, [kind], ["sample", "infill"], "kind of decoding")
+    must_know(case, record, HONOURED | MEASURED)
+    must_know(case, record["kwargs"], [each.name for each in dataclasses.fields(GenerationConfig)], "option")
     # The recordings go on after an end token, and so must we to be compared canvas by canvas.
     config = GenerationConfig(**{"eos_early_stop": False} | record["kwargs"] | changes)
+    if config.temperature or config.remasking == "random" or config.stochastic_transfer:
+        cannot_replay(case, "its random numbers were not recorded")
     tokenizer = load_tokenizer(ROOT / case.family / "checkpoint")
-    network = model(case.family)
     if kind == "sample":
-        prompts = numbered(case.family, f"prompt/{record['prompts']}")
-        job = response_job(network, tokenizer, prompts, config)
-    else:
-        rows = numbered(case.family, f"infill_in/{record['inputs']}")
-        if not rows:  # "<set>one" is the first sequence of <set>
-            rows = numbered(case.family, f"infill_in/{record['inputs'].removesuffix('one')}")[:1]
-        job = infill_job(network, tokenizer, rows, config)
-    return [step.ids[:, : int(job.canvas.response_ends.max())] for step in job.steps()]
+        return response_job(network, tokenizer, numbered(case.family, f"prompt/{record['prompts']}"), config)
+    rows = numbered(case.family, f"infill_in/{record['inputs']}")
+    if not rows:  # "<set>one" is the first sequence of <set>
+        rows = numbered(case.family, f"infill_in/{record['inputs'].removesuffix('one')}")[:1]
+    return infill_job(network, tokenizer, rows, config)
+
+
+def asked_for(job: Job) -> int:
+    """The columns that were asked for; whole blocks may reach further."""
+    return int(job.canvas.response_ends.max())
+
+
+def canvases(case: Case, **changes) -> list[torch.Tensor]:
+    """Our canvases after every step, cut to what was asked for."""
+    job = job_of(case, **changes)
+    return [step.ids[:, : asked_for(job)] for step in job.steps()]
+
+
+@torch.no_grad()
+def differs_by_a_tie(job: Job, before: torch.Tensor, mine: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether steps from the same canvas `before` [B, T] chose differently among equally sure predictions."""
+    positions = positions_of(before == MASK)
+    sureness = Sureness(
+        positions, job._denoiser().logits(before, positions), rule_for(job.canvas, job.config, job.special)
+    )
+    return is_tie(before, mine, theirs, sureness)
 
 
 SAMPLER = cases("sampler")
@@ -44,12 +75,20 @@ CACHES = ("exact", "none")
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("case", [c for c in SAMPLER if "published_defect" not in c.record], ids=str)
 def test_every_canvas_equals_the_published_one(case, cache):
-    ours = canvases(case, cache=cache)
-    name = case.name.split(":")[1]
-    history = tensors(case.family, "sampler.safetensors")[f"{name}/histories"]
+    job, name = job_of(case, cache=cache), case.name.split(":")[1]
+    data, width = tensors(case.family, "sampler.safetensors"), asked_for(job)
+    history, ours = data[f"{name}/histories"], [step.ids for step in job.steps()]
+    assert history[-1].equal(data[f"{name}/sequences"])
     assert len(ours) == case.record["n_forward"] == len(history) - 1
+    before = job.canvas.ids
     for step, (mine, theirs) in enumerate(zip(ours, history[1:], strict=True)):
-        assert mine.equal(theirs[:, : mine.shape[1]]), f"step {step}"
+        if not mine[:, :width].equal(theirs[:, :width]):
+            whole = torch.cat((theirs[:, :width], mine[:, width:]), dim=1)
+            if differs_by_a_tie(job, before, mine, whole):
+                pytest.xfail(describe(step, mine, whole))
+            pytest.fail(f"step {step}: {mine[:, :width].tolist()} instead of {theirs[:, :width].tolist()}")
+        before = mine
+    assert int((ours[-1][:, :width] == MASK).sum()) == case.record.get("masks_left", 0)
 
 
 @pytest.mark.parametrize("case", [c for c in SAMPLER if "published_defect" in c.record], ids=str)
@@ -74,12 +113,20 @@ def test_where_the_published_sampler_leaves_masks_ours_does_not(case):
         assert hole >= start
 
 
+RUN = ("kwargs", "loglikelihood", "is_greedy", "per_iteration_loss", "batch_size", "mc_num")
+
+
 @pytest.mark.parametrize("family", folders("nll.json"))
 def test_likelihood_of_the_recorded_states(family):
     record, data = read_json(family, "nll.json"), tensors(family, "nll.safetensors")
+    must_know(family, record, ["runs", "greedy_check"])
     context, continuation = data["context"], data["continuation"]
     for name, run in record["runs"].items():
         values = []
+        must_know(f"{family}/nll:{name}", run, RUN)
+        must_know(f"{family}/nll:{name}", run["kwargs"], ["cfg"], "option")
+        assert not run["is_greedy"], "what the published code answers when it was not asked to check"
+        assert run["mc_num"] == run["batch_size"] * len(run["per_iteration_loss"])
         for index, expected in enumerate(run["per_iteration_loss"]):
             states, share = data[f"{name}/perturbed/{index}"], data[f"{name}/p_mask/{index}"]
             clean = torch.cat((context, continuation))[None].expand_as(states)

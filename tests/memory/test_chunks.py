@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from memdlm.diffusion import Corrupted
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory.chunks import Text
 from memdlm.randomness import derive
 from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
 
@@ -49,6 +51,54 @@ def test_a_shorter_text_in_the_batch_is_written_as_alone(family):
     _, *alone = values(memory, ids[1:, :3], generator=generators()[1:])
     for several, one in zip(together, alone, strict=True):
         assert_close(several.select(-3, 1), one.select(-3, 0), rtol=0, atol=1e-9)
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_has_something_to_look_at_where_a_shorter_text_has_ended(family, attention):
+    """The second row ends in the first chunk; in the later ones it is hidden but for the first column."""
+    model, ids = tiny(family), random_ids(2, 12)
+    model.set_attn_implementation(attention)
+    keep = torch.arange(12) < torch.tensor([12, 3])[:, None]
+    given = keep.clone()
+    masks, states = [], []
+
+    def watch(module, arguments, out):
+        states.append(out)
+
+    handles = [layer.register_forward_hook(watch) for layer in model.model.layers]
+    memory = memory_of(model, chunk_length=4)
+    try:
+        with memory.write(ids, attention_mask=given, generator=rng()):
+            pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert states
+    assert all(state.isfinite().all() for state in states)
+    assert given.equal(keep), "what the caller passed is left as it was"
+    for part in Text(ids, keep, given, None).chunks(4):
+        masks.append(part.mask.sum(1).tolist())
+    assert masks == [[4, 3], [4, 1], [4, 1]]
+    assert given.equal(keep)
+
+
+def test_a_text_is_cut_with_all_that_belongs_to_it():
+    ids = random_ids(2, 7)
+    is_masked, t = ids > 9, torch.tensor([0.2, 0.6])
+    square, row = torch.rand(2, 1, 7, 7, generator=rng()), torch.rand(2, 1, 1, 7, generator=rng())
+    for mask in (square, row):
+        parts = list(Text(ids, ids > 3, mask, Corrupted(ids + 1, is_masked, t)).chunks(3))
+        assert [part.clean.shape[1] for part in parts] == [3, 3, 1]
+        assert torch.cat([part.clean for part in parts], 1).equal(ids)
+        assert torch.cat([part.is_maskable for part in parts], 1).equal(ids > 3)
+        assert torch.cat([part.anchor.ids for part in parts], 1).equal(ids + 1)
+        assert torch.cat([part.anchor.is_masked for part in parts], 1).equal(is_masked)
+        assert all(part.anchor.t.equal(t) for part in parts)
+        for start, part in zip((0, 3, 6), parts, strict=True):
+            stop = min(start + 3, 7)
+            rows = slice(start, stop) if mask is square else slice(None)
+            assert part.mask.equal(mask[:, :, rows, start:stop])
 
 
 def test_nothing_of_a_chunk_is_kept():

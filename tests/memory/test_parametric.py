@@ -91,16 +91,6 @@ def test_a_ragged_batch_is_written_as_one_by_one(family, strategy, objective, ad
 
 
 @every_family
-def test_one_memory_for_the_batch_equals_the_joined_objective(family):
-    """Shared weights follow the mean over all counted tokens, not a mean of means."""
-    model, ids = tiny(family, torch.float64), random_ids(2, 10)
-    memory = memory_of(model, per_sample=False)
-    with memory.write(ids, generator=rng()) as written:
-        assert written.losses.shape == (2,)
-        assert memory.fast.num_samples == 1
-
-
-@every_family
 def test_several_rows_may_read_one_sample(family):
     model, ids = tiny(family, torch.float64), random_ids(2, 8)
     memory = memory_of(model)

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from memdlm.cli.main import main
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import LoRAOptions, add_outer_lora, load_model, load_outer_adapter, merge_outer_adapter
+from memdlm.models import LoRAOptions, add_outer_lora, expert_lora, load_model, load_outer_adapter, merge_outer_adapter
+from memdlm.models.experts import grouped_linear
 from memdlm.models.outer_adapters import _shortest_patterns, adapter_config, find_targets
 from per_expert import PerExpert
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
@@ -226,6 +227,26 @@ def test_adapters_of_a_bf16_base_are_float32_and_its_output_stays_bf16():
     assert model(random_ids(2, 9)).logits.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert model(random_ids(2, 9)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_experts_compute_in_its_dtype(dtype, monkeypatch):
+    """The grouped product must know the dtype: its alignment, and whether there is one, depend on it."""
+    model, ids, seen = adapted("lladamoe", lora_alpha=64), random_ids(2, 9), []
+    plain = model(ids).logits
+
+    def watched(x, weight, ends):
+        seen.append((x.dtype, weight.dtype))
+        return grouped_linear(x, weight, ends)
+
+    monkeypatch.setattr(expert_lora, "grouped_linear", watched)
+    model(ids)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    seen.clear()
+    with torch.autocast("cpu", dtype):
+        logits = model(ids).logits
+    assert set(seen) == {(dtype, dtype)}
+    assert 0 < relative(logits.float(), plain) < 0.05
 
 
 # Loading by name, merging -------------------------------------------------------------------------------------------

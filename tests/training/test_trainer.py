@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from memdlm.data import Collator
 from memdlm.diffusion import Linear, normalise
 from memdlm.errors import ConfigError
-from memdlm.models import SmallDLMConfig, build_model
+from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_model
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments, memory_of, noise_batch, score
 from memdlm.training.noise import evaluation_noise
@@ -168,6 +168,20 @@ def test_training_logs_the_bound_without_memory_beside_the_one_with(tmp_path):
         assert entry["nll"] > 0
         assert entry["ppl"] == pytest.approx(math.exp(entry["nll"]))
         assert entry["nll_memory"] != entry["nll"]
+
+
+@pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}], ids=str)
+def test_what_is_logged_does_not_change_what_is_dropped(options, tmp_path):
+    """A logged step makes one more pass, without memory, whose dropout takes numbers too."""
+    rows, found = rows_of(8), []
+    start = add_outer_lora(tiny("small", torch.float64), LoRAOptions(r=2, lora_dropout=0.5))
+    for interval in (1, 2, 50):
+        model = copy.deepcopy(start)
+        trainer = trainer_of(tmp_path, model, rows, mem_enabled=True, max_steps=4, logging_steps=interval, **options)
+        trainer.train()
+        found.append([parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad])
+    assert_close(found[1], found[0], rtol=0, atol=0)
+    assert_close(found[2], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

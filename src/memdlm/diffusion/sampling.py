@@ -6,7 +6,7 @@ blocks. A step sees the whole canvas but predicts only positions of its block; t
 nothing is left open, and every block takes a bounded number of steps.
 
 Rows share nothing but the pace: a row without open positions in the current block is not asked for, so the denoiser
-need not run it. Equally sure predictions are committed in the order of their columns (postponed ones excepted).
+need not run it. Equally sure predictions are committed in the order of their columns, on every device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -142,12 +142,9 @@ class _Loop:
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
         candidates = sure.masked_fill(~in_block, float("-inf"))
-        # The stable sort settles ties by column, whoever else is in the batch.
+        # The stable sort settles ties by column, whatever the device and whoever else is in the batch.
         ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
         count = streak.count(predicted, in_block, self.reveal.count(ranked, quota))
-        if self.rule.postpone:
-            # Postponed tokens all tie, at 0; published code lets torch.topk decide, and so do we.
-            order = candidates.topk(min(int(count.max()), ids.shape[1]), dim=-1).indices
         wanted = torch.arange(order.shape[1], device=ids.device) < count[:, None]
         is_new = torch.zeros_like(in_block).scatter(1, order, wanted) & in_block
         is_edited = torch.zeros_like(is_new)
