@@ -21,10 +21,13 @@ class InputDropout:
         self.rate, self.seeds = rate, tuple(seeds)
         self.update = 0
 
-    def factors(self, path: str, count: int, x: Tensor) -> Tensor:
-        """Return [S, count, width] factors (0 or 1 / (1 - rate)) for the inputs of site `path`; `x` [..., width]."""
+    def factors(self, path: str, count: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
+        """Return [S, count, width] factors (0 or 1 / (1 - rate)) for the inputs of site `path`; `x` [..., width].
+
+        `samples` says whose: all of them, or some.
+        """
         kept = []
-        for seed in self.seeds:
+        for seed in self.seeds[samples]:
             generator = torch.Generator(device=x.device)
             generator.manual_seed(derive(seed, "dropout", self.update, path).initial_seed())
             drawn = torch.rand(count, x.shape[-1], generator=generator, device=x.device)

@@ -74,11 +74,11 @@ class FastWeights:
         finally:
             self._is_dropping = False
 
-    def input_factors(self, path: str, count: int, x: Tensor) -> Tensor | None:
-        """Return what the inputs of site `path` are multiplied by, [S, count, width]; None: nothing."""
+    def input_factors(self, path: str, count: int, x: Tensor, samples: slice = slice(None)) -> Tensor | None:
+        """Return what the inputs of site `path` are multiplied by, [samples, count, width]; None: nothing."""
         if self._dropout is None or not self._is_dropping:
             return None
-        return self._dropout.factors(path, count, x)
+        return self._dropout.factors(path, count, x, samples)
 
     @contextmanager
     def of_samples(self, samples: Tensor) -> Iterator[None]:
@@ -199,8 +199,11 @@ class _ExpertReader(ExpertAdditions):
     def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         if projection not in self.paths:
             return out
-        values = self.fast.read(self.paths[projection])
-        factors = self.fast.input_factors(self.paths[projection], x.shape[0] // self.num_samples, x)
+        path, samples = self.paths[projection], routing.samples
+        values = self.fast.read(path)
+        if routing.num_samples < self.num_samples:
+            values = tuple(tensor[:, samples] for tensor in values)
+        factors = self.fast.input_factors(path, x.shape[0] // routing.num_samples, x, samples)
         if factors is not None:
             # Drawn in the order of the tokens, which does not depend on where the router sent the others.
             x = x * factors.flatten(0, 1)[routing.order]

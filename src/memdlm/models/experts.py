@@ -3,6 +3,7 @@
 T tokens, k experts chosen per token, E experts, I expert width, D hidden width, S samples that own a memory.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memdlm.models.layers import SelfInitialising
+
+MAX_GROUPS = 1023
+"""Groups that one grouped product takes on a GPU (torch refuses 1024 and more)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,13 @@ class Routing:
     ends: Tensor
     """[E*S] int32: where each (expert, sample) group ends, expert-major."""
     num_samples: int
+    first_sample: int = 0
+    """Which of the memory's samples these tokens begin with; they belong to `num_samples` of them."""
+
+    @property
+    def samples(self) -> slice:
+        """Which of the memory's samples these tokens belong to."""
+        return slice(self.first_sample, self.first_sample + self.num_samples)
 
     @property
     def expert_ends(self) -> Tensor:
@@ -40,8 +51,8 @@ class Routing:
         return values[place]
 
 
-def route(expert: Tensor, num_experts: int, num_samples: int = 1) -> Routing:
-    """Sort the choices `expert` [T, k]; token t belongs to sample t // (T / num_samples)."""
+def route(expert: Tensor, num_experts: int, num_samples: int = 1, first_sample: int = 0) -> Routing:
+    """Sort the choices `expert` [T, k]; token t belongs to sample first_sample + t // (T / num_samples)."""
     tokens, chosen = expert.shape
     group = expert.flatten()
     if num_samples > 1:
@@ -50,7 +61,17 @@ def route(expert: Tensor, num_experts: int, num_samples: int = 1) -> Routing:
     order = group.argsort(stable=True)
     sizes = torch.zeros(num_experts * num_samples, dtype=torch.int64, device=expert.device)
     sizes = sizes.scatter_add(0, group, torch.ones_like(group))
-    return Routing(order, order // chosen, sizes.cumsum(0).to(torch.int32), num_samples)
+    return Routing(order, order // chosen, sizes.cumsum(0).to(torch.int32), num_samples, first_sample)
+
+
+def sample_chunks(num_experts: int, num_samples: int) -> list[tuple[int, int]]:
+    """Return (first sample, how many) of parts of nearly equal size that have at most `MAX_GROUPS` groups each.
+
+    The parts follow from the two numbers alone, so nothing waits for the device. A single sample is never divided.
+    """
+    parts = -(-num_samples // max(1, MAX_GROUPS // num_experts))
+    bounds = [part * num_samples // parts for part in range(parts + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -108,10 +129,12 @@ def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these: no float64, rows of a multiple of 16 bytes, some rows."""
+    """Whether torch's grouped product takes these: no float64, rows of a multiple of 16 bytes, some rows, not too many
+    groups.
+    """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] < 8:
+    if x.device.type == "cuda" and (weight.shape[0] > MAX_GROUPS or torch.cuda.get_device_capability(x.device)[0] < 8):
         return False
     aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
     return aligned and x.shape[0] > 0
@@ -172,8 +195,17 @@ class Experts(SelfInitialising):
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Return sum_k weight[t, k] * f_{expert[t, k]}(x[t]): `x` [T, D], `expert` and `weight` [T, k] -> [T, D]."""
-        added = self.additions
-        routing = route(expert, self.num_experts, 1 if added is None else added.num_samples)
+        samples = 1 if self.additions is None else self.additions.num_samples
+        chunks = sample_chunks(self.num_experts, samples)
+        if len(chunks) == 1:
+            return self._mixed(x, expert, weight, *chunks[0])
+        tokens = [count * (x.shape[0] // samples) for _, count in chunks]
+        parts = zip(x.split(tokens), expert.split(tokens), weight.split(tokens), chunks, strict=True)
+        return torch.cat([self._mixed(*tensors, *chunk) for *tensors, chunk in parts])
+
+    def _mixed(self, x: Tensor, expert: Tensor, weight: Tensor, first_sample: int, num_samples: int) -> Tensor:
+        """Do what `forward` does, for the tokens of some of the memory's samples."""
+        routing = route(expert, self.num_experts, num_samples, first_sample)
         ends = routing.expert_ends
         inputs = x[routing.token]
         gate, up = _product(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
