@@ -1,8 +1,12 @@
 """A device double: tensors that say they live on an accelerator, hold real values, and tell when they are waited for.
 
-Every tensor on the double wraps a CPU tensor. Operations run on what is wrapped, so results are those of the CPU. What a
-CPU run cannot show is checked here: an operation on tensors of two devices raises, a generator of another device raises,
-and every operation for whose result the host would wait for a GPU is counted with the line of ours that asked.
+Every tensor on the double wraps a CPU tensor. Operations run on what is wrapped, so results are those of the CPU. What
+a CPU run cannot show is checked here: an operation on tensors of two devices raises, so does a generator of another
+device, and every operation for whose result the host would wait for a GPU is counted, with the function of ours that
+asked.
+
+The tensors say that they are on `meta`: torch has a device guard for it and starts no threads of its own, which its
+`PrivateUse1` backend in Python would abort in.
 """
 
 import collections
@@ -82,7 +86,7 @@ waits: "collections.Counter[tuple[str, str]]" = collections.Counter()
 
 
 _generators: dict[int, "DeviceGenerator"] = {}
-"""The double's generators by address: operations see torch's own view of one. Kept, so that no address is used twice."""
+"""The double's generators by address: operations see torch's own view. Kept, so that no address comes twice."""
 
 
 class DeviceGenerator(torch.Generator):
@@ -164,7 +168,7 @@ def to_device(module: torch.nn.Module) -> torch.nn.Module:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
-    found = [each for each in _tensors((args, kwargs))]
+    found = list(_tensors((args, kwargs)))
     ours = [each for each in found if isinstance(each, OnDevice)]
     target = kwargs.get("device")
     _count(name, args, kwargs, bool(ours))
@@ -175,7 +179,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if generator is not None and generator._cdata not in _generators:
         raise RuntimeError(f"{name}: expected a generator of the device {DEVICE}, got one of {generator.device}.")
     to_host = target is not None and torch.device(target).type != NAME
-    made = func(*tree_map(_unwrap, args), **tree_map(_unwrap, {**kwargs, **({"device": "cpu"} if target is not None else {})}))
+    made = func(
+        *tree_map(_unwrap, args), **tree_map(_unwrap, {**kwargs, **({"device": "cpu"} if target is not None else {})})
+    )
     if name == "aten::copy_" and not isinstance(args[0], OnDevice):
         return args[0]
     if to_host:
@@ -214,7 +220,7 @@ def _refuse_mixture(name: str, found: list[torch.Tensor], ours: list[OnDevice]) 
     others = [each for each in found if not isinstance(each, OnDevice) and each.dim() > 0]
     if ours and others:
         raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, found {DEVICE} and {others[0].device}, at {_place()}."
+            f"{name}: expected all tensors to be on the same device, found {DEVICE} and {others[0].device}, {_place()}."
         )
 
 

@@ -44,7 +44,8 @@ def both(family, dtype, run):
 def agree(host, found):
     assert len(host) == len(found) > 0
     for ours, theirs in zip(found, host, strict=True):
-        assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        # The two devices' attention differs in its last bits: errors count by the largest number, not by each.
+        assert_close(ours, theirs, rtol=0, atol=2e-4 * max(1e-6, theirs.abs().max().item()))
 
 
 # Waits ------------------------------------------------------------------------------------------------------------
@@ -144,7 +145,11 @@ def test_scoring(family):
 def test_a_training_step(family, preset):
     def run(model, put):
         model.train()
-        options = {"first_order": {"write_source": "prompt"}, "exact": {}, "response": {"write_source": "response", "per_sample": False}}
+        options = {
+            "first_order": {"write_source": "prompt"},
+            "exact": {},
+            "response": {"write_source": "response", "per_sample": False},
+        }
         make = MemoryConfig.recall if preset == "exact" else MemoryConfig
         more = LEARNED if preset == "exact" else {}
         memory = ParametricMemory(model, config_of(make, **more, **options[preset]), mask_token_id=MASK)

@@ -144,9 +144,9 @@ class FinishedBlocks(View):
         if part.start is None or part.width > self.block:
             own = columns if part.start is None else columns[:1]
             seen = torch.arange(end, device=device)
-            visible = (seen // self.block) <= (own.to(device)[:, :, None] // self.block)
+            visible = (seen // self.block) <= (own.to(device, non_blocking=True)[:, :, None] // self.block)
             if part.start is None:
-                visible &= seen < part.last.to(device)[:, None, None]
+                visible &= seen < part.last.to(device, non_blocking=True)[:, None, None]
             visible = visible[:, None]
         return _window(self.cache, rows, part, end, visible, device)
 
@@ -186,7 +186,7 @@ class Approximate(View):
         is_even = bool((ends == end).all())
         visible = None
         if not is_even:
-            visible = (torch.arange(end, device=device) < ends.to(device)[:, None])[:, None, None, :]
+            visible = (torch.arange(end, device=device) < ends.to(device, non_blocking=True)[:, None])[:, None, None, :]
         return _window(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
@@ -199,10 +199,12 @@ def _window(
 ) -> KeyValueWindow:
     columns = part.columns
     columns = columns.where(columns < part.last[:, None], torch.tensor(cache.length))
-    return KeyValueWindow(cache, contiguous(rows, device), columns.to(device), part.start, end, visible)
+    return KeyValueWindow(
+        cache, contiguous(rows, device), columns.to(device, non_blocking=True), part.start, end, visible
+    )
 
 
 def contiguous(rows: Tensor, device: torch.device) -> slice | Tensor:
     """Return `rows` [R] as a slice if they follow each other, else as an index on `device`."""
     first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == rows.numel() else rows.to(device)
+    return slice(first, last + 1) if last - first + 1 == rows.numel() else rows.to(device, non_blocking=True)

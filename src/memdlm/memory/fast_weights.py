@@ -17,7 +17,7 @@ from memdlm.memory.adapters import Adapter, check_rows
 from memdlm.memory.dropout import InputDropout
 from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
-from memdlm.randomness import Randomness, seeds
+from memdlm.randomness import Randomness, seed_tensor
 
 State: TypeAlias = tuple[int, InputDropout | None]
 """How many samples there are, and what a write drops."""
@@ -45,7 +45,8 @@ class FastWeights:
             start = self.drawn(num_samples, randomness)
         self.replace([self._spread(tensor) for tensor in start])
         if self.adapter.inner_dropout > 0:
-            self._dropout = InputDropout(self.adapter.inner_dropout, seeds(num_samples, randomness))
+            drawn = seed_tensor(num_samples, randomness, self.sites[0].device)
+            self._dropout = InputDropout(self.adapter.inner_dropout, drawn)
 
     def drawn(self, num_samples: int, randomness: Randomness) -> list[Tensor]:
         """Return the adapter's own start, in the order of `tensors()`."""
@@ -89,7 +90,7 @@ class FastWeights:
         values, number, key = self._values, self.num_samples, tuple(samples.tolist())
         if self._some is None or self._some[0] != key:
             chosen = {
-                path: tuple(tensor.index_select(-3, samples.to(tensor.device)) for tensor in tensors)
+                path: tuple(tensor.index_select(-3, samples.to(tensor.device, non_blocking=True)) for tensor in tensors)
                 for path, tensors in values.items()
             }
             # Decoding asks for the same rows many times in a row.
