@@ -13,8 +13,10 @@ from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import Linear
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory.inner_loop import LocalSGD
 from memdlm.randomness import derive
 from memdlm.training.outer import memory_of, noise_batch, score
+from memdlm.training.rows import PROMPT_WIDTH, prompt_width
 from rehearsal.double import OnDevice, counting, to_device
 from tiny import CONFIGS, MASK, V, random_ids, tiny
 
@@ -50,8 +52,16 @@ def agree(host, found):
 
 # Waits ------------------------------------------------------------------------------------------------------------
 
-WRITE = {("copy to host", "memory/inner_loop.py:run_inner_loop"): 1}
+WRITE = {("copy to host", "memory/trajectory.py:with_sizes"): 1}
 """Of a whole write: how many positions its states score."""
+SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
+"""Of an outer loss: which positions it scores."""
+LEARN = ("copy to host", "diffusion/sampling.py:fill")
+"""Of decoding: which positions are open, once for a block and once for a step."""
+TEXTS = {("copy to host", "inference/generate.py:responses"): 1}
+"""Of a whole generation: the result."""
+BLOCKS = 3
+"""Of a row of at most 4 + 8 tokens in blocks of 4."""
 
 
 @every_family
@@ -122,11 +132,16 @@ def test_decoding(family, name, has_memory):
         memory = ParametricMemory(model, config_of(), mask_token_id=tokenizer.mask_token_id) if has_memory else None
         config = GenerationConfig(**{"max_new_tokens": 8, "steps": 4, "block_size": 4, **DECODED[name]})
         done = generate(model, tokenizer, [[5, 6, 7], [8, 9, 10, 11]], config, memory=memory)
+        steps.append(done.num_forward_passes // (2 if name == "guidance" else 1))
         return [row.cpu() for row in done.sequences]
 
+    steps: list[int] = []
     host, found, waits = both(family, torch.float32, run)
-    agree(host, found)
-    print(waits)
+    for ours, theirs in zip(found, host, strict=True):
+        assert ours.equal(theirs)
+    assert steps[0] == steps[1] > 0
+    assert waits.pop(LEARN) <= steps[1] + BLOCKS
+    assert waits == {**TEXTS, **(WRITE if has_memory else {})}
 
 
 @every_family
@@ -137,7 +152,7 @@ def test_scoring(family):
 
     host, found, waits = both(family, torch.float32, run)
     agree(host, found)
-    print(waits)
+    assert waits == {**SCORE, ("item", "diffusion/likelihood.py:monte_carlo_nll"): 1}
 
 
 @every_family
@@ -154,7 +169,7 @@ def test_a_training_step(family, preset):
         more = LEARNED if preset == "exact" else {}
         memory = ParametricMemory(model, config_of(make, **more, **options[preset]), mask_token_id=MASK)
         labels = IDS.masked_fill(torch.arange(16) < 6, -100)
-        inputs = {"input_ids": put(IDS), "labels": put(labels)}
+        inputs = {"input_ids": put(IDS), "labels": put(labels), PROMPT_WIDTH: prompt_width(labels, None, None)}
         batch = noise_batch(
             inputs,
             put(torch.tensor([0.4, 0.8])),
@@ -173,7 +188,27 @@ def test_a_training_step(family, preset):
 
     host, found, waits = both(family, torch.float32, run)
     agree(host, found)
-    print(waits)
+    assert waits == {**WRITE, **SCORE}
+
+
+def test_a_wait_in_a_hot_path_is_noticed(monkeypatch):
+    """What this file is for: somebody puts an `.item()` into the update rule, or makes a tensor on the host."""
+
+    def clip(self, gradients):
+        assert all(gradient.norm().item() < 1e9 for gradient in gradients)
+        return gradients
+
+    def run(model, put):
+        with ParametricMemory(model, config_of(), mask_token_id=MASK).write(put(IDS)) as written:
+            return [written.losses]
+
+    monkeypatch.setattr(LocalSGD, "clip", clip)
+    _, _, waits = both("llada", torch.float32, run)
+    assert waits.pop(("item", "memory/inner_loop.py:step")) > 1
+    assert waits == WRITE
+    monkeypatch.setattr(LocalSGD, "clip", lambda self, gradients: [g * torch.ones(g.shape) for g in gradients])
+    with pytest.raises(RuntimeError, match="same device"):
+        both("llada", torch.float32, run)
 
 
 # The double itself ------------------------------------------------------------------------------------------------
