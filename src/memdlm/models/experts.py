@@ -18,6 +18,8 @@ from memdlm.models.layers import SelfInitialising
 
 MAX_GROUPS = 1023
 """Groups that one grouped product takes on a GPU (torch refuses 1024 and more)."""
+ALIGNED = 16
+"""Bytes, of which the rows of a grouped product's operands must be whole multiples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,14 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply every slice of `x` by its own weight: y[a:b] = x[a:b] @ weight[g].T.
 
     `x` [N, in], `weight` [G, out, in], `ends` [G] int32 ascending, the last one N; empty groups are fine.
-    One grouped product where the dtype and the strides allow it, otherwise `looped_linear`.
+    One grouped product where the dtype allows it, otherwise `looped_linear`. Under autocast it is computed in that
+    dtype, as a linear layer is: torch has no rule for grouped products.
     """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.shape[0] == 0:
+        return x @ weight[0].transpose(0, 1)
     product = _one_product if _has_grouped_product(x, weight) else looped_linear
     if not torch.compiler.is_compiling():
         return product(x, weight, ends)
@@ -94,7 +102,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    # The kernels take rows of whole 16 bytes; zeros fill the others up (a low rank, mostly).
+    wide, out = (-size % (ALIGNED // x.element_size()) for size in (x.shape[-1], weight.shape[-2]))
+    if wide or out:
+        x, weight = F.pad(x, (0, wide)), F.pad(weight, (0, wide, 0, out))
+    found = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return found[:, : found.shape[-1] - out] if out else found
 
 
 @torch.library.custom_op("memdlm::grouped_product", mutates_args=())
@@ -129,15 +142,12 @@ def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these: no float64, rows of a multiple of 16 bytes, some rows, not too many
-    groups.
-    """
+    """Whether torch's grouped product takes these: no float64, and on a GPU not too many groups."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
-    if x.device.type == "cuda" and (weight.shape[0] > MAX_GROUPS or torch.cuda.get_device_capability(x.device)[0] < 8):
-        return False
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
-    return aligned and x.shape[0] > 0
+    if x.device.type != "cuda":
+        return True
+    return weight.shape[0] <= MAX_GROUPS and torch.cuda.get_device_capability(x.device)[0] >= 8
 
 
 class StackedWeight(nn.Module, ABC):
