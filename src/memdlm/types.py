@@ -60,7 +60,10 @@ class Denoise(ABC):
 
     @abstractmethod
     def logits(self, ids: Ids, positions: Positions) -> Logits:
-        """Return [N, V] logits of the tokens at `positions`; other positions never reach the vocabulary."""
+        """Return [N, V] logits of the tokens at `positions`; other positions never reach the vocabulary.
+
+        `positions` may be on the host, where a decoding loop knows them.
+        """
 
     @abstractmethod
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:

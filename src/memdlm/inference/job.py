@@ -129,10 +129,11 @@ class Job:
         """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
         device = self.canvas.ids.device
         ids, lengths = pad(self.rows, self.special.eos)
-        ids, lengths = ids.to(device), lengths.to(device)
-        is_real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
         labels = ids.masked_fill(~is_real | (ids == self.special.mask), IGNORE_INDEX)
-        return memory.write(ids, labels, None if bool(is_real.all()) else is_real, self.randomness)
+        is_whole = bool(is_real.all())
+        ids, labels, is_real = (each.to(device, non_blocking=True) for each in (ids, labels, is_real))
+        return memory.write(ids, labels, None if is_whole else is_real, self.randomness)
 
 
 def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:

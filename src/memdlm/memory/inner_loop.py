@@ -1,6 +1,6 @@
 """The inner loop: follow a trajectory, take one gradient step on the fast weights at each state (MemDLM Eq. 6).
 
-Nothing here waits for the device except, once, to learn how many positions the states score.
+Nothing here waits for the device, except to learn how many positions the states score if nobody knows.
 """
 
 from collections.abc import Sequence
@@ -143,19 +143,21 @@ def run_inner_loop(
     epochs: int = 1,
     ranks: Ranks | None = None,
     outer: Outer | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Written:
     """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
 
     With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
     rounding; losses and norms are then the joined batch's too. Unless `outer` tracks them, the values are constants.
+    `counts` are the scored positions of the steps; None: the device is waited for, once, to learn them.
     """
     outer = Outer() if outer is None else outer
     losses, norms = [], []
     values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
     if not outer.is_tracked:
         values = [value.detach() for value in values]
-    # The one place where the device is waited for.
-    counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
+    if counts is None:
+        counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
     states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
     for index, (step, count, whole) in enumerate(states * epochs):
         leaves = [value.detach().requires_grad_() for value in values]

@@ -25,7 +25,7 @@ from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
-from memdlm.memory.trajectory import Anchor, Draw, trajectory
+from memdlm.memory.trajectory import Anchor, Draw, trajectory, with_sizes
 from memdlm.models.checking import check_kind
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import decoding_pattern
@@ -270,12 +270,9 @@ class ParametricMemory:
         return joined(written)
 
     def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
-        steps = trajectory(
-            self.strategy.path(anchor, draw),
-            anchor,
-            mask_token_id=self.mask_token_id,
-            scored=self.config.inner_loss_mask_mode,
-        )
+        path, scored = self.strategy.path(anchor, draw), self.config.inner_loss_mask_mode
+        anchor, counts = with_sizes(anchor, path, scored)
+        steps = trajectory(path, anchor, mask_token_id=self.mask_token_id, scored=scored)
         if self.first_block > 0:
             self._prefix = SharedPrefix(
                 self.first_block,
@@ -307,6 +304,7 @@ class ParametricMemory:
                 epochs=self.config.num_inner_epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
                 outer=Outer(is_tracked=reading.is_tracked, rates=rates, exact=exact),
+                counts=counts,
             )
         if self._prefix is not None and exact is None:
             self._prefix.keep(anchor.ids)
@@ -319,9 +317,10 @@ class ParametricMemory:
             t = torch.full(clean.shape[:1], ratio, device=clean.device)
             return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
         is_masked = noised.is_masked & is_maskable
-        # Waits for the device, before the loop: a write that leaves out some of the anchor's masks sees another text.
-        ids = noised.ids if bool(is_masked.equal(noised.is_masked)) else None
-        return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=ids)
+        is_same = (is_masked == noised.is_masked).all()
+        return Anchor(
+            clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=noised.ids, is_same=is_same
+        )
 
     @contextmanager
     def _opened(self, kind: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from memdlm.models.adapter_files import save_outer_adapter
 from memdlm.models.checking import check_ids, check_positions, is_index, kind_of
 from memdlm.models.key_values import Reading, Window, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
-from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
+from memdlm.models.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
 from memdlm.models.names import NameTable, to_ours, to_published
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.quantisation import is_four_bit
@@ -101,16 +101,7 @@ class Backbone(DiffusionPreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = keep_mask(attention_mask)
-        if window is None:
-            mask = attention_scores_mask(
-                attention_mask,
-                hidden,
-                pattern=Full() if attention_pattern is None else attention_pattern,
-                window=self.window,
-                additive=self.config._attn_implementation == "eager",
-            )
-        else:
-            mask = window.is_visible
+        mask = self._mask(attention_mask, hidden, attention_pattern) if window is None else window.is_visible
         if position_ids is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
             position_ids = places if window is None else window.columns
@@ -152,6 +143,17 @@ class Backbone(DiffusionPreTrainedModel):
             raise DataError(
                 f"position_ids must be int64 of shape {[*shape]} or {[1, shape[1]]}, got {kind_of(places)}."
             )
+
+    def _mask(
+        self, attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern | None
+    ) -> Tensor | Segments | None:
+        """Return what the layers' attention takes, for a pass that stands alone."""
+        pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
+        if self.window is None and not is_eager:
+            segments = segments_for(attention_mask, hidden, pattern)
+            if segments is not None:
+                return segments
+        return attention_scores_mask(attention_mask, hidden, pattern=pattern, window=self.window, additive=is_eager)
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):

@@ -106,6 +106,7 @@ class ModelDenoiser(Denoise):
         return self.prefix.hidden(State(ids, self.attention_mask, pattern), lower)
 
     def _shifted(self, ids: Ids, positions: Positions) -> Positions:
+        positions = positions.to(ids.device, non_blocking=True)
         if not self.right_shift_logits:
             return positions
         return torch.where(positions % ids.shape[1] == 0, positions, positions - 1)

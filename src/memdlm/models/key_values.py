@@ -9,6 +9,8 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
+from memdlm.models.masks import Segments
+
 
 @final
 class KeyValues:
@@ -45,7 +47,7 @@ class KeyValueWindow:
     start: int | None
     """The first column, if the columns are the same consecutive ones in all rows; None: they are not."""
     end: int
-    is_visible: Tensor | None
+    is_visible: Tensor | Segments | None
     """[R or 1, 1, W, end] bool, true where a position of the pass may see a column; None: everywhere."""
 
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +67,8 @@ class KeyValueWindow:
         if self.is_visible is None:
             is_visible = (torch.arange(length, device=device) < self.end)[None, None, None]
         else:
-            is_visible = torch.nn.functional.pad(self.is_visible, (0, length - self.end))
+            seen = self.is_visible.whole(device) if isinstance(self.is_visible, Segments) else self.is_visible
+            is_visible = torch.nn.functional.pad(seen, (0, length - self.end))
         return KeyValueWindow(self.cache, self.rows, self.columns, None, length, is_visible)
 
     def _row_index(self, device: torch.device) -> Tensor:
