@@ -213,7 +213,7 @@ class Experts(SelfInitialising):
             return self._mixed(added, x, expert, weight, *chunks[0])
         tokens = [count * (x.shape[0] // samples) for _, count in chunks]
         parts = zip(x.split(tokens), expert.split(tokens), weight.split(tokens), chunks, strict=True)
-        return torch.cat([self._mixed(added, *tensors, *chunk) for *tensors, chunk in parts])
+        return torch.cat([self._mixed(added, some, asked, share, *chunk) for some, asked, share, chunk in parts])
 
     def _mixed(
         self,
