@@ -60,6 +60,8 @@ LEARN = ("copy to host", "diffusion/sampling.py:fill")
 """Of decoding: which positions are open, once for a block and once for a step."""
 TEXTS = {("copy to host", "inference/generate.py:responses"): 1}
 """Of a whole generation: the result."""
+SOUND = ("item", "diffusion/sampling.py:check")
+"""Of decoding: whether all logits were numbers, once for a block and once at the end."""
 BLOCKS = 3
 """Of a row of at most 4 + 8 tokens in blocks of 4."""
 
@@ -141,6 +143,7 @@ def test_decoding(family, name, has_memory):
         assert ours.equal(theirs)
     assert steps[0] == steps[1] > 0
     assert waits.pop(LEARN) <= steps[1] + BLOCKS
+    assert waits.pop(SOUND) <= BLOCKS + 1
     assert waits == {**TEXTS, **(WRITE if has_memory else {})}
 
 
