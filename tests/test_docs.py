@@ -319,7 +319,10 @@ def test_the_tables_of_the_site_come_from_the_code():
     finally:
         sys.path.remove(str(ROOT / "docs"))
     memory = hooks.config_table("memory")
-    assert "| `mem_inner_lr` | `0.1` | Learning rate of the inner SGD.<br><small>number > 0 <= 1000000.0</small> |" in memory
+    assert (
+        "| `mem_inner_lr` | `0.1` | Learning rate of the inner SGD.<br><small>number > 0 <= 1000000.0</small> |"
+        in memory
+    )
     assert "<small>`none`, `inner`, `both`</small>" in memory
     merge = hooks.command_tables("merge")
     assert "| `--adapter` | required |" in merge

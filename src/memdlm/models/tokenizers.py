@@ -45,7 +45,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: no tokenizer could be loaded: {error}") from error
+        raise CheckpointError(f"{name}: no tokenizer could be loaded: {' '.join(str(error).split())}") from error
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
         raise CheckpointError(f"{name}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
     if tokenizer.pad_token is None:
