@@ -248,7 +248,8 @@ def test_the_command_says_so_before_weights_are_loaded(tmp_path, capsys, monkeyp
         patch.setattr(workflow, "load_model", None)
         for name in ("scheduler.pt", "trainer_state.json", "optimizer.pt"):
             (checkpoint / name).write_bytes(kept[checkpoint / name][:100])
-            assert name in said(resume="latest")
+            # Without a readable state the folder is not known as a checkpoint at all.
+            assert ("checkpoint-1" if name == "trainer_state.json" else name) in said(resume="latest")
             (checkpoint / name).write_bytes(kept[checkpoint / name])
         (checkpoint / "rng_state.pth").unlink()
         last = said(resume="latest")

@@ -48,7 +48,9 @@ def encode_prompts(
     Raises DataError, naming the prompt's index, for one that is empty, of another kind, no text (lone surrogates),
     refused by the chat template, or with ids outside the `vocabulary`.
     """
-    if not isinstance(prompts, (Sequence, Tensor)) or isinstance(prompts, (str, bytes)) or len(prompts) == 0:
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes))
+    is_list = is_list or (isinstance(prompts, Tensor) and prompts.dim() > 0)
+    if not is_list or len(prompts) == 0:
         raise DataError(f"prompts must be a non-empty list, one entry per prompt, got {shortened(prompts)}.")
     encoded = []
     for index, prompt in enumerate(prompts):
