@@ -59,5 +59,5 @@ def test_what_a_family_does_not_read_is_refused(options):
 )
 def test_tokens_beyond_the_vocabulary_are_refused(options):
     model, tokenizer = (load(GOLDEN / "llada" / "checkpoint") for load in (load_model, load_tokenizer))
-    with pytest.raises(ConfigError, match=r"vocabulary|tokens there are|is no token of the model"):
+    with pytest.raises(ConfigError, match=r"vocabulary|tokens there are"):
         generate(model, tokenizer, [[5, 6]], GenerationConfig(max_new_tokens=4, **options))

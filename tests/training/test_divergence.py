@@ -186,7 +186,9 @@ def test_an_evaluation_that_is_not_finite_is_an_error(memory, bases, tmp_path):
     model = new_model(bases, "llada", "full")
     trainer = trainer_of(model, tmp_path, memory, eval_strategy="steps", eval_steps=1)
     grow(model)
-    with pytest.raises(NotFiniteError, match=r"the evaluation's eval_|not finite after the write"):
+    # With memory its write is the first to see it.
+    match = "the evaluation's eval_" if memory == "off" else "not finite after the write"
+    with pytest.raises(NotFiniteError, match=match):
         trainer.evaluate()
     assert not any("eval_loss" in entry for entry in trainer.state.log_history)
 

@@ -27,10 +27,6 @@ def parse(
     config.refuse_idle(parser.given)
     if options.trace is not None:
         # Refused before the model is loaded, not after hours of decoding.
-        if Path(options.trace).is_dir() or not Path(options.trace).parent.is_dir():
-            raise ConfigError(
-                f"trace: {options.trace!r} is no file in a folder that exists; make the folder, or name one."
-            )
         with page_at(options.trace):
             pass
     return options, config, memory_of(parser, memory, is_on=options.mem_enabled), tuple(others)

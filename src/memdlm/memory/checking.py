@@ -12,11 +12,11 @@ from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.checking import (
-    check_device,
     check_ids,
     check_kind,
     check_model,
     check_randomness,
+    check_same_device,
     check_token,
     vocabulary_of,
 )
@@ -54,7 +54,7 @@ def check_text(
     check_ids(input_ids, "input_ids", dim=2, vocabulary=vocabulary_of(model))
     if input_ids.shape[1] == 0:
         raise DataError("input_ids has no tokens: there is nothing to write.")
-    check_device(input_ids, "input_ids", model)
+    check_same_device(input_ids, "input_ids", model)
     check_places(model, input_ids.shape[1], "input_ids")
     if labels is not None:
         _check_beside(labels, "labels", input_ids, (torch.int64,))

@@ -98,7 +98,7 @@ def kind_of(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
 
 
-def check_device(tensor: Tensor, name: str, model: nn.Module) -> None:
+def check_same_device(tensor: Tensor, name: str, model: nn.Module) -> None:
     """Raise DataError unless `tensor` is where the parameters of `model` are."""
     device = next(model.parameters()).device
     if tensor.device != device:
