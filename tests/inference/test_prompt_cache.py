@@ -92,6 +92,12 @@ def test_what_two_prompts_share_is_cut_to_whole_blocks(shared, remembers):
     job = response_job(model, WORDS, [second], config, memory=memory, prompt_cache=cache)
     as_sure(list(job.steps()), list(stream(model, WORDS, [second], config, memory=memory)))
     assert job.meter.reused == shared // 4 * 4
+    # What was put together of a known beginning and a new end serves the next one.
+    third = torch.cat((second[:17], first[:6]))
+    as_sure(
+        list(stream(model, WORDS, [third], config, memory=memory, prompt_cache=cache)),
+        list(stream(model, WORDS, [third], config, memory=memory)),
+    )
 
 
 def test_a_longer_conversation_continues_a_shorter_one():
