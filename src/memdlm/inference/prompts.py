@@ -71,6 +71,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
         ids = prompt.squeeze(0) if prompt.dim() == 2 and len(prompt) == 1 else prompt
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise DataError(f"it must be int64 of shape [L], got {prompt.dtype} of shape {tuple(prompt.shape)}.")
+        if ids.is_meta:
+            raise DataError("it has no values (it is on the meta device).")
         return ids.long().cpu()
     if isinstance(prompt, str):
         return torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64)

@@ -17,6 +17,7 @@ from memdlm.models.checking import (
     check_model,
     check_randomness,
     check_same_device,
+    check_together,
     check_token,
     vocabulary_of,
 )
@@ -77,8 +78,7 @@ def _check_beside(tensor: Any, name: str, ids: Tensor, dtypes: tuple[torch.dtype
         raise DataError(f"{name} have shape {tuple(tensor.shape)}, the ids {tuple(ids.shape)}; they must agree.")
     if tensor.dtype not in dtypes:
         raise DataError(f"{name} must be {' or '.join(str(each) for each in dtypes)}, got {tensor.dtype}.")
-    if tensor.device != ids.device:
-        raise DataError(f"{name} are on {tensor.device}, the ids on {ids.device}; move them to one device.")
+    check_together(tensor, name, ids)
 
 
 def warn_if_long(model: nn.Module, length: int) -> None:
