@@ -5,6 +5,7 @@ import random
 import warnings
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -234,7 +235,8 @@ def fuzz(family, folder, count, seed):
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The environment is read when the hub's package is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
 
 

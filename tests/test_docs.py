@@ -57,7 +57,20 @@ SMALLER = {
     "exposure-bias": ["--steps", "2", "--num_samples", "2"],
     "eval": ["--limit", "1", "--metadata", '{"max_seq_lengths": [160], "num_samples": 1}'],
 }
-"""Flags that are put behind a command; the last of two equal flags counts."""
+"""Flags of a command, in the place of those that a page gives."""
+
+
+def smaller(words):
+    """Return a command's words with those of SMALLER."""
+    found, more = list(words), SMALLER.get(words[0], [])
+    for flag, value in zip(more[::2], more[1::2], strict=True):
+        if flag in found:
+            found[found.index(flag) + 1] = value
+        else:
+            found += [flag, value]
+    return found
+
+
 PUBLISHED = {
     "inclusionAI/LLaDA-MoE-7B-A1B-Base": "lladamoe",
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": "lladamoe",
@@ -145,7 +158,7 @@ def words_of(line):
 def run(words):
     """Run one `memdlm` command in this process; a gate may refuse what a random model has written."""
     fine = (0, 1) if "--gate" in words else (0,)
-    assert main([*words, *SMALLER.get(words[0], [])]) in fine, shlex.join(words)
+    assert main(smaller(words)) in fine, shlex.join(words)
 
 
 def known_target(words):
@@ -189,7 +202,7 @@ def accepted(words):
         words = ["memdlm", "eval", "--model", "x", *words[words.index("--tasks") :]]
     parser = evaluation._parser()
     known, rest = parser.parse_known_args(words[2:])
-    evaluation._check_rest(parser, evaluation._harness_cli(), rest)
+    evaluation._check_rest(parser, evaluation._harness().flags(), rest)
     given = {key: value for key, value in vars(known).items() if key not in ("model", "tasks")}
     if "--extra_model_args" in rest:
         given |= dict(pair.split("=") for pair in rest[rest.index("--extra_model_args") + 1].split(","))
@@ -319,7 +332,10 @@ def test_the_tables_of_the_site_come_from_the_code():
     finally:
         sys.path.remove(str(ROOT / "docs"))
     memory = hooks.config_table("memory")
-    assert "| `mem_inner_lr` | `0.1` | Learning rate of the inner SGD.<br><small>number > 0</small> |" in memory
+    assert (
+        "| `mem_inner_lr` | `0.1` | Learning rate of the inner SGD.<br><small>number > 0 <= 1000000.0</small> |"
+        in memory
+    )
     assert "<small>`none`, `inner`, `both`</small>" in memory
     merge = hooks.command_tables("merge")
     assert "| `--adapter` | required |" in merge

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from memdlm.options import shortened
+
 MOST_BYTES = 2**26
 
 Check: TypeAlias = Callable[[Any], bool]
@@ -115,6 +117,4 @@ def check_fields(found: Any, expected: Mapping[str, Check], where: str, *, may_l
 def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"this {'object' if isinstance(value, dict) else 'list'} of {len(value)} entries"
-    if type(value) is int and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    return repr(value)[:80]
+    return shortened(value)

@@ -184,7 +184,9 @@ def test_a_training_folder_goes_on_beside_notes_and_starts_anew_without_them(inp
     words = ["train", *words_of("train", inputs, out)]
     assert run("train", inputs, out, overwrite=True) == 2
     assert "holds 'notes.txt'" in capsys.readouterr().err
-    assert main([*words, "--max_steps", "2", "--resume", "latest", "--resume_changed", "True"]) == 0
+    longer = words.copy()
+    longer[longer.index("--max_steps") + 1] = "2"
+    assert main([*longer, "--resume", "latest", "--resume_changed", "True"]) == 0
     (out / "checkpoint-1" / "thesis.tex").write_text("mine")
     assert main([*words, "--resume", "latest"]) == 2
     assert "checkpoint-1/thesis.tex" in capsys.readouterr().err
@@ -251,16 +253,8 @@ def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_last_one(share, inp
     assert run("train", inputs, out) == 0
     before = tree(out / "checkpoint-1")
     size = int((out / "model.safetensors").stat().st_size * share)
-    words = [
-        "train",
-        *words_of("train", inputs, out),
-        "--max_steps",
-        "2",
-        "--resume",
-        "latest",
-        "--resume_changed",
-        "True",
-    ]
+    words = ["train", *words_of("train", inputs, out), "--resume", "latest", "--resume_changed", "True"]
+    words[words.index("--max_steps") + 1] = "2"
     ((status, err),) = limited([(words, size)])
     assert status == 1, (status, err)
     assert "could not be written" in last(err)

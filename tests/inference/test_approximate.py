@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_exactness import memory_of, network, prompts_of, same, words
+from test_exactness import as_sure, decoded, memory_of, network, prompts_of, same, words
 
 from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, generate
@@ -17,9 +17,9 @@ def test_refreshing_every_step_is_exact(family, scope, remembers):
     prompts = prompts_of([7, 3, 12])
     memory = memory_of(family) if remembers else None
     options = {"max_new_tokens": 9, "block_size": 4}
-    exact = generate(network(family), words(), prompts, GenerationConfig(**options), memory=memory)
+    exact = decoded(network(family), prompts, GenerationConfig(**options), memory=memory)
     config = GenerationConfig(**options, cache="approximate", cache_scope=scope, cache_refresh=1)
-    same(generate(network(family), words(), prompts, config, memory=memory).sequences, exact.sequences)
+    as_sure(decoded(network(family), prompts, config, memory=memory), exact)
 
 
 @pytest.mark.parametrize("scope", ["dual", "prefix"])

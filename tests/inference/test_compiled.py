@@ -4,10 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+from test_exactness import as_sure
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
-from memdlm.inference import GenerationConfig, compiled, generate
+from memdlm.inference import GenerationConfig, compiled, generate, stream
 from memdlm.inference.config import COMPILE_MODES
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
@@ -28,10 +29,12 @@ def compare(model, options, backend, pattern=None):
     memory, seen = memory_of(model), []
     # Without, with and again without: what was compiled for one must not answer for the other.
     for open_memory in (None, memory, None, memory):
-        expected = generate(model, WORDS, PROMPTS, plain, memory=open_memory, attention_pattern=pattern)
-        found = generate(model, WORDS, PROMPTS, fast, memory=open_memory, attention_pattern=pattern)
-        assert [row.tolist() for row in found.sequences] == [row.tolist() for row in expected.sequences]
-        seen.append([row.tolist() for row in expected.sequences])
+        expected, found = (
+            list(stream(model, WORDS, PROMPTS, config, memory=open_memory, attention_pattern=pattern))
+            for config in (plain, fast)
+        )
+        as_sure(found, expected)
+        seen.append(expected[-1].ids.tolist())
     assert seen[0] != seen[1], "the memory changes nothing, so this would not notice a stale graph"
     assert backend.compiled
 

@@ -1,11 +1,13 @@
 """Saving work changes no token: caches, ragged batches and early stops against full recomputation, in float64."""
 
+import dataclasses
 from functools import lru_cache
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import denoise_canvas
@@ -46,23 +48,36 @@ def same(mine, theirs):
     assert [row.tolist() for row in mine] == [row.tolist() for row in theirs]
 
 
+def decoded(model, prompts, config, **arguments):
+    """Every step of a decoding: canvas, and how sure every prediction was."""
+    return list(response_job(model, words(), prompts, config, **arguments).steps())
+
+
+def as_sure(mine, theirs):
+    """The same steps from the same predictions: confidences tell far more apart than the likeliest tokens."""
+    assert len(mine) == len(theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.ids.equal(other.ids)
+        assert_close(one.confidence, other.confidence, rtol=1e-9, atol=1e-12)
+
+
 def plain(model, tokenizer, prompts, config, pattern):
     """Recompute every column of every row at every step, to the end."""
     job = response_job(model, tokenizer, prompts, config, attention_pattern=pattern)
     canvas = job.canvas
     denoise = ModelDenoiser(model, attention_mask=canvas.is_there, attention_pattern=pattern)
-    ids = canvas.ids
-    for step in denoise_canvas(
-        denoise,
-        ids,
-        canvas.is_open,
-        canvas.blocks,
-        rule=rule_for(canvas, config, job.special),
-        reveal=reveal_for(canvas, config),
-        edit=edit_for(config),
-    ):
-        ids = step.ids
-    return [row[:end] for row, end in zip(ids, canvas.response_ends.tolist(), strict=True)]
+    steps = list(
+        denoise_canvas(
+            denoise,
+            canvas.ids,
+            canvas.is_open,
+            canvas.blocks,
+            rule=rule_for(canvas, config, job.special),
+            reveal=reveal_for(canvas, config),
+            edit=edit_for(config),
+        )
+    )
+    return [row[:end] for row, end in zip(steps[-1].ids, canvas.response_ends.tolist(), strict=True)], steps
 
 
 def until_end(row, prompt, end):
@@ -93,11 +108,13 @@ def test_block_causal_decoding_with_the_cache_gives_the_tokens_of_recomputation(
     pattern = BlockCausal(options["block_size"])
     memory = memory_of(family) if remembers else None
     config = GenerationConfig(**options, eos_early_stop=False)
-    whole = generate(
-        model, words(), prompts, GenerationConfig(**options, cache="none"), memory=memory, attention_pattern=pattern
-    )
+    more = {"memory": memory, "attention_pattern": pattern}
+    whole = generate(model, words(), prompts, GenerationConfig(**options, cache="none"), **more)
+    found = decoded(model, prompts, config, **more)
+    as_sure(found, decoded(model, prompts, GenerationConfig(**options, eos_early_stop=False, cache="none"), **more))
     if not remembers and "cfg_scale" not in options:
-        recomputed = plain(model, words(), prompts, config, pattern)
+        recomputed, steps = plain(model, words(), prompts, config, pattern)
+        as_sure(found, steps)
         same(whole.sequences, [until_end(r, p, 0) for r, p in zip(recomputed, prompts, strict=True)])
     # Any word that came out may be the one that ends a text.
     said = torch.cat([row[p.numel() :] for row, p in zip(whole.sequences, prompts, strict=True)]).unique().tolist()
@@ -133,7 +150,10 @@ def test_bidirectional_decoding_gives_the_tokens_of_recomputation(
     memory = memory_of(family) if remembers else None
     together = generate(model, words(), prompts, config, memory=memory, attention_pattern=Full())
     if not remembers:
-        recomputed = plain(model, words(), prompts, config, Full())
+        recomputed, steps = plain(model, words(), prompts, config, Full())
+        as_sure(
+            decoded(model, prompts, dataclasses.replace(config, eos_early_stop=False), attention_pattern=Full()), steps
+        )
         same(together.sequences, [until_end(r, p, 0) for r, p in zip(recomputed, prompts, strict=True)])
     singles = [generate(model, words(), [p], config, memory=memory, attention_pattern=Full()) for p in prompts]
     same(together.sequences, [single.sequences[0] for single in singles])

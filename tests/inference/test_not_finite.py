@@ -43,13 +43,16 @@ def memory_of(model, **options):
 @pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2", "small"])
 def test_nothing_comes_out_of_weights_that_are_no_numbers(family, value):
     model, ids = poisoned(family, value), random_ids(1, 8)[0]
+    is_causal = family == "llada2"  # which draws no order
     text = masked_text(ids, ratio=0.5, views=1, generator=rng())
     prompt_of_two = PaddedBatch(
         ids=ids[None], attention_mask=torch.ones(1, 8, dtype=torch.bool), is_target=torch.arange(8)[None] > 3
     )
     for call in (
         lambda: generate(model, WORDS, ["w01 w02"], SHORT),
-        lambda: generate(model, WORDS, ["w01 w02"], dataclasses.replace(SHORT, remasking="random")),
+        lambda: generate(
+            model, WORDS, ["w01 w02"], SHORT if is_causal else dataclasses.replace(SHORT, remasking="random")
+        ),
         lambda: generate(model, WORDS, ["w01 w02"], dataclasses.replace(SHORT, cfg_scale=1.0)),
         lambda: next(stream(model, WORDS, ["w01 w02"], SHORT)),
         lambda: infill(model, WORDS, [[3, MASK, 4]], SHORT),

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_exactness import as_sure
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
-from memdlm.inference import GenerationConfig, PromptCache, generate, stream
+from memdlm.inference import GenerationConfig, PromptCache, generate, response_job, stream
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
 from tiny import V, rng, tiny
@@ -46,9 +47,8 @@ def test_no_token_changes(family, calls, fraction, block, max_prompts, guided):
     for call, rate in calls:
         memory = None if rate is None or fraction is None else memory_of(model, fraction, rate)
         more = {"memory": memory, "attention_pattern": pattern}
-        plain = generate(model, WORDS, prompts_of(call), config, **more)
-        found = generate(model, WORDS, prompts_of(call), config, **more, prompt_cache=cache)
-        assert [row.tolist() for row in found.sequences] == [row.tolist() for row in plain.sequences]
+        plain = list(stream(model, WORDS, prompts_of(call), config, **more))
+        as_sure(list(stream(model, WORDS, prompts_of(call), config, **more, prompt_cache=cache)), plain)
         assert len(cache) <= max_prompts
 
 
@@ -77,6 +77,27 @@ def test_what_is_known_is_not_computed_again():
     decoding = [(i, n) for i, n in ran if n != 22]
     assert 20 in {n for i, n in decoding if i >= boundary}
     assert all(n <= 8 for i, n in decoding if i < boundary)
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("shared", range(4, 13))
+def test_what_two_prompts_share_is_cut_to_whole_blocks(shared, remembers):
+    """The states of a block depend on all of it, also on what comes after the last token that is shared."""
+    model, (first,) = MODELS["llada2"], prompts_of([(0, 20)])
+    second = first.clone()
+    second[shared:] = (second[shared:] - 5 + 1) % (V - 5) + 5
+    memory = memory_of(model, 0.5) if remembers else None
+    cache, config = PromptCache(model, memory), GenerationConfig(max_new_tokens=5, block_size=4)
+    generate(model, WORDS, [first], config, memory=memory, prompt_cache=cache)
+    job = response_job(model, WORDS, [second], config, memory=memory, prompt_cache=cache)
+    as_sure(list(job.steps()), list(stream(model, WORDS, [second], config, memory=memory)))
+    assert job.meter.reused == shared // 4 * 4
+    # What was put together of a known beginning and a new end serves the next one.
+    third = torch.cat((second[:17], first[:6]))
+    as_sure(
+        list(stream(model, WORDS, [third], config, memory=memory, prompt_cache=cache)),
+        list(stream(model, WORDS, [third], config, memory=memory)),
+    )
 
 
 def test_a_longer_conversation_continues_a_shorter_one():

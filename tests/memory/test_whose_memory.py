@@ -230,7 +230,10 @@ def test_several_texts_are_the_rows_of_one_write(name):
             with pytest.raises(ConfigError, match=f"holds 3 samples, but the model was called with {rows} rows"):
                 model(random_ids(rows, 9))
         for rows in ([3], [-1], []):
-            with pytest.raises(ConfigError, match="are not there"), memory.of_rows(torch.tensor(rows)):
+            with (
+                pytest.raises(ConfigError, match="are not there"),
+                memory.of_rows(torch.tensor(rows, dtype=torch.int64)),
+            ):
                 pass
         assert model(asked).logits.equal(together)
     for row in range(3):

@@ -256,8 +256,10 @@ def test_the_command_says_so_before_weights_are_loaded(tmp_path, capsys, monkeyp
         assert "--resume_without rng" in last
         assert "has no effect" in said(resume_without="rng", overwrite_output_dir=True)
         assert "Did you mean 'rng'" in said(resume="latest", resume_without="rngs")
+        run_file = (tmp_path / "run" / "run.json").read_text()
         (tmp_path / "run" / "run.json").write_text('{"options": {}, "world_size": 1}')
         assert "run.json cannot be read" in said(resume="latest", resume_without="rng")
+        (tmp_path / "run" / "run.json").write_text(run_file)
         (tmp_path / "chat.jsonl").write_text("{")
         assert "no JSON" in said(overwrite_output_dir=True)
     assert checkpoint.is_dir(), "nothing is deleted for a run that cannot begin"

@@ -27,7 +27,8 @@ def start(tmp_path_factory):
 
 
 def command(start, *options, model="a"):
-    rows = ["--dataset_args", str(start / "rows.jsonl"), "--train_turns", "all", "--steps", "4"]
+    data = () if "--dataset_args" in options else ("--dataset_args", str(start / "rows.jsonl"))
+    rows = [*data, "--train_turns", "all", "--steps", "4"]
     return ["exposure-bias", "--model", str(start / model), *rows, *options]
 
 

@@ -168,11 +168,26 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
         steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
     if threshold is not None:
         _refuse_unread(config)
-        # As published: no more steps than tokens were asked for.
-        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, canvas.most_new))
+        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, _most_steps(canvas, config)))
+    if config.minimal_topk != 1:
+        raise ConfigError(
+            f"minimal_topk={config.minimal_topk} has no effect on this model without a threshold; set threshold, or "
+            "say how many steps with steps."
+        )
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
     return Scheduled(steps=steps, is_stochastic=bool(config.stochastic_transfer))
+
+
+def _most_steps(canvas: Canvas, config: GenerationConfig) -> int:
+    """Return how many steps a block may take, as published: so few that each commits `minimal_topk` tokens."""
+    most = canvas.most_new // (config.minimal_topk or 1)
+    if most == 0:
+        raise ConfigError(
+            f"minimal_topk={config.minimal_topk} is more than the {canvas.most_new} tokens asked for, which leaves no "
+            "step to decode them; lower it."
+        )
+    return most
 
 
 def _refuse_unread(config: GenerationConfig) -> None:

@@ -47,19 +47,15 @@ def check_tokens(
             f"the memory masks with token {memory.mask_token_id}, the tokenizer's mask token is {special.mask}; build "
             "the memory with mask_token_id=tokenizer.mask_token_id."
         )
-    for name in ("suppress_tokens", "begin_suppress_tokens", "cfg_keep_tokens"):
-        for token in getattr(config, name) or ():
-            check_token(token, name, model)
     known = vocabulary_of(model)
     if known is None:
         return
+    config.check_vocabulary(known)
     forbidden = set(config.suppress_tokens or ())
     if config.begin_suppress == "forbid":
         forbidden |= set(config.begin_suppress_tokens or ())
     if len(forbidden | {special.mask}) >= known:
         raise ConfigError(f"suppress_tokens leaves none of the model's {known} tokens to predict; name fewer.")
-    if config.soft_mask and (config.soft_mask_top_k or 0) > known:
-        raise ConfigError(f"soft_mask_top_k {config.soft_mask_top_k} is more than the model's {known} tokens.")
 
 
 def check_scoring(model: Any, prompt_ids: Any, target_ids: Any, memory: Any, generator: Any, pattern: Any) -> None:

@@ -50,6 +50,9 @@ class GenerationConfig:
         None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
     )
     factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0, maximum=1e6)
+    minimal_topk: int | None = option(
+        1, "With threshold: so few steps that each commits this many tokens on average.", minimum=1, maximum=MOST
+    )
     num_to_transfer: int | None = option(
         None, "With threshold or editing: the fewest a step commits.", minimum=1, maximum=MOST
     )
@@ -186,6 +189,11 @@ class GenerationConfig:
                 is_paced and is_free,
                 "steps and steps_per_block have no effect with editing_threshold, num_to_transfer or factor, which "
                 "take as many steps as they need; leave them out.",
+            ),
+            (
+                self.minimal_topk != 1 and is_free,
+                "minimal_topk has no effect with editing_threshold, num_to_transfer or factor, which take as many "
+                "steps as they need; leave it out (num_to_transfer says the fewest that a step commits).",
             ),
             (
                 self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),

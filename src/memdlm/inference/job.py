@@ -1,6 +1,5 @@
 """One decoding, prepared: a canvas, a denoiser for it, and the memory that is open while it is filled."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -232,7 +231,6 @@ def _job(
     stops: bool,
     prompt_cache: PromptCache | None = None,
 ) -> Job:
-    config.check_vocabulary(_vocabulary(model))
     check_randomness(generator, len(rows))
     check_places(model, canvas.ids.shape[1], "prompt and response")
     # One per row, all alike: every row gets the numbers it would get alone.
@@ -249,10 +247,3 @@ def _job(
         stops=stops,
         prompt_cache=prompt_cache,
     )
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Return how many tokens the network predicts."""
-    config = getattr(unwrap(model), "config", None)
-    rows = getattr(config, "embedding_size", None) or getattr(config, "vocab_size", None)
-    return sys.maxsize if rows is None else int(rows)

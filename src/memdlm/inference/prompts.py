@@ -48,7 +48,9 @@ def encode_prompts(
     Raises DataError, naming the prompt's index, for one that is empty, of another kind, no text (lone surrogates),
     refused by the chat template, or with ids outside the `vocabulary`.
     """
-    if not isinstance(prompts, (Sequence, Tensor)) or isinstance(prompts, (str, bytes)) or len(prompts) == 0:
+    is_list = isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes))
+    is_list = is_list or (isinstance(prompts, Tensor) and prompts.dim() > 0)
+    if not is_list or len(prompts) == 0:
         raise DataError(f"prompts must be a non-empty list, one entry per prompt, got {shortened(prompts)}.")
     encoded = []
     for index, prompt in enumerate(prompts):
@@ -69,6 +71,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
         ids = prompt.squeeze(0) if prompt.dim() == 2 and len(prompt) == 1 else prompt
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise DataError(f"it must be int64 of shape [L], got {prompt.dtype} of shape {tuple(prompt.shape)}.")
+        if ids.is_meta:
+            raise DataError("it has no values (it is on the meta device).")
         return ids.long().cpu()
     if isinstance(prompt, str):
         return torch.tensor(prompt_ids(tokenizer, prompt), dtype=torch.int64)

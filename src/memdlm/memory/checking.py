@@ -12,11 +12,12 @@ from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.checking import (
-    check_device,
     check_ids,
     check_kind,
     check_model,
     check_randomness,
+    check_same_device,
+    check_together,
     check_token,
     vocabulary_of,
 )
@@ -54,7 +55,7 @@ def check_text(
     check_ids(input_ids, "input_ids", dim=2, vocabulary=vocabulary_of(model))
     if input_ids.shape[1] == 0:
         raise DataError("input_ids has no tokens: there is nothing to write.")
-    check_device(input_ids, "input_ids", model)
+    check_same_device(input_ids, "input_ids", model)
     check_places(model, input_ids.shape[1], "input_ids")
     if labels is not None:
         _check_beside(labels, "labels", input_ids, (torch.int64,))
@@ -77,8 +78,7 @@ def _check_beside(tensor: Any, name: str, ids: Tensor, dtypes: tuple[torch.dtype
         raise DataError(f"{name} have shape {tuple(tensor.shape)}, the ids {tuple(ids.shape)}; they must agree.")
     if tensor.dtype not in dtypes:
         raise DataError(f"{name} must be {' or '.join(str(each) for each in dtypes)}, got {tensor.dtype}.")
-    if tensor.device != ids.device:
-        raise DataError(f"{name} are on {tensor.device}, the ids on {ids.device}; move them to one device.")
+    check_together(tensor, name, ids)
 
 
 def warn_if_long(model: nn.Module, length: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from memdlm.memory.fingerprint import Fingerprint
 from memdlm.memory.packing import Layer
+from memdlm.options import shortened
 from memdlm.strict_json import (
     Check,
     check_fields,
@@ -37,7 +38,7 @@ def checked_header(header: Any, files: tuple[str, ...]) -> dict[str, Any]:
     """
     found = header.get("format") if isinstance(header, dict) else None
     if not is_whole(found, FORMAT, FORMAT):
-        raise ValueError(f"it has format {found!r:.80}; this version reads {FORMAT}")
+        raise ValueError(f"it has format {shortened(found)}; this version reads {FORMAT}")
     if not is_object(header.get("sha256")):
         raise ValueError("it lacks the checksums")
     check_fields(
@@ -99,7 +100,7 @@ def layers_of_header(header: Mapping[str, Any], fingerprint: Fingerprint) -> tup
         known = fingerprint.options.get("num_experts")
         if layer.num_experts is not None and known not in (None, layer.num_experts):
             raise ValueError(
-                f"{where} has {layer.num_experts} experts, the model that it was written for {known!r:.80}"
+                f"{where} has {layer.num_experts} experts, the model that it was written for {shortened(known)}"
             )
         layers.append(layer)
     if len({layer.name for layer in layers}) < len(layers) or not layers:

@@ -21,6 +21,7 @@ from memdlm.memory.learned import LearnedWrite
 from memdlm.memory.packing import check_pairs, layers_of, pack, unpack
 from memdlm.memory.saved import SavedMemory, read_memory
 from memdlm.models.outer_adapters import target_patterns
+from memdlm.options import shortened
 from memdlm.types import Ids, PositionSet
 
 OWN_OPTIONS = "Build the ParametricMemory with the memory's own options: read_memory(folder).reading_config."
@@ -88,9 +89,11 @@ class Keeper:
             raise ConfigError(f"row is missing: {samples} memories are open; say which, from 0 to {samples - 1}.")
         row = 0 if row is None else row
         if isinstance(row, bool) or not isinstance(row, int):
-            raise ConfigError(f"row must be an integer, got {row!r:.80}.")
+            raise ConfigError(f"row must be an integer, got {shortened(row)}.")
         if not 0 <= row < samples:
-            raise ConfigError(f"row {row} is not there: {samples} memories are open, from 0 to {samples - 1}.")
+            raise ConfigError(
+                f"row {shortened(row)} is not there: {samples} memories are open, from 0 to {samples - 1}."
+            )
         check_written(self.source.written.losses[-1, row], [value.select(-3, row) for value in self.fast.tensors()])
         return self._packed(self.fast, row, learned, self.source.provenance(row, samples))
 

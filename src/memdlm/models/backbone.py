@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError, DataError
 from memdlm.models.adapter_files import save_outer_adapter
-from memdlm.models.checking import check_ids, check_positions, is_index, kind_of
+from memdlm.models.checking import check_ids, check_positions, check_together, is_index, kind_of
 from memdlm.models.key_values import Reading, Window, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
@@ -132,17 +132,21 @@ class Backbone(DiffusionPreTrainedModel):
             check_ids(ids, "input_ids", dim=2, vocabulary=self.embed_tokens.num_embeddings)
         elif not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[-1] != width:
             raise DataError(f"inputs_embeds must be a tensor of shape [B, L, {width}], got {kind_of(embeds)}.")
-        shape = (ids if embeds is None else embeds).shape[:2]
+        text = ids if embeds is None else embeds
+        shape = text.shape[:2]
         if shape[1] == 0:
             raise DataError("the text has no tokens.")
         if mask is not None and not isinstance(mask, Tensor):
             raise ConfigError(f"attention_mask must be a tensor, or None, got {kind_of(mask)}.")
         if places is not None and not (
-            isinstance(places, Tensor) and places.dim() == 2 and places.shape[1] == shape[1] and is_index(places)
+            isinstance(places, Tensor) and is_index(places) and places.shape in (shape, (1, shape[1]))
         ):
             raise DataError(
                 f"position_ids must be int64 of shape {[*shape]} or {[1, shape[1]]}, got {kind_of(places)}."
             )
+        for name, tensor in (("attention_mask", mask), ("position_ids", places)):
+            if tensor is not None:
+                check_together(tensor, name, text)
 
     def _mask(
         self, attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern | None
@@ -250,7 +254,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         hidden = out.last_hidden_state
         if positions is not None:
             if not torch.compiler.is_compiling():
-                check_positions(positions, hidden.shape[0] * hidden.shape[1])
+                check_positions(positions, hidden)
             hidden = hidden.flatten(0, 1).index_select(0, positions)
         if readout is not None:
             width = self.lm_head.weight.shape[0]

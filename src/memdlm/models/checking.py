@@ -82,11 +82,12 @@ def check_range(ids: Tensor, name: str, vocabulary: int | None) -> None:
         )
 
 
-def check_positions(positions: Any, places: int) -> None:
-    """Raise DataError unless `positions` are int64 [N], and those on the CPU below `places`."""
+def check_positions(positions: Any, hidden: Tensor) -> None:
+    """Raise DataError unless `positions` are int64 [N], with `hidden` [B, L, D]; on the CPU also below B * L."""
     if not isinstance(positions, Tensor) or positions.dim() != 1 or not is_index(positions):
         raise DataError(f"positions must be int64 of shape [N], got {kind_of(positions)}.")
-    check_range(positions, "positions", places)
+    check_together(positions, "positions", hidden)
+    check_range(positions, "positions", hidden.shape[0] * hidden.shape[1])
 
 
 def is_index(tensor: Tensor) -> bool:
@@ -99,11 +100,17 @@ def kind_of(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
 
 
-def check_device(tensor: Tensor, name: str, model: nn.Module) -> None:
+def check_same_device(tensor: Tensor, name: str, model: nn.Module) -> None:
     """Raise DataError unless `tensor` is where the parameters of `model` are."""
     device = next(model.parameters()).device
     if tensor.device != device:
         raise DataError(f"{name} is on {tensor.device}, the model on {device}; move it: {name}.to(model.device).")
+
+
+def check_together(tensor: Tensor, name: str, ids: Tensor) -> None:
+    """Raise DataError unless `tensor` is where `ids` are."""
+    if tensor.device != ids.device:
+        raise DataError(f"{name} is on {tensor.device}, the ids on {ids.device}; move it: {name}.to(ids.device).")
 
 
 def check_randomness(generator: Any, rows: int) -> None:

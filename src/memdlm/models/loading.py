@@ -127,7 +127,7 @@ def _read_again(network: PreTrainedModel, own: Mapping[str, Tensor], name: str) 
     family = family_of(network.config)
     for dtype in (network.dtype, torch.float32, torch.float64):
         model, info = _read(type(network), name, network.config, {"dtype": dtype})
-        # Files that a training run wrote hold this model and nothing else, whoever's family it is.
+        # Files that a training run wrote hold this model and nothing else, whosever family it is.
         _check_tensors(name, family, info, None, None, allow_others=False)
         found: dict[str, Tensor] = model.state_dict()
         # Parameters of several dtypes are rare: rounding to the narrowest of them would lose bits.

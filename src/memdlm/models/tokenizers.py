@@ -49,7 +49,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
     except Exception as error:
         # A damaged file makes transformers raise anything, and the tokenizers library plain Exception.
-        raise CheckpointError(f"{name}: no tokenizer could be loaded: {error or type(error).__name__}") from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{name}: no tokenizer could be loaded: {words}") from error
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
         raise CheckpointError(f"{name}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
     if tokenizer.pad_token is None:

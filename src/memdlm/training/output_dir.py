@@ -60,7 +60,7 @@ def refuse_others(folder: Path, *, goes_on: bool) -> None:
     refuse_place(resolved(folder), folder, "output_dir")
     if not folder.is_dir():
         return
-    is_ours = is_run(folder)
+    is_ours = is_run(folder) or marked_as(folder) == FINAL.name
     for path in sorted(folder.iterdir()):
         if is_checkpoint_name(path.name):
             foreign = foreign_in(path)
@@ -95,7 +95,8 @@ def foreign_in(path: Path) -> list[str]:
     """Return what no training run wrote in a checkpoint, all of it where it is none; empty: it is one, and whole."""
     if path.is_symlink() or not path.is_dir():
         return ["@"]
-    return sorted(content(path) - written_in(path, CHECKPOINT)) or ([] if _is_checkpoint(path) else ["/"])
+    is_ours = marked_as(path) == CHECKPOINT.name or _is_checkpoint(path)  # a damaged one stays ours
+    return sorted(content(path) - written_in(path, CHECKPOINT)) or ([] if is_ours else ["/"])
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -93,11 +93,8 @@ def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBas
 def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig) -> Setup:
     """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
 
-    What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary, and
-    for a trace that could not be written in the end.
+    What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
     """
-    if options.trace is not None and (Path(options.trace).is_dir() or not Path(options.trace).parent.is_dir()):
-        raise ConfigError(f"trace: {options.trace!r} is no file in a folder that exists; make the folder, or name one.")
     check_vocabulary(options, config)
     model, tokenizer = load_parts(options)
     return Setup(
@@ -153,7 +150,12 @@ def decode(
 
 
 def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
-    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced."""
+    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced.
+
+    Raises ConfigError when its folder does not exist.
+    """
+    if Path(trace).is_dir() or not Path(trace).parent.is_dir():
+        raise ConfigError(f"trace: {trace!r} is no file in a folder that exists; make the folder, or name one.")
     return output_file(trace, is_page, "page", option="trace")
 
 
