@@ -54,6 +54,8 @@ def agree(host, found):
 
 WRITE = {("copy to host", "memory/trajectory.py:with_sizes"): 1}
 """Of a whole write: how many positions its states score."""
+WRITTEN = {**WRITE, ("copy to host", "memory/keeping.py:check_written"): 1}
+"""Of a write that is read outside training: also whether the memory is made of numbers, at its end."""
 SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
 """Of an outer loss: which positions it scores."""
 LEARN = ("copy to host", "diffusion/sampling.py:fill")
@@ -105,7 +107,7 @@ def test_a_write(family, options):
 
     host, found, waits = both(family, torch.float32, run)
     agree(host, found)
-    assert waits == WRITE
+    assert waits == WRITTEN
 
 
 DECODED = {
@@ -128,6 +130,8 @@ DECODED = {
 def test_decoding(family, name, has_memory):
     if name == "approximate" and family not in ("llada", "llada_switches", "lladamoe"):
         pytest.skip("kept states of a whole row are for these families alone")
+    if name == "random order" and family == "llada2":
+        pytest.skip("a block-causal family always commits what is surest")
     tokenizer = build_word_tokenizer([f"w{index:02}" for index in range(V - 5)])
 
     def run(model, put):
@@ -144,7 +148,7 @@ def test_decoding(family, name, has_memory):
     assert steps[0] == steps[1] > 0
     assert waits.pop(LEARN) <= steps[1] + BLOCKS
     assert waits.pop(SOUND) <= BLOCKS + 1
-    assert waits == {**TEXTS, **(WRITE if has_memory else {})}
+    assert waits == {**TEXTS, **(WRITTEN if has_memory else {})}
 
 
 @every_family
@@ -208,7 +212,7 @@ def test_a_wait_in_a_hot_path_is_noticed(monkeypatch):
     monkeypatch.setattr(LocalSGD, "clip", clip)
     _, _, waits = both("llada", torch.float32, run)
     assert waits.pop(("item", "memory/inner_loop.py:step")) > 1
-    assert waits == WRITE
+    assert waits == WRITTEN
     monkeypatch.setattr(LocalSGD, "clip", lambda self, gradients: [g * torch.ones(g.shape) for g in gradients])
     with pytest.raises(RuntimeError, match="same device"):
         both("llada", torch.float32, run)
