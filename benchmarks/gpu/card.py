@@ -58,7 +58,9 @@ class Card:
     def in_turns(
         self, calls: Mapping[str, Callable[[], Any]], repetitions: int, warm: int = 2
     ) -> dict[str, list[float]]:
-        """Return every call's seconds; the calls take turns, after `warm` rounds that are not counted."""
+        """Return every call's seconds; the calls take turns, after `warm` rounds that are not counted; a quick
+        run has one round of each."""
+        repetitions, warm = (1, min(warm, 1)) if self.is_quick else (repetitions, warm)
         found: dict[str, list[float]] = {name: [] for name in calls}
         for index in range(warm + repetitions):
             for name, call in calls.items():
