@@ -15,12 +15,12 @@ def product(card: Card, name: str, size: int) -> Row:
     g = torch.Generator(card.device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=g, device=card.device).to(DTYPES[name]) for _ in range(2))
     each = max(1, min(20, int(2e13 / size**3)))
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     try:
         seconds = [s / each for s in card.in_turns({"product": lambda: [a @ b for _ in range(each)]}, 5)["product"]]
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
     return {"size": size, "flop": 2 * size**3, **spread(seconds), "flop_per_s": 2 * size**3 / min(seconds)}
 
 
