@@ -11,7 +11,6 @@ whose losses must agree. Peak memory is the growth of a fresh process's resident
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
@@ -25,11 +24,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from counting import flops
 from peak import resident_mb
 from plain import forget, loop_experts
 from plain import write as plain_write
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from memdlm.diffusion import Corrupted, Linear, normalise, positions_of
 from memdlm.diffusion.losses import Nats
@@ -219,19 +218,6 @@ def interleaved(calls: dict[str, Callable[[], Any]], repetitions: int, *, warm: 
             call()
             seconds[name].append(time.process_time() - begin)
     return {name: round(statistics.median(each), 4) for name, each in seconds.items()}
-
-
-def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Operations of a grouped product: every row, or every column, of the first factor meets one matrix."""
-    return 2 * math.prod(a) * b[-1]
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """Operations of matrix products (grouped ones too) and attention."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
-    with counter:
-        call()
-    return counter.get_total_flops()
 
 
 def child(job: str, length: int) -> None:

@@ -122,7 +122,7 @@ class _Literals(TorchFunctionMode):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == NAME:
-            waits["copy to device", _place()] += 1
+            waits["copy to device", place()] += 1
             return OnDevice(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
 
@@ -220,7 +220,7 @@ def _refuse_mixture(name: str, found: list[torch.Tensor], ours: list[OnDevice]) 
     others = [each for each in found if not isinstance(each, OnDevice) and each.dim() > 0]
     if ours and others:
         raise RuntimeError(
-            f"{name}: expected all tensors to be on the same device, found {DEVICE} and {others[0].device}, {_place()}."
+            f"{name}: expected all tensors to be on the same device, found {DEVICE} and {others[0].device}, {place()}."
         )
 
 
@@ -230,7 +230,7 @@ def _count(name: str, args: Any, kwargs: dict[str, Any], is_ours: bool) -> None:
     is_upload = is_upload or (name == "aten::copy_" and is_ours and not isinstance(args[1], OnDevice))
     if is_upload and not kwargs.get("non_blocking") and not (len(args) > 2 and args[2]):
         # torch waits for the stream after a copy from the host's memory, unless it is told not to.
-        waits["copy to device", _place()] += 1
+        waits["copy to device", place()] += 1
     if not is_ours:
         return
     kind = WAITING.get(name)
@@ -245,10 +245,11 @@ def _count(name: str, args: Any, kwargs: dict[str, Any], is_ours: bool) -> None:
     if name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
         kind = "repeat_interleave by tensor"
     if kind is not None:
-        waits[kind, _place()] += 1
+        waits[kind, place()] += 1
 
 
-def _place() -> str:
+def place() -> str:
+    """Return the innermost function of ours that is running."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -3,6 +3,7 @@
 B rows of a canvas   T its columns   R rows of one pass   W columns of one pass
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -27,6 +28,11 @@ class KeyValues:
             # Zeros, not whatever is there: a hidden NaN would still reach the output as 0 * NaN.
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield all buffers that there are so far."""
+        for pair in self._layers.values():
+            yield from pair
 
     def held(self, layer: int, row: int, end: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first `end` keys and values of a row, [H, end, P]."""
