@@ -15,7 +15,19 @@ from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.randomness import derive
 from memdlm.training.outer import memory_of, noise_batch, score
 from memdlm.training.rows import PROMPT_WIDTH, prompt_width
-from rehearsal.test_rehearsal import BLOCKS, DECODED, IDS, LEARN, LEARNED, SCORE, TEXTS, WRITE, config_of
+from rehearsal.test_rehearsal import (
+    BLOCKS,
+    DECODED,
+    IDS,
+    LEARN,
+    LEARNED,
+    SCORE,
+    SOUND,
+    TEXTS,
+    WRITE,
+    WRITTEN,
+    config_of,
+)
 from tiny import CONFIGS, MASK, V, tiny
 
 MIXTURES = ("llada2", "lladamoe")
@@ -66,7 +78,7 @@ def test_a_write(family, options, device):
                 pass
         return waits
 
-    expect(warmed(run), device, WRITE)
+    expect(warmed(run), device, WRITTEN)
 
 
 @every_family
@@ -85,6 +97,7 @@ def test_decoding(family, name, device):
 
     waits, steps = warmed(run)
     assert waits.pop(LEARN[1], 0) <= steps + BLOCKS
+    assert waits.pop(SOUND[1], 0) <= BLOCKS + 1
     expect(waits, device, TEXTS)
 
 
