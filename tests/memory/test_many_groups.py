@@ -1,7 +1,10 @@
 """More (expert, sample) groups than one grouped product takes: rows of memories go in static chunks."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -9,7 +12,7 @@ from torch.testing import assert_close
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import experts
+from memdlm.models import LLaDA2MoeConfig, LLaDAMoEConfig, experts
 from memdlm.models.experts import MAX_GROUPS, grouped_linear, looped_linear, sample_chunks
 from memdlm.randomness import derive
 from tiny import MASK, V, random_ids, tiny
@@ -42,6 +45,24 @@ def test_fifteen_hundred_groups_equal_the_loop():
     x, weight = torch.randn(int(sizes.sum()), 8, generator=g), torch.randn(1500, 4, 8, generator=g)
     ends = sizes.cumsum(0).to(torch.int32)
     assert_close(grouped_linear(x, weight, ends), looped_linear(x, weight, ends))
+
+
+def shipped():
+    """(recipe, experts of its network, rows of a batch) of all recipes for mixtures of experts."""
+    published = {"llada21": LLaDA2MoeConfig().num_experts, "llada_moe": LLaDAMoEConfig().num_experts}
+    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
+        for family, num_experts in published.items():
+            if path.name.startswith(family):
+                options = yaml.safe_load(path.read_text())
+                for kind in ("train", "eval"):
+                    yield pytest.param(num_experts, options[f"per_device_{kind}_batch_size"], id=f"{path.stem}-{kind}")
+
+
+@pytest.mark.parametrize(("num_experts", "rows"), shipped())
+def test_a_shipped_recipe_asks_for_no_more_groups_than_a_gpu_takes(num_experts, rows):
+    """With a memory for each row, the most that a recipe's options can ask for."""
+    assert num_experts in (64, 256)
+    assert max(count * num_experts for _, count in sample_chunks(num_experts, rows)) <= MAX_GROUPS
 
 
 @mixtures
