@@ -146,9 +146,7 @@ def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
                 "cache='approximate' is for LLaDA and LLaDA-MoE with full attention and without right_shift_logits, "
                 f"not for {type(network).__name__} with {pattern}; leave cache out (LLaDA2.x has an exact one)."
             )
-        return Approximate(
-            canvas.lengths, length, refresh=config.cache_refresh or 8, scope=config.cache_scope or "dual"
-        )
+        return Approximate(canvas.lengths, length, refresh=config.cache_refresh, scope=config.cache_scope or "dual")
     if not is_cacheable:
         return Whole(canvas.lengths)
     if isinstance(pattern, BlockCausal):

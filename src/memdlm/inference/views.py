@@ -160,11 +160,12 @@ class FinishedBlocks(View):
 
 @final
 class Approximate(View):
-    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps. In between
-    only the current block ("dual"), or all from its start on ("prefix"), is recomputed. Not exact: in a bidirectional
-    network the other positions' states change a little with every token."""
+    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps (None: at
+    new blocks alone, as in Fast-dLLM, arXiv 2505.22618). In between only the current block ("dual"), or all from its
+    start on ("prefix"), is recomputed. Not exact: in a bidirectional network the other positions' states change a
+    little with every token."""
 
-    def __init__(self, lengths: Tensor, length: int, *, refresh: int, scope: str) -> None:
+    def __init__(self, lengths: Tensor, length: int, *, refresh: int | None, scope: str) -> None:
         self.lengths, self.refresh, self.scope = lengths, refresh, scope
         self.cache = KeyValues(lengths.numel(), length)
         self._first, self._last = torch.zeros_like(lengths), torch.zeros_like(lengths)
@@ -175,7 +176,8 @@ class Approximate(View):
         first, last = asked.per_row("amin"), asked.per_row("amax") + 1
         is_new = (first < self._first[asked.rows]) | (last > self._last[asked.rows])
         ends = self.lengths[asked.rows]
-        if bool(is_new.any()) or self._age >= self.refresh:
+        is_old = self.refresh is not None and self._age >= self.refresh
+        if is_old or bool(is_new.any()):
             self._first[asked.rows] = torch.where(is_new, first, self._first[asked.rows])
             self._last[asked.rows] = torch.where(is_new, last, self._last[asked.rows])
             self._age = 0
