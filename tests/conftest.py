@@ -1,5 +1,6 @@
 """Shared fixtures. Tests run on one thread per process: the models are tiny, and workers run side by side."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,12 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what was imported: transformers' Trainer collects at every start, over all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
