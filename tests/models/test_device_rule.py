@@ -141,7 +141,7 @@ def test_a_named_device_that_is_not_there_is_an_error_whatever_auto_finds(machin
     machine(cuda=1)
     with pytest.raises(MachineError, match="Name auto or cpu"):
         load_model(tmp_path, device="cuda:0")
-    with pytest.raises(ConfigError, match="'gpu' is no device. Possible: auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match=r"'gpu' is no device. Possible: auto, cpu, cuda"):
         load_model(tmp_path, device="gpu")
 
 

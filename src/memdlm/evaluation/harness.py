@@ -6,6 +6,7 @@ Several processes (`accelerate launch`, `torchrun`) share the documents out amon
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from memdlm.models.devices import AUTO, cuda_is_there
 from memdlm.models.loading import line_of, load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.templates import control_of
+from memdlm.terminal import printable
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """The task files of this package, for `--include_path` (the commands add it by themselves)."""
@@ -70,7 +72,8 @@ class MemDLM(TemplateLM):
         model, self.tokenizer = _load(settings, _device(device, state))
         self._device = next(model.parameters()).device
         if self._rank == 0:
-            log.info(line_of(model))
+            # Not through the log: lm-eval lets only its own through.
+            tqdm.write(printable(line_of(model)), file=sys.stderr)
         self.answerer = Answerer(model=model, tokenizer=self.tokenizer, settings=settings, batch_size=size)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
