@@ -7,11 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 from memdlm.cli.main import COMMANDS, main
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
-from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_model, load_model, loading
+from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_model, devices, load_model, loading
 from memdlm.models.adapter_files import save_outer_adapter
+from memdlm.models.devices import trains_on_the_cpu
+from memdlm.training import TrainingArguments
 from memdlm.workflows import demo
 
 TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
@@ -160,6 +163,34 @@ def test_the_demos_models_go_where_the_rule_says(there, device, inputs, machine,
     assert plan.recall.training["use_cpu"] == (device == "cpu")
     machine(cuda=2, LOCAL_RANK="1")
     assert main(["demo", *words_of("demo", inputs, tmp_path / "out")]) == 2, "training would take the first"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((7, 5), torch.float32)])
+def test_training_loads_what_its_card_computes_in(capability, dtype, inputs, machine, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def make_model(options, lora, seed, weights):
+        asked.append(weights)
+        raise KeyboardInterrupt
+
+    machine(cuda=1, capability=capability)
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda self: torch.device("cuda:0")))
+    monkeypatch.setattr("memdlm.workflows.train.make_model", make_model)
+    assert main(["train", *words_of("train", inputs, tmp_path / "out"), "--bf16", "True"]) == 130
+    assert asked == [dtype]
+    said = f"device cuda:0 (card 0), weights in {str(dtype)[6:]}, products in bfloat16 (autocast), attention sdpa"
+    assert said in capsys.readouterr().err
+
+
+def test_training_stays_on_the_cpu_where_mps_fails_its_probe(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    machine(mps=True)
+    assert TrainingArguments(output_dir=str(tmp_path), report_to="none").use_cpu
+    monkeypatch.setattr(devices, "problem_of", lambda *_: None)
+    machine(mps=True)
+    assert not trains_on_the_cpu()
+    machine(cuda=1)
+    assert not trains_on_the_cpu()
 
 
 @pytest.mark.parametrize("command", NAMED)

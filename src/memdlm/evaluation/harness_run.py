@@ -115,8 +115,8 @@ def prepare(options: argparse.Namespace) -> None:
 def _settle_device(options: argparse.Namespace) -> None:
     """Put "auto" where no device is named; lm-eval would name the first CUDA card."""
     file = getattr(options, "config", None)
-    named = options.device or (EvaluatorConfig.load_yaml_config(file).get("device") if file else None)
-    options.device = AUTO if named is None else str(named)
+    if options.device is None:
+        options.device = str((EvaluatorConfig.load_yaml_config(file) if file else {}).get("device") or AUTO)
     if options.device != AUTO:
         check_device(options.device)
 
