@@ -174,7 +174,13 @@ def test_training_loads_what_its_card_computes_in(capability, dtype, inputs, mac
         raise KeyboardInterrupt
 
     machine(cuda=1, capability=capability)
-    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda self: torch.device("cuda:0")))
+    settle = transformers.TrainingArguments.device.fget
+
+    def card(self):
+        settle(self)
+        return torch.device("cuda:0")
+
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(card))
     monkeypatch.setattr("memdlm.workflows.train.make_model", make_model)
     assert main(["train", *words_of("train", inputs, tmp_path / "out"), "--bf16", "True"]) == 130
     assert asked == [dtype]
