@@ -31,3 +31,34 @@ def word_tokenizer():
     from memdlm.data.tokenizer import build_word_tokenizer
 
     return build_word_tokenizer(f"w{index}" for index in range(20))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that answers what the rule behind "auto" asks as another machine would.
+
+    `machine(cuda=8, capability=(7, 5), mps=False, LOCAL_RANK="3")`; at first there is a CPU alone.
+    """
+    from memdlm.models import devices
+
+    def forget():
+        devices.mps_problem.cache_clear()
+        devices._say_once.cache_clear()
+
+    def put(cuda=0, capability=(9, 0), mps=False, **environment):
+        forget()
+        for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(devices, "cuda_is_there", lambda: cuda > 0)
+        monkeypatch.setattr(devices, "cuda_count", lambda: cuda)
+        monkeypatch.setattr(devices, "cuda_capability", lambda device: capability)
+        monkeypatch.setattr(devices, "mps_is_there", lambda: mps)
+        if cuda:
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
+    put()
+    yield put
+    forget()

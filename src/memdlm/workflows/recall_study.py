@@ -294,6 +294,13 @@ def new_model(plan: RecallPlan, data: RecallData, seed: int) -> PreTrainedModel:
     return build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
 
 
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """Let a small job use the first card alone where a process sees several; returns `arguments`."""
+    # transformers would split every batch between all of them. There is no public switch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def _trainer(
     plan: RecallPlan, data: RecallData, config: MemoryConfig | None, model: PreTrainedModel, seed: int
 ) -> MemDLMTrainer:
@@ -320,7 +327,7 @@ def _trainer(
         "seed": seed,
         "mem_enabled": config is not None,
     }
-    arguments = TrainingArguments(**(options | memory | dict(plan.training)))
+    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
     return MemDLMTrainer(
         model,
         arguments,
