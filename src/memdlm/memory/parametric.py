@@ -271,11 +271,8 @@ class ParametricMemory:
 
     def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
         path, scored = self.strategy.path(anchor, draw), self.config.inner_loss_mask_mode
-        chosen, epochs, fraction = (
-            scored_sets(path, scored),
-            self.config.num_inner_epochs,
-            self.config.inner_score_fraction,
-        )
+        chosen, fraction = scored_sets(path, scored), self.config.inner_score_fraction
+        epochs = self.config.num_inner_epochs
         if fraction < 1:
             # Every update has a sample of its own, so that epochs see more of the text.
             chosen, epochs = [sampled(each, fraction, draw) for each in chosen * epochs], 1
