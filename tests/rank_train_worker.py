@@ -63,7 +63,7 @@ def train(options, folder, *, world=1, accumulation=1):
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = {
-        name: torch.tensor([entry[name] for entry in history])
+        name: torch.tensor([entry[name] for entry in history if name in entry])
         for name in ("loss", "nll", "grad_norm", *options.get("more", ()))
     }
     return {**figures, **{f"weight/{name}": value.detach().cpu() for name, value in model.state_dict().items()}}

@@ -77,6 +77,11 @@ class Denoise(ABC):
         """Return [N] values, `readout` of every position; a network may take the positions in several chunks."""
         return readout(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
 
+    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiated once."""
+        values = self.read(ids, positions, readout)
+        return (values * weights.to(values.dtype)).sum(), values.detach()
+
 
 def _as_it_is(logits: Tensor) -> Tensor:
     return logits

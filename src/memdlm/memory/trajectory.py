@@ -50,6 +50,13 @@ class TrajectoryStep:
     """The state one reveal later, which a teacher sees."""
     t: Times
     """Per row, the time that the loss weight uses."""
+    is_sampled: PositionSet | None = None
+    """The scored positions that the objective is estimated from; None: all of them."""
+
+    @property
+    def is_read(self) -> PositionSet:
+        """The positions that are predicted."""
+        return self.is_scored if self.is_sampled is None else self.is_sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +235,27 @@ def scored_sets(path: Path, scored: str) -> list[PositionSet]:
     return [is_masked if teacher is None else is_masked & ~teacher for is_masked, teacher in pairs]
 
 
-def with_sizes(anchor: Anchor, path: Path, scored: str) -> tuple[Anchor, list[int]]:
-    """Return the anchor, without its noised text if that has other masks too, and how many positions each state scores.
+def sampled(is_scored: PositionSet, fraction: float, draw: Draw) -> PositionSet:
+    """Return a random part of every row's scored positions: ceil(fraction * n) of n, in exact arithmetic.
+
+    How many follows from n alone; which ones, from `draw` [B, L]. The views of a text share their numbers.
+    """
+    uniform = draw()
+    uniform = uniform.repeat_interleave(len(is_scored) // len(uniform), dim=0)
+    # A denominator of at most a million: the product stays within 64 bits.
+    exact = Fraction(str(fraction)).limit_denominator(10**6)
+    scored = is_scored.sum(-1)
+    kept = (scored * exact.numerator + exact.denominator - 1).div(exact.denominator, rounding_mode="floor")
+    # No row that scores anything may be left without a position: nothing would stand for it.
+    return rank(is_scored, is_scored, uniform) < kept.clamp_min(1).minimum(scored)[:, None]
+
+
+def with_sizes(anchor: Anchor, chosen: Sequence[PositionSet]) -> tuple[Anchor, list[int]]:
+    """Return the anchor, without its noised text if that has other masks too, and the sizes of the sets `chosen`.
 
     This is the one place where a write waits for the device.
     """
-    asked = [each.sum() for each in scored_sets(path, scored)]
+    asked = [each.sum() for each in chosen]
     if anchor.is_same is None:
         return anchor, torch.stack(asked).tolist()
     *counts, is_same = torch.stack([*asked, anchor.is_same.to(asked[0].dtype)]).tolist()

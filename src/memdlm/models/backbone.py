@@ -18,7 +18,7 @@ from memdlm.models.masks import AttentionPattern, Full, Segments, attention_scor
 from memdlm.models.names import NameTable, to_ours, to_published
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.quantisation import is_four_bit
-from memdlm.models.readout import read_in_chunks
+from memdlm.models.readout import read_in_chunks, sum_in_chunks
 from memdlm.types import Readout
 
 
@@ -224,6 +224,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         project: bool = True,
         readout: Readout | None = None,
         constant_projection: bool = False,
+        readout_weights: Tensor | None = None,
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
@@ -236,8 +237,9 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
         and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
         With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
-        `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. The other arguments are those of
-        `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
+        `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N] too,
+        `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
+        those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
         """
         out = self.model(
             input_ids,
@@ -258,6 +260,10 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             hidden = hidden.flatten(0, 1).index_select(0, positions)
         if readout is not None:
             width = self.lm_head.weight.shape[0]
+            if readout_weights is not None:
+                parameters = tuple(self.lm_head.parameters())
+                total, values = sum_in_chunks(readout, hidden, self.predict, width, readout_weights, parameters)
+                return MaskedLMOutput(loss=total, logits=values)
             return MaskedLMOutput(
                 loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
             )

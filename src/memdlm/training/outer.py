@@ -189,9 +189,13 @@ def score(
     attention_pattern: AttentionPattern | None = None,
     soft: SoftMask | None = None,
     is_soft: Tensor | None = None,
+    norm: str | None = None,
+    total_tokens: Tensor | float | None = None,
+    total_rows: Tensor | float | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
 
+    With `norm` the result has a normalised `loss`, which is what to differentiate: see `masked_loss`.
     With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
@@ -212,6 +216,9 @@ def score(
             schedule=schedule,
             weighting=weighting,
             planner=planner,
+            norm=norm,
+            total_tokens=total_tokens,
+            total_rows=total_rows,
         )
 
 
