@@ -4,6 +4,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
@@ -75,7 +76,7 @@ def _run(
     if checkpoint is not None:
         changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
-        make_model(model_options, lora, arguments.seed),
+        make_model(model_options, lora, arguments.seed, device_of(arguments)),
         arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
@@ -133,11 +134,21 @@ def clear_output(arguments: TrainingArguments, out: Path) -> None:
             prepare_output(out, NEVER, overwrite=True)
 
 
-def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
-    """Load what is trained: the whole model, or its base with an adapter on top."""
+def device_of(arguments: TrainingArguments) -> torch.device | None:
+    """Return where this process is to load the model: its own device; None, the CPU, where weights will be sharded."""
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    is_sharded = bool(arguments.fsdp or arguments.deepspeed) or bool({"1", "true", "yes"} & set(launched))
+    return None if is_sharded or arguments.device.type == "cpu" else arguments.device
+
+
+def make_model(
+    options: ModelOptions, lora: LoRAOptions, seed: int, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Load what is trained, on `device`: the whole model, or its base with an adapter on top."""
     model = load_model(
         options.path,
         dtype=options.dtype,
+        device=device,
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
         attn_implementation=options.attn_implementation,
