@@ -98,11 +98,11 @@ class Stacked4bit(StackedWeight):
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
         """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again.
 
-        Fewer rows than experts, as in decoding: only the experts of the rows are unpacked, one for each row. Which they
-        are stays on the device.
+        Where rows are few, as in decoding, only their experts are unpacked, one for each row. Which they are stays on
+        the device, so an expert of two rows is unpacked twice: with more rows than half of the experts all are cheaper.
         """
         rows = x.shape[0]
-        if not 0 < rows < self.state.shape[0] or not self.is_divisible:
+        if not 0 < rows <= self.state.shape[0] // 2 or not self.is_divisible:
             return _Product.apply(x, ends, None, self, False)
         row = torch.arange(rows, dtype=ends.dtype, device=ends.device)
         return _Product.apply(x, row + 1, torch.searchsorted(ends, row, right=True), self, False)
@@ -137,7 +137,8 @@ class _Product(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         # Applied again rather than computed here, so that the gradient can itself be differentiated.
-        found = _Product.apply(gradients[0], ends, experts, ctx.holder, not ctx.transposed)
+        # Grouped products take no expanded tensor, which the gradient of a sum is.
+        found = _Product.apply(gradients[0].contiguous(), ends, experts, ctx.holder, not ctx.transposed)
         return found, None, None, None, None
 
 
