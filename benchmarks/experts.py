@@ -11,9 +11,9 @@ and shrinks where products are large. On a GPU the loop also waits for the devic
 show.
 
 `--packed` measures 4-bit experts instead: one projection (width x width), rows = tokens x 8, the experts drawn evenly.
-`all` unpacks all experts for the product, `now` is what the package does (only those of the rows, where these are at most
-half as many as the experts), `unpacked` multiplies with weights that are kept unpacked: the floor, at four to eight times the
-memory. Where `now` does what `all` does their ratio shows the noise.
+`all` unpacks all experts for the product, `now` is what the package does (only those of the rows, where these are at
+most half as many as the experts), `unpacked` multiplies with weights that are kept unpacked: the floor, at four to
+eight times the memory. Where `now` does what `all` does their ratio shows the noise.
 """
 
 import argparse

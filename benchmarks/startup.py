@@ -61,7 +61,10 @@ def main() -> int:
         load = f"import memdlm; memdlm.load_model({folder!r})"
         commands = {name: [sys.executable, "-c", code] for name, code in {**IMPORTS, "load_model": load}.items()}
         commands |= {f"{name} --help": [sys.executable, "-m", "memdlm", name, "--help"] for name in COMMANDS}
-        found = {name: [cpu_seconds(command) for _ in range(options.rounds)] for name, command in commands.items()}
+        found: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(options.rounds):
+            for name, command in commands.items():
+                found[name].append(cpu_seconds(command))
     least = {name: min(times) for name, times in found.items()}
     for name, seconds in least.items():
         print(f"{name:36} {seconds:6.2f} s, {seconds / least['import torch']:5.2f} times an import of torch")

@@ -41,7 +41,7 @@ def describe(command: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     return {
         "made_with": installed(command),
         **{name: getattr(parser, name) for name in ("prog", "usage", "description", "epilog")},
-        "formatter": parser.formatter_class.__name__,
+        "formatter": type(parser._get_formatter()).__name__,
         "groups": [[group.title, group.description] for group in parser._action_groups],
         "options": [
             {"group": group_of[id(action)]}
@@ -63,7 +63,7 @@ def laid_out(described: dict[str, Any]) -> str:
     groups = [parser.add_argument_group(title, description) for title, description in described["groups"]]
     for option in described["options"]:
         # argparse knows this word by identity.
-        parts = {
+        parts: dict[str, Any] = {
             name: argparse.SUPPRESS if option.get(name) == argparse.SUPPRESS else option.get(name) for name in _PARTS
         }
         groups[option["group"]]._add_action(_Shown(**parts))

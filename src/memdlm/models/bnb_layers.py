@@ -125,8 +125,10 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ends, experts)
         ctx.holder, ctx.transposed = holder, transposed
-        some = experts is not None and isinstance(holder, Stacked4bit)
-        weight = (holder.unpacked_some(experts) if some else holder.unpacked()).to(x.dtype)
+        if experts is not None and isinstance(holder, Stacked4bit):
+            weight = holder.unpacked_some(experts).to(x.dtype)
+        else:
+            weight = holder.unpacked().to(x.dtype)
         if transposed:
             weight = weight.transpose(-1, -2)
         return x @ weight.transpose(-1, -2) if ends is None else grouped_linear(x, weight, ends)

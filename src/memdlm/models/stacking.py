@@ -65,7 +65,7 @@ class StackSideBySide(MergeModulelist):
 class Joined(Concatenate):
     """What cuts a stack apart when saving; loading has nothing left to join."""
 
-    def convert(self, input_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+    def convert(self, input_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """Return `input_dict`."""
         return input_dict
 
