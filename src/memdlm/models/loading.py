@@ -1,11 +1,12 @@
 """From a folder or hub name to a model that is ready to use."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from memdlm.models.checking import check_kind, check_name
 from memdlm.models.devices import AUTO, check_device, choose_device, choose_dtype, computes_in, job_line, name_of
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.outer_adapters import adapter_config
+from memdlm.models.peft_on_demand import is_peft_model, peft
 from memdlm.models.plausible import check_sizes
 from memdlm.models.published import config_class_of_tensors
 from memdlm.models.quantisation import four_bit_config, is_four_bit
@@ -39,6 +41,9 @@ from memdlm.models.wrappers import unwrap, unwrap_parallel
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 """What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
+
+SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""The environment variable that keeps transformers from reading weights in threads."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -120,11 +125,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     if adapter_config(network) is not None:
         reload_outer_adapter(network, folder)
         return
-    own = get_peft_model_state_dict(network) if isinstance(network, PeftModel) else network.state_dict()
+    is_wrapped = is_peft_model(network)
+    own = peft().get_peft_model_state_dict(network) if is_wrapped else network.state_dict()
     if isinstance(network, PreTrainedModel):
         found = _read_again(network, own, str(folder))
     else:
-        found = _read_alone(Path(folder) / (WEIGHTS_FILE if isinstance(network, PeftModel) else SINGLE), own)
+        found = _read_alone(Path(folder) / (WEIGHTS_FILE if is_wrapped else SINGLE), own)
     for name, tensor in own.items():
         tensor.copy_(found[name])
 
@@ -276,15 +282,34 @@ def cast_parameters(model: PreTrainedModel, dtype: str | torch.dtype) -> None:
 
 def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
-        # Wrong sizes come back with the other problems, to be listed together.
-        return loader.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
+        with _tensor_by_tensor():
+            # Wrong sizes come back with the other problems, to be listed together.
+            return loader.from_pretrained(
+                name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
     except MemDLMError:
         raise
     # A damaged index gives the last ones.
     except (*DAMAGE, AttributeError) as error:
         raise CheckpointError(f"{_damaged_file(name)}: the weights could not be read: {error}") from error
+
+
+@contextmanager
+def _tensor_by_tensor() -> Iterator[None]:
+    """Let transformers read a tensor, or the experts of a layer, when its turn comes.
+
+    Its threads would read, convert and move all of them ahead, beside the stacks that are made of them: another copy of
+    most of the model, on the device too. There is no argument for this, only the process's environment.
+    """
+    earlier = os.environ.get(SYNCHRONOUS)
+    os.environ[SYNCHRONOUS] = "1"
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop(SYNCHRONOUS, None)
+        else:
+            os.environ[SYNCHRONOUS] = earlier
 
 
 def _damaged_file(name: str) -> Path | str:

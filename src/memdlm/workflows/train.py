@@ -80,7 +80,7 @@ def _run(
     if checkpoint is not None:
         changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
-        make_model(model_options, lora, arguments.seed, weights),
+        make_model(model_options, lora, arguments.seed, weights, device_of(arguments)),
         arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
@@ -145,13 +145,28 @@ def first_line(options: ModelOptions, arguments: TrainingArguments, weights: str
     return job_line(arguments.device, weights, attention, is_quantised=options.load_in_4bit, autocast=autocast)
 
 
+def device_of(arguments: TrainingArguments) -> torch.device | None:
+    """Return where this process is to load the model: its own device; None, the CPU, where weights will be sharded."""
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    is_sharded = bool(arguments.fsdp or arguments.deepspeed) or bool({"1", "true", "yes"} & set(launched))
+    return None if is_sharded or arguments.device.type == "cpu" else arguments.device
+
+
 def make_model(
-    options: ModelOptions, lora: LoRAOptions, seed: int, weights: str | torch.dtype = AUTO
+    options: ModelOptions,
+    lora: LoRAOptions,
+    seed: int,
+    weights: str | torch.dtype = AUTO,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load what is trained, its weights in the dtype `weights`: the whole model, or its base with an adapter on top."""
+    """Load what is trained, its weights in the dtype `weights`: the whole model, or its base with an adapter on top.
+
+    It is loaded, and quantised, on `device`; None: the CPU.
+    """
     model = load_model(
         options.path,
         dtype=weights,
+        device=device,
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
         attn_implementation=options.attn_implementation,
