@@ -90,7 +90,7 @@ def flags_of(command):
     found = []
     with mock.patch("argparse.ArgumentParser.print_help", lambda self, file=None: found.append(self)):
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            importlib.import_module(f"memdlm.cli.{command.replace('-', '_')}").main(["--help"])
     return {flag: action for action in found[0]._actions for flag in action.option_strings}
 
 

@@ -1,5 +1,7 @@
 """A weighted sum of values, whose gradients are taken chunk by chunk with it: those of one call, once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,6 +46,35 @@ def test_it_is_the_weighted_sum_of_one_call(dtype, tolerance, rows, monkeypatch)
     assert not found[0][1].requires_grad
     for one, other in zip(*found, strict=True):
         assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+def test_many_chunks_in_bfloat16_lose_nothing(monkeypatch):
+    """Each adds little to a gradient that is large by then: in 16 bits that would be rounded away."""
+    hidden, targets = torch.randn(2000, 8, generator=rng()).abs().bfloat16(), torch.zeros(2000, dtype=torch.int64)
+    weights = torch.ones(2000).double()
+
+    def gradient(dtype, rows):
+        small_chunks(monkeypatch, rows)
+        head = nn.Linear(8, V, bias=False)
+        nn.init.normal_(head.weight, generator=rng(3))
+        head = head.to(torch.bfloat16).to(dtype)  # the same numbers in both
+        total, _ = sum_in_chunks(Nats(targets), hidden.to(dtype), head, V, weights, tuple(head.parameters()))
+        return torch.autograd.grad(total, head.weight)[0].double()
+
+    exact = gradient(torch.float64, 2000)
+    one, many = ((gradient(torch.bfloat16, rows) - exact).norm() / exact.norm() for rows in (2000, 4))
+    assert many <= 1.5 * one
+
+
+def test_a_gpu_gets_chunks_by_its_memory(monkeypatch):
+    sizes = {"small": 2**30, "large": 80 * 10**9}
+    for name, total in sizes.items():
+        card = SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
+        sizes[name] = readout.at_once(2**23, torch.device("cuda"))
+    assert sizes["small"] == 2**23
+    assert 2**23 < sizes["large"] <= 80 * 10**9 / 32 / 16
+    assert readout.at_once(5, torch.device("cpu")) == 5
 
 
 def gradients_of(model, batch, norm, is_fused, **options):

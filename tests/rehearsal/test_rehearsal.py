@@ -15,9 +15,11 @@ from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.inner_loop import LocalSGD
 from memdlm.randomness import derive
+from memdlm.training.finite import FiniteWatch
 from memdlm.training.outer import memory_of, noise_batch, score
 from memdlm.training.rows import PROMPT_WIDTH, prompt_width
-from rehearsal.double import OnDevice, counting, to_device
+from memdlm.training.tracking import Means
+from rehearsal.double import DEVICE, OnDevice, counting, to_device
 from tiny import CONFIGS, MASK, V, random_ids, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -196,6 +198,24 @@ def test_a_training_step(family, preset):
     host, found, waits = both(family, torch.float32, run)
     agree(host, found)
     assert waits == {**WRITE, **SCORE}
+
+
+def test_figures_of_a_training_run_are_waited_for_when_they_are_read():
+    with counting() as waits:
+        means, watch = Means(), FiniteWatch(("loss",), torch.device(DEVICE))
+        values, times = (OnDevice(torch.tensor(each)) for each in ([1.0, 3.0], [0.1, 0.7]))
+        for step in range(3):
+            means.add("one", values.sum(), 2)
+            means.add("counted", values.sum(), OnDevice(torch.tensor(4)))
+            means.add_rows("nll", values, OnDevice(torch.tensor([1, 2])), times)
+            watch.note("loss", values.sum(), step)
+            watch.flag()
+        assert waits == {}
+        found = means.read(lambda sums: sums)
+        assert waits == {("copy to host", "training/tracking.py:read"): 1}
+    assert found["one"] == 2
+    assert found["counted"] == 1
+    assert found["nll_t0.8"] == 1.5
 
 
 def test_a_wait_in_a_hot_path_is_noticed(monkeypatch):

@@ -18,11 +18,27 @@ from torch.utils.checkpoint import checkpoint
 from memdlm.types import LogitReadout, Project, Readout
 
 MAX_LOGITS = 2**26
-"""Logits (numbers) up to which nothing is chunked when chunks have to be recomputed."""
+"""Logits (numbers) up to which nothing is chunked when chunks have to be recomputed; on a GPU at least so many."""
 MAX_CONSTANT_LOGITS = 2**23
-"""Logits of a chunk when the projection is a constant."""
+"""Logits of a chunk when the projection is a constant; on a GPU at least so many."""
 MAX_SUMMED_LOGITS = 2**23
-"""Logits of a chunk when the projection's gradient is added up: each chunk reads and writes all of that gradient."""
+"""Logits of a chunk when the projection's gradient is added up: each chunk reads and writes all of that gradient. On a
+GPU at least so many."""
+SHARE = 32
+"""On a GPU, a chunk's logits may fill one part in so many of its memory..."""
+BYTES = 16
+"""...at so many bytes each: four float32 numbers, while they are differentiated."""
+
+
+def at_once(least: int, device: torch.device) -> int:
+    """Return how many logits a chunk has on `device`.
+
+    A GPU reads the projection's weights anew for every chunk, so it gets large ones. They follow from all of its
+    memory, not from what is free at the moment: the same card then adds up in the same order every time.
+    """
+    if device.type != "cuda":
+        return least
+    return max(least, torch.cuda.get_device_properties(device).total_memory // (SHARE * BYTES))
 
 
 def read_in_chunks(
@@ -34,7 +50,7 @@ def read_in_chunks(
     for. Values and gradients are those of one call with all positions, up to rounding.
     """
     count = hidden.shape[0]
-    limit = MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS
+    limit = at_once(MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS, hidden.device)
     is_written = is_constant and torch.is_grad_enabled() and isinstance(readout, LogitReadout) and count > 0
     if count * vocab_size <= limit and not is_written:
         return readout(hidden, slice(0, count), project)
@@ -68,7 +84,7 @@ def sum_in_chunks(
     if not torch.is_grad_enabled() or not isinstance(readout, LogitReadout) or not count or not is_whole:
         values = read_in_chunks(readout, hidden, project, vocab_size)
         return (values * weights.to(values.dtype)).sum(), values.detach()
-    rows = max(1, MAX_SUMMED_LOGITS // vocab_size)
+    rows = max(1, at_once(MAX_SUMMED_LOGITS, hidden.device) // vocab_size)
     chunks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
     total, values = _Summed.apply(hidden, weights, readout, project, chunks, *trained)
     return total, values
@@ -101,9 +117,15 @@ class _Summed(torch.autograd.Function):
                 arriving = arriving.mul_(relative[chunk, None].to(arriving.dtype))
                 gradient, *more = torch.autograd.grad(logits, (rows, *parameters), arriving, allow_unused=True)
             del logits, arriving
+            if len(chunks) > 1:
+                # In 16 bits, parts that are small beside the sum so far would be lost.
+                more = [each if each is None or each.itemsize > 2 else each.float() for each in more]
             values.append(found)
             of_rows.append(gradient)
             of_parameters = [_added(*pair) for pair in zip(of_parameters, more, strict=True)]
+        of_parameters = [
+            None if each is None else each.to(own.dtype) for each, own in zip(of_parameters, parameters, strict=True)
+        ]
         ctx.gradients = [torch.cat(of_rows), *of_parameters]
         ctx.scale = scale
         found = torch.cat(values)

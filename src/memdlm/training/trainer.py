@@ -173,14 +173,12 @@ class MemDLMTrainer(GuardedTrainer):
             hosts=self._hosts,
         )
         self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
-        counted = [self._learnable(batch).sum() for batch in batches]
-        totals = torch.stack(
-            [
-                torch.stack(counted).sum().to(device) if counted else torch.zeros((), dtype=torch.int64, device=device),
-                torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=device),
-                self._watch.flag(),
-            ]
-        )
+        for batch in batches:
+            batch.update({name: batch[name].to(device, non_blocking=True) for name in (TIMES, UNIFORM, SOFT)})
+        counted = [self._learnable(batch).sum().to(device, non_blocking=True) for batch in batches]
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        rows = torch.full_like(nothing, sum(len(batch["input_ids"]) for batch in batches))
+        totals = torch.stack([torch.stack([nothing, *counted]).sum(), rows, self._watch.flag()])
         tokens, rows, unsound = self.accelerator.reduce(totals, reduction="sum").unbind()
         self._stop_soon_if(unsound)
         for batch in batches:
