@@ -68,9 +68,9 @@ def generator() -> torch.Generator:
 # Training steps ------------------------------------------------------------------------------------------------
 
 
-def training_batch() -> Batch:
-    """2 x 512 tokens at the mean noise, t = 0.25 and 0.75."""
-    clean, t = ids_of(2, 512), torch.tensor([0.25, 0.75])
+def training_batch(length: int = 512) -> Batch:
+    """2 x 512 tokens (or `length`) at the mean noise, t = 0.25 and 0.75."""
+    clean, t = ids_of(2, length), torch.tensor([0.25, 0.75])
     is_masked = torch.rand(clean.shape, generator=generator()) < t[:, None]
     return Batch(
         clean=clean,
@@ -95,12 +95,14 @@ def backward_unchunked(model: torch.nn.Module, batch: Batch, **options: Any) -> 
 FRACTIONS = (0.5, 0.25)
 
 
-def training_steps(model: torch.nn.Module) -> tuple[dict[str, Callable[[], None]], Callable[[], None]]:
+def training_steps(
+    model: torch.nn.Module, length: int = 512
+) -> tuple[dict[str, Callable[[], None]], Callable[[], None]]:
     """Forward and backward pass of one step, without and with memory, and the update (clipping, AdamW) that all share.
 
     The update is one optimizer's, of the same parameters, and refuses to run unless every one of them has a gradient.
     """
-    batch = training_batch()
+    batch = training_batch(length)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
 
@@ -166,6 +168,18 @@ def training_row(name: str, seconds: dict[str, list[tuple[float, float]]], count
         "forward_and_backward_over_mdlm": round(statistics.median(own[0] / mdlm[0] for own, mdlm in rounds), 3),
         "flop_over_mdlm": round(counted[name] / counted["mdlm"], 3),
     }
+
+
+def measure_training_peaks(results: dict[str, Any]) -> None:
+    """Growth of the resident set over one whole step, and how it compares with all logits at once."""
+    results.pop("training_pass_peak_mb", None)
+    results["training_step_peak_mb"] = {
+        length: {name: peak_mb(name, length) for name in PEAKS} for length in (512, 2048)
+    }
+    print(json.dumps(results["training_step_peak_mb"]), flush=True)
+
+
+PEAKS = ("mdlm", "mdlm_unchunked", "memdlm", "memdlm_unchunked")
 
 
 # What is logged ------------------------------------------------------------------------------------------------
@@ -332,30 +346,18 @@ def child(job: str, length: int) -> None:
             model(ids_of(1, 16))
     else:
         model = medium()
-        passes, update = training_steps(model)
+        passes, update = training_steps(model, length)
 
         def call() -> None:
             passes[job]()
             update()
 
-        backward(model, training_batch_of(16))
-        model.zero_grad()
+        # The first step makes the optimizer's state: a step like all others is measured.
+        backward(model, training_batch(16))
+        update()
     before = resident_mb("VmRSS", reset=True)
     call()
     print(resident_mb("VmHWM") - before)
-
-
-def training_batch_of(length: int) -> Batch:
-    whole = training_batch()
-    cut = slice(0, length)
-    return Batch(
-        clean=whole.clean[:, cut],
-        labels=whole.labels[:, cut],
-        attention_mask=None,
-        is_padding=None,
-        is_maskable=whole.is_maskable[:, cut],
-        noised=Corrupted(whole.noised.ids[:, cut], whole.noised.is_masked[:, cut], whole.noised.t),
-    )
 
 
 def plain_call(model: torch.nn.Module, loops: list[Any], length: int) -> Callable[[], Any]:
@@ -397,8 +399,7 @@ def measure(lengths: tuple[int, ...], repetitions: int, out: Path, *, is_trainin
     results |= {} if is_training_only else {"machine": machine(), "repetitions": repetitions}
     measure_training(results, repetitions)
     out.write_text(json.dumps(results, indent=1) + "\n")
-    results["training_step_peak_mb"] = {name: peak_mb(name, runs=1) for name in results["training_step"]["rows"]}
-    print(json.dumps(results["training_step_peak_mb"]), flush=True)
+    measure_training_peaks(results)
     out.write_text(json.dumps(results, indent=1) + "\n")
     measure_logging(results, max(1, repetitions // 2))
     out.write_text(json.dumps(results, indent=1) + "\n")
@@ -435,6 +436,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="512 and 1024 tokens, one repetition")
     parser.add_argument("--training", action="store_true", help="measure training steps alone, anew")
+    parser.add_argument("--peaks", action="store_true", help="measure the memory of training steps alone, anew")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -446,6 +448,11 @@ def main() -> None:
         return
     lengths, repetitions = ((512, 1024), 1) if options.quick else (LENGTHS, options.repetitions)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.peaks:
+        results = json.loads(options.out.read_text())
+        measure_training_peaks(results)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        return
     measure(lengths, repetitions, options.out, is_training_only=options.training)
     print(f"written to {options.out}")
 

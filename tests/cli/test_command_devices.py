@@ -169,8 +169,8 @@ def test_the_demos_models_go_where_the_rule_says(there, device, inputs, machine,
 def test_training_loads_what_its_card_computes_in(capability, dtype, inputs, machine, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def make_model(options, lora, seed, weights):
-        asked.append(weights)
+    def make_model(options, lora, seed, weights, device):
+        asked.append((weights, device))
         raise KeyboardInterrupt
 
     machine(cuda=1, capability=capability)
@@ -183,7 +183,7 @@ def test_training_loads_what_its_card_computes_in(capability, dtype, inputs, mac
     monkeypatch.setattr(transformers.TrainingArguments, "device", property(card))
     monkeypatch.setattr("memdlm.workflows.train.make_model", make_model)
     assert main(["train", *words_of("train", inputs, tmp_path / "out"), "--bf16", "True"]) == 130
-    assert asked == [dtype]
+    assert asked == [(dtype, torch.device("cuda:0"))]
     said = f"device cuda:0 (card 0), weights in {str(dtype)[6:]}, products in bfloat16 (autocast), attention sdpa"
     assert said in capsys.readouterr().err
 

@@ -378,7 +378,8 @@ def test_weights_for_a_device_are_not_held_by_the_cpu_first(family, dtype, tmp_p
     tiny(family).save_pretrained(tmp_path, max_shard_size="20KB")
     experts = max(each.numel() * 4 for each in tiny(family).parameters())
     model_bytes = sum(each.numel() * 4 for each in tiny(family).parameters())
-    monkeypatch.setattr("memdlm.models.loading.check_device", lambda device: None)
+    for module in ("devices", "loading"):
+        monkeypatch.setattr(f"memdlm.models.{module}.check_device", torch.device)
     with CPUAllocations() as here:
         load_model(tmp_path, dtype=dtype)
     with CPUAllocations() as elsewhere:
