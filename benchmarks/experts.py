@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdlm.models import bnb_layers
-from memdlm.models.experts import Experts, grouped_linear
-from memdlm.models.layers import GatedMLP
+from memdlm.models.blocks.experts import Experts, grouped_linear
+from memdlm.models.blocks.layers import GatedMLP
+from memdlm.models.quantisation.four_bit import bnb_layers
 
 NUM_EXPERTS, CHOSEN = 64, 8
 SIZES = ((64, 64, 32), (128, 128, 64), (32, 256, 128), (256, 256, 128))

@@ -24,7 +24,8 @@ import torch
 from peak import resident_mb
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from memdlm.models import LLaDA2MoeConfig, LLaDAMoEConfig, build_model, families, load_model, loading
+from memdlm.models import LLaDA2MoeConfig, LLaDAMoEConfig, build_model, load_model
+from memdlm.models.hub import families, loading
 
 WANTED = 1.1
 WAYS = {"before": {}, "now": {}, "now, float32": {"dtype": "float32"}, "now, 4 bits": {"load_in_4bit": True}}

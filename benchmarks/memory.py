@@ -36,7 +36,7 @@ from memdlm.diffusion.losses import Nats
 from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
 from memdlm.memory.trajectory import Anchor
 from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
-from memdlm.models.readout import read_in_chunks
+from memdlm.models.blocks.readout import read_in_chunks
 from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, score
 from memdlm.training.trainer import BARE_EVERY
 

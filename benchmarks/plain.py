@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memdlm.models.experts import Experts
+from memdlm.models.blocks.experts import Experts
 
 
 class LoopedExperts(nn.Module):

@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from decoding import BLOCK, MODELS, V, machine
 
-from memdlm.models import BlockCausal, build_model, masks
+from memdlm.models import BlockCausal, build_model
+from memdlm.models.blocks import masks
 from memdlm.randomness import derive
 
 SEGMENT = masks.SEGMENT

@@ -36,8 +36,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from memdlm.data.encoding import EncodingOptions
 from memdlm.data.preprocess import preprocess
 from memdlm.data.sources import load_conversations
-from memdlm.models.families import LLADA_TEMPLATE
-from memdlm.models.tokenizers import load_tokenizer
+from memdlm.models.hub.families import LLADA_TEMPLATE
+from memdlm.models.hub.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONTROL = ("<|endoftext|>", "<|startoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>")

@@ -39,7 +39,7 @@ def machine(monkeypatch):
 
     `machine(cuda=8, capability=(7, 5), mps=False, LOCAL_RANK="3")`; at first there is a CPU alone.
     """
-    from memdlm.models import devices
+    from memdlm.models.hub import devices
 
     def forget():
         devices.mps_problem.cache_clear()

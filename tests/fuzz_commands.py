@@ -190,15 +190,15 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
     from memdlm.evaluation.harness_options import HarnessOptions
     from memdlm.inference import GenerationConfig
     from memdlm.memory import MemoryConfig
-    from memdlm.models.outer_adapters import LoRAOptions
+    from memdlm.models.lora.adapters import LoRAOptions
     from memdlm.training.arguments import TrainingArguments
-    from memdlm.workflows.ask import AskOptions
-    from memdlm.workflows.chat import ChatOptions
-    from memdlm.workflows.decoding import DecodingOptions
-    from memdlm.workflows.exposure_bias import BiasOptions
-    from memdlm.workflows.memorize import MemorizeOptions
-    from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
-    from memdlm.workflows.preprocess import PreprocessOptions
+    from memdlm.workflows.runs.exposure_bias import BiasOptions
+    from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions
+    from memdlm.workflows.runs.preprocess import PreprocessOptions
+    from memdlm.workflows.sessions.ask import AskOptions
+    from memdlm.workflows.sessions.chat import ChatOptions
+    from memdlm.workflows.sessions.decoding import DecodingOptions
+    from memdlm.workflows.sessions.memorize import MemorizeOptions
 
     def names(*configs, prefix=""):
         for config in configs:

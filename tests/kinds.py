@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.models.families import LLADA_TEMPLATE
-from memdlm.models.tokenizers import load_tokenizer
+from memdlm.models.hub.families import LLADA_TEMPLATE
+from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.templates import control_of
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
-from memdlm.models.experts import Experts
-from memdlm.models.layers import GatedMLP
+from memdlm.models.blocks.experts import Experts
+from memdlm.models.blocks.layers import GatedMLP
 
 
 class Lookup(nn.Module):

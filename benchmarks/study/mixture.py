@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from memdlm.evaluation import recall
-from memdlm.models.masks import Windowed
-from memdlm.workflows.recall_study import OURS, RecallPlan, arms, recall_data, train_arm
+from memdlm.models.blocks.masks import Windowed
 from memdlm.workflows.recall_suite import EVEN
+from memdlm.workflows.studies.recall_study import OURS, RecallPlan, arms, recall_data, train_arm
 
 REACH, STEPS_PER_KIND = 4, 300
 SKILLS = {"memory alone": (True, Windowed(REACH)), "text alone": (False, None), "both": (True, None)}

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from memdlm.memory import ParametricMemory
-from memdlm.workflows.recall_study import OURS, RecallPlan, accuracies, arms, recall_data, train_arm
+from memdlm.workflows.studies.recall_study import OURS, RecallPlan, accuracies, arms, recall_data, train_arm
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from memdlm.workflows.recall_study import OURS, arms, recall_data, run_arm
 from memdlm.workflows.recall_suite import suite
+from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
 
 SOLVED = 0.97
 

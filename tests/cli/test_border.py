@@ -202,7 +202,7 @@ def test_an_encoding_that_lacks_a_character_shows_its_number():
     ],
 )
 def test_mistakes_are_told_before_weights_are_read(argv, said, capsys, monkeypatch):
-    monkeypatch.setattr("memdlm.models.loading._read", None)
+    monkeypatch.setattr("memdlm.models.hub.loading._read", None)
     assert main(argv) == 2
     line = last_line(capsys)
     assert line.startswith(f"memdlm {argv[0]}: error: ")

@@ -11,11 +11,12 @@ import transformers
 
 from memdlm.cli.main import COMMANDS, main
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
-from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_model, devices, load_model, loading
-from memdlm.models.adapter_files import save_outer_adapter
-from memdlm.models.devices import trains_on_the_cpu
+from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_model, load_model
+from memdlm.models.hub import devices, loading
+from memdlm.models.hub.devices import trains_on_the_cpu
+from memdlm.models.lora.files import save_outer_adapter
 from memdlm.training import TrainingArguments
-from memdlm.workflows import demo
+from memdlm.workflows.studies import demo
 
 TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
 TINY_SUITE = json.dumps({"max_seq_lengths": [12], "num_samples": 1, "task_options": {"kv": {"num_pairs": 2}}})
@@ -181,7 +182,7 @@ def test_training_loads_what_its_card_computes_in(capability, dtype, inputs, mac
         return torch.device("cuda:0")
 
     monkeypatch.setattr(transformers.TrainingArguments, "device", property(card))
-    monkeypatch.setattr("memdlm.workflows.train.make_model", make_model)
+    monkeypatch.setattr("memdlm.workflows.runs.train.make_model", make_model)
     assert main(["train", *words_of("train", inputs, tmp_path / "out"), "--bf16", "True"]) == 130
     assert asked == [(dtype, torch.device("cuda:0"))]
     said = f"device cuda:0 (card 0), weights in {str(dtype)[6:]}, products in bfloat16 (autocast), attention sdpa"

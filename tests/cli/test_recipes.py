@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-import memdlm.workflows.train as workflow
+import memdlm.workflows.runs.train as workflow
 from memdlm.cli.main import main
 from memdlm.cli.recipes import read_recipe, typed_recipe
 from memdlm.cli.train import OPTIONS

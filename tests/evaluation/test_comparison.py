@@ -7,9 +7,9 @@ import pytest
 
 from memdlm.cli.main import main
 from memdlm.errors import DataError
-from memdlm.evaluation.comparison import wilson
-from memdlm.evaluation.report import write_report
-from memdlm.evaluation.runs import labels, model_and_seed, read_runs
+from memdlm.report.build import write_report
+from memdlm.report.comparison import wilson
+from memdlm.report.runs import labels, model_and_seed, read_runs
 
 LENGTHS = ("1024", "4096")
 

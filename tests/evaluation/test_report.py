@@ -10,8 +10,8 @@ import re
 import pytest
 
 from memdlm.errors import DataError
-from memdlm.evaluation.report import summary_rows, write_report
-from memdlm.evaluation.report_recall import TITLE
+from memdlm.report.build import summary_rows, write_report
+from memdlm.report.recall import TITLE
 
 LENGTHS = (32, 64, 128)
 FILES = {"report.json", "accuracy_by_length.png", "training_curves.png", "exposure_bias.png", "report.html"}

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import experts
+from memdlm.models.blocks import experts
 from memdlm.randomness import derive, uniform
 from tiny import CONFIGS, MASK, random_ids, tiny
 

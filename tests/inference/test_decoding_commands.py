@@ -15,7 +15,7 @@ import pytest
 from memdlm.cli.main import main
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import GenerationConfig, response_job
-from memdlm.inference.trace import Trace
+from memdlm.report.trace import Trace
 from tiny import V, tiny
 
 SOURCE = Path(__file__).parents[2] / "src"

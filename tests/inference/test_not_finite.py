@@ -17,7 +17,7 @@ from memdlm.memory import MemoryConfig, ParametricMemory, concatenate
 from memdlm.models import LoRAOptions
 from memdlm.training import DiffusionConfig
 from memdlm.types import Denoise
-from memdlm.workflows.decoding import DecodingOptions
+from memdlm.workflows.sessions.decoding import DecodingOptions
 from tiny import V, random_ids, rng, tiny
 
 WORDS = build_word_tokenizer([f"w{index:02}" for index in range(V - 5)])

@@ -10,7 +10,7 @@ from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, generate
 from memdlm.models import ModelDenoiser
-from memdlm.models.soft_inputs import blended_inputs
+from memdlm.models.networks.soft_inputs import blended_inputs
 from tiny import V, rng, tiny
 
 SOFT = {"soft_mask": True, "soft_mask_scale": 0.9, "soft_mask_steepness": 2.0, "soft_mask_centre": -2.0}

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from memdlm.diffusion import Linear, masked_loss, normalise, positions_of
 from memdlm.diffusion.losses import Nats
 from memdlm.memory import OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
-from memdlm.models import ModelDenoiser, readout
-from memdlm.models.prefix import SharedPrefix
-from memdlm.models.readout import read_in_chunks
+from memdlm.models import ModelDenoiser
+from memdlm.models.blocks import readout
+from memdlm.models.blocks.readout import read_in_chunks
+from memdlm.models.networks.prefix import SharedPrefix
 from memdlm.training import score
 from rank_worker import batch_of
 from tiny import CONFIGS, MASK, V, random_ids, rng, tiny

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from memdlm.errors import CheckpointError, MemDLMError, MemoryFileError, NotFiniteError
-from memdlm.memory import MemoryConfig, ParametricMemory, read_memory, saved
+from memdlm.memory import MemoryConfig, ParametricMemory, read_memory
+from memdlm.memory.files import saved
 from memdlm.models import LoRAOptions, add_outer_lora, load_outer_adapter, save_outer_adapter
 from tiny import MASK, random_ids, rng, tiny
 

@@ -7,7 +7,7 @@ import torch
 
 from memdlm.errors import MemoryFileError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.memory.fingerprint import Fingerprint, Identity, tensor_digest
+from memdlm.memory.files.fingerprint import Fingerprint, Identity, tensor_digest
 from tiny import MASK, random_ids, tiny
 
 KNOWN = Fingerprint(

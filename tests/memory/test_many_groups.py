@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import LLaDA2MoeConfig, LLaDAMoEConfig, experts
-from memdlm.models.experts import MAX_GROUPS, grouped_linear, looped_linear, sample_chunks
+from memdlm.models import LLaDA2MoeConfig, LLaDAMoEConfig
+from memdlm.models.blocks import experts
+from memdlm.models.blocks.experts import MAX_GROUPS, grouped_linear, looped_linear, sample_chunks
 from memdlm.randomness import derive
 from tiny import MASK, V, random_ids, tiny
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import experts
+from memdlm.models.blocks import experts
 from memdlm.randomness import derive
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
 

@@ -378,7 +378,9 @@ def test_a_memory_replaces_a_memory_and_nothing_else(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"did not write thesis\.tex there"):
             memory.save(tmp_path / "precious")
         with monkeypatch.context() as patch:
-            patch.setattr("memdlm.memory.saved.write_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            patch.setattr(
+                "memdlm.memory.files.saved.write_adapter", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+            )
             with pytest.raises(OSError, match="disk full"):
                 memory.save(tmp_path / "doc.mem")
         assert (tmp_path / "doc.mem" / WEIGHTS).read_bytes() == first

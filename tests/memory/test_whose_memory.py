@@ -16,7 +16,7 @@ from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, generate, score, stream
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import LoRAOptions, add_outer_lora
-from memdlm.models.patching import in_this_thread
+from memdlm.models.networks.patching import in_this_thread
 from memdlm.randomness import derive
 from tiny import CONFIGS, V, random_ids, rng, tiny
 

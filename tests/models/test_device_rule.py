@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from memdlm.errors import ConfigError, MachineError
-from memdlm.models import devices, load_model, loading
-from memdlm.models.adapter_files import save_outer_adapter
-from memdlm.models.devices import choose_device, choose_dtype, job_line, problem_of, trains_on_the_cpu
-from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
-from memdlm.models.resolution import published_dtype, resolve_config
+from memdlm.models import load_model
+from memdlm.models.hub import devices, loading
+from memdlm.models.hub.devices import choose_device, choose_dtype, job_line, problem_of, trains_on_the_cpu
+from memdlm.models.hub.resolution import published_dtype, resolve_config
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora
+from memdlm.models.lora.files import save_outer_adapter
 from tiny import random_ids, tiny
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

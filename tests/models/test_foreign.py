@@ -21,8 +21,8 @@ from memdlm.errors import CheckpointError, ConfigError
 from memdlm.inference import GenerationConfig, generate, score
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, ModelDenoiser, load_model, load_tokenizer
-from memdlm.models.structure import blocks_of
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.structure import blocks_of
+from memdlm.models.lora.wrappers import unwrap
 from tiny import MASK, PAD, V, random_ids, rng
 
 SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

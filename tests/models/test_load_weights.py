@@ -10,7 +10,7 @@ from torch import nn
 
 from memdlm.errors import CheckpointError
 from memdlm.models import LoRAOptions, add_outer_lora
-from memdlm.models.loading import load_weights
+from memdlm.models.hub.loading import load_weights
 from tiny import CONFIGS, rng, tiny
 from tiny_foreign import FOREIGN
 

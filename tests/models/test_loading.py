@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.models import load_model, load_tokenizer, model_skeleton, register
-from memdlm.models.published import config_class_for
-from memdlm.models.stacking import give_back
+from memdlm.models.blocks.published import config_class_for
+from memdlm.models.blocks.stacking import give_back
 from tiny import CONFIGS, random_ids, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))

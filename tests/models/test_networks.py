@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from memdlm.errors import ConfigError
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model, load_model
-from memdlm.models.experts import Experts, grouped_linear, looped_linear, route
-from memdlm.models.llada2 import GroupRouter
+from memdlm.models.blocks.experts import Experts, grouped_linear, looped_linear, route
+from memdlm.models.networks.llada2 import GroupRouter
 from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -128,7 +128,7 @@ def test_any_rank_is_one_grouped_product(rank, dtype, monkeypatch):
     found = []
     for product in (looped_linear, grouped_linear):
         if product is grouped_linear:
-            monkeypatch.setattr("memdlm.models.experts.looped_linear", None)
+            monkeypatch.setattr("memdlm.models.blocks.experts.looped_linear", None)
         y = product(product(x, down, ends), up, ends)
         found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, down, up))))
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
@@ -137,7 +137,7 @@ def test_any_rank_is_one_grouped_product(rank, dtype, monkeypatch):
 
 
 def test_no_rows_give_no_rows_and_a_gradient_of_zero(monkeypatch):
-    monkeypatch.setattr("memdlm.models.experts.looped_linear", None)
+    monkeypatch.setattr("memdlm.models.blocks.experts.looped_linear", None)
     x, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(2, 4, 8, requires_grad=True)
     y = grouped_linear(x, weight, torch.zeros(2, dtype=torch.int32))
     assert y.shape == (0, 4)

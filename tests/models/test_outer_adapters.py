@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from memdlm.cli.main import main
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import LoRAOptions, add_outer_lora, expert_lora, load_model, load_outer_adapter, merge_outer_adapter
-from memdlm.models.experts import grouped_linear
-from memdlm.models.outer_adapters import _shortest_patterns, adapter_config, find_targets
+from memdlm.models import LoRAOptions, add_outer_lora, load_model, load_outer_adapter, merge_outer_adapter
+from memdlm.models.blocks.experts import grouped_linear
+from memdlm.models.lora import experts as expert_lora
+from memdlm.models.lora.adapters import _shortest_patterns, adapter_config, find_targets
 from per_expert import PerExpert
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
 

@@ -9,9 +9,9 @@ import pytest
 
 from memdlm.errors import CheckpointError
 from memdlm.models import load_model, load_tokenizer
-from memdlm.models.adapter_files import is_adapter, save_outer_adapter
-from memdlm.models.chat_templates import check_template
-from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
+from memdlm.models.hub.chat_templates import check_template
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora
+from memdlm.models.lora.files import is_adapter, save_outer_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

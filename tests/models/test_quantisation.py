@@ -14,12 +14,12 @@ from memdlm.errors import CheckpointError, ConfigError
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import build_model, load_model
-from memdlm.models.experts import Experts
-from memdlm.models.quantisation import is_four_bit
+from memdlm.models.blocks.experts import Experts
+from memdlm.models.quantisation.four_bit import is_four_bit
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-bnb_layers = pytest.importorskip("memdlm.models.bnb_layers")
+bnb_layers = pytest.importorskip("memdlm.models.quantisation.bnb_layers")
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 ROOT = Path(__file__).parents[2]
 LINEAR = bitsandbytes.nn.Linear4bit

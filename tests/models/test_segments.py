@@ -11,7 +11,7 @@ from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
-from memdlm.models.masks import SEGMENT, Segments, segments_for
+from memdlm.models.blocks.masks import SEGMENT, Segments, segments_for
 from tiny import CONFIGS, V, random_ids, tiny
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -19,7 +19,7 @@ unwindowed = pytest.mark.parametrize("family", sorted(set(CONFIGS) - {"small_win
 
 
 def cut(monkeypatch, size):
-    monkeypatch.setattr("memdlm.models.masks.SEGMENT", size)
+    monkeypatch.setattr("memdlm.models.blocks.masks.SEGMENT", size)
     monkeypatch.setattr("memdlm.inference.views.SEGMENT", size)
 
 

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from memdlm.diffusion import Linear, normalise
 from memdlm.diffusion.losses import Nats, Planner
-from memdlm.models import ModelDenoiser, readout
-from memdlm.models.readout import sum_in_chunks
+from memdlm.models import ModelDenoiser
+from memdlm.models.blocks import readout
+from memdlm.models.blocks.readout import sum_in_chunks
 from memdlm.randomness import derive
 from memdlm.training import score
 from rank_worker import batch_of

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from memdlm.data.collate import Collator
 from memdlm.errors import CheckpointError
 from memdlm.models import LoRAOptions, add_outer_lora, load_model
-from memdlm.models.adapter_files import reload_outer_adapter
+from memdlm.models.lora.files import reload_outer_adapter
 from memdlm.training import MemDLMTrainer, TrainingArguments
 from tiny import MASK, PAD, random_ids, tiny
 

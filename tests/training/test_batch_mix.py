@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from memdlm.data import Collator
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models.masks import BlockCausal, Full, Windowed
+from memdlm.models.blocks.masks import BlockCausal, Full, Windowed
 from memdlm.training import MemDLMTrainer, TrainingArguments
 from memdlm.training.trainer import BARE_EVERY
 from tiny import MASK, PAD, random_ids, rng, tiny

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import memdlm.workflows.train as workflow
+import memdlm.workflows.runs.train as workflow
 from chat_folder import make_chat, make_model
 from memdlm.cli.main import main
 from memdlm.errors import CheckpointError, ConfigError
-from memdlm.models.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
+from memdlm.models.hub.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.training import MemDLMTrainer
 from memdlm.training.states import check_checkpoint, left_out
 from run_kinds import MEMORY, is_same, new_model, state, trainer_of

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from memdlm.models import load_model
-from memdlm.models.loading import load_weights
+from memdlm.models.hub.loading import load_weights
 from run_kinds import MEMORY, TRAINED, is_same, losses, new_model, state, trainer_of
 from tiny import MASK
 from tiny_foreign import FOREIGN

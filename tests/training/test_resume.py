@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from chat_folder import make_chat, make_model
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.training.checkpoints import checkpoints_in, prepare_output
-from memdlm.workflows.resuming import differences
+from memdlm.workflows.runs.resuming import differences
 
 WORKER = Path(__file__).parents[1] / "train_worker.py"
 

@@ -11,9 +11,9 @@ from memdlm.cli.main import main
 from memdlm.data.sources import EVALUATION_SPLITS
 from memdlm.errors import ConfigError, DataError
 from memdlm.models import load_tokenizer
-from memdlm.workflows.datasets import load_data
 from memdlm.workflows.display import Display
-from memdlm.workflows.options import DataOptions
+from memdlm.workflows.runs.datasets import load_data
+from memdlm.workflows.runs.options import DataOptions
 
 
 @pytest.fixture(autouse=True)

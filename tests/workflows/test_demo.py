@@ -9,19 +9,19 @@ import pytest
 import torch
 from rich.console import Console
 
-import memdlm.workflows.demo as demo
-import memdlm.workflows.demo_recall as panel
+import memdlm.workflows.studies.demo as demo
+import memdlm.workflows.studies.demo_recall as panel
 from memdlm.data import KeyValueRecall
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation import recall
 from memdlm.memory import ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.outputs import MARKER, output_folder
-from memdlm.workflows.demo import ARMS, DEMO, checkpoint_name, run_demo
-from memdlm.workflows.demo_plan import DemoPlan, plan_for
-from memdlm.workflows.demo_recall import panel_checkpoint
 from memdlm.workflows.display import Display
-from memdlm.workflows.recall_study import MAIN, OURS, RecallPlan
+from memdlm.workflows.studies.demo import ARMS, DEMO, checkpoint_name, run_demo
+from memdlm.workflows.studies.demo_plan import DemoPlan, plan_for
+from memdlm.workflows.studies.demo_recall import panel_checkpoint
+from memdlm.workflows.studies.recall_study import MAIN, OURS, RecallPlan
 
 PLAN = DemoPlan(
     seeds=(0, 1),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from memdlm.workflows.train import device_of
+from memdlm.workflows.runs.train import device_of
 
 
 def arguments(device="cuda:1", **given):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memdlm.workflows.recall_study import OURS, arms, recall_data, run_arm
 from memdlm.workflows.recall_suite import many_facts, suite
+from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
 
 
 def facts_of(words, marker, widths):

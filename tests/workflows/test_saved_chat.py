@@ -7,7 +7,7 @@ import pytest
 
 from memdlm.data.records import read_records
 from memdlm.errors import ConfigError, MemDLMError
-from memdlm.workflows.chat import COMMANDS, ChatOptions
+from memdlm.workflows.sessions.chat import COMMANDS, ChatOptions
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig
 from memdlm.models import LoRAOptions, add_outer_lora, build_model, load_model
 from memdlm.training import TrainingArguments
-from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
-from memdlm.workflows.plan import RunPlan, resolved
+from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.runs.plan import RunPlan, resolved
 from tiny import CONFIGS
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -12,10 +12,10 @@ from memdlm.errors import ConfigError
 from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.outputs import output_file
 from memdlm.terminal import json_text
-from memdlm.workflows.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
-from memdlm.workflows.chat import typed
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
+from memdlm.workflows.sessions.chat import typed
 
 
 def main(argv: Sequence[str]) -> int:

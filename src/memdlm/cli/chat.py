@@ -4,10 +4,10 @@ import sys
 from collections.abc import Sequence
 
 from memdlm.cli.decoding import decoding_parser, parse
-from memdlm.workflows.chat import COMMANDS, Chat, ChatOptions, typed
 from memdlm.workflows.console import PlainConsole
-from memdlm.workflows.decoding import load
 from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.chat import COMMANDS, Chat, ChatOptions, typed
+from memdlm.workflows.sessions.decoding import load
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,9 +11,9 @@ from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.memory import MemoryConfig
 from memdlm.memory.config import TRAINER_OPTIONS
 from memdlm.memory.learned import saved_config
-from memdlm.models.loading import MEMORY_CONFIG_FILE
+from memdlm.models.hub.loading import MEMORY_CONFIG_FILE
 from memdlm.options import as_flags, from_flags
-from memdlm.workflows.decoding import DecodingOptions, page_at
+from memdlm.workflows.sessions.decoding import DecodingOptions, page_at
 
 MemoryFlags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, "mem_"))
 

@@ -9,12 +9,12 @@ from transformers.utils import logging
 
 from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
-from memdlm.evaluation.report_data import accuracy_rows
-from memdlm.models.devices import AUTO, DEVICE_HELP
+from memdlm.models.hub.devices import AUTO, DEVICE_HELP
+from memdlm.report.data import accuracy_rows
 from memdlm.workflows.console import PlainConsole
-from memdlm.workflows.demo import run_demo
-from memdlm.workflows.demo_plan import plan_for
 from memdlm.workflows.display import Display
+from memdlm.workflows.studies.demo import run_demo
+from memdlm.workflows.studies.demo_plan import plan_for
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ from memdlm.errors import ConfigError, did_you_mean
 from memdlm.evaluation.harness_options import HarnessOptions, generation_fields
 from memdlm.inference.config import GenerationConfig
 from memdlm.memory.config import MemoryConfig
-from memdlm.models.devices import AUTO, DEVICE_HELP
+from memdlm.models.hub.devices import AUTO, DEVICE_HELP
 from memdlm.options import as_flags
 
 _NOT_FLAGS = ("pretrained", "adapter", "request_seed")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from memdlm.cli.decoding import MemoryFlags, memory_of
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.evaluation.report_data import bias_rows
-from memdlm.workflows.exposure_bias import JSON_NAME, PICTURE_NAME, BiasOptions, measure_exposure_bias
+from memdlm.report.data import bias_rows
+from memdlm.workflows.runs.exposure_bias import JSON_NAME, PICTURE_NAME, BiasOptions, measure_exposure_bias
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,8 +7,8 @@ from memdlm.cli.output import note, say
 from memdlm.inference import response_job, responses
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
-from memdlm.workflows.decoding import Tally, decode, load
 from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.decoding import Tally, decode, load
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ from memdlm.inference import filled, infill_job
 from memdlm.models import Full
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
-from memdlm.workflows.decoding import Tally, decode, load
 from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.decoding import Tally, decode, load
 
 NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
 """Decoding options for responses only."""

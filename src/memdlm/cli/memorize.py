@@ -6,7 +6,7 @@ from memdlm.cli.decoding import MemoryFlags, learned_defaults, memory_of
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.workflows.display import Display
-from memdlm.workflows.memorize import Memorized, MemorizeOptions, memorize
+from memdlm.workflows.sessions.memorize import Memorized, MemorizeOptions, memorize
 
 
 def main(argv: Sequence[str]) -> int:

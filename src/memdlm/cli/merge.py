@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import Parser
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
-from memdlm.models.adapter_files import base_of_adapter, with_tokenizer
-from memdlm.models.devices import AUTO, DEVICE_HELP
-from memdlm.models.loading import base_dtype, cast_parameters, line_of
+from memdlm.models.hub.devices import AUTO, DEVICE_HELP
+from memdlm.models.hub.loading import base_dtype, cast_parameters, line_of
+from memdlm.models.lora.files import base_of_adapter, with_tokenizer
 from memdlm.outputs import Kind, Output, output_folder
 
 MODEL = Kind(name="model", words="a merged model")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.workflows.display import Display
-from memdlm.workflows.preprocess import PreprocessOptions, run_preprocessing
+from memdlm.workflows.runs.preprocess import PreprocessOptions, run_preprocessing
 
 
 def main(argv: Sequence[str]) -> int:

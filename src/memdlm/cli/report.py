@@ -5,7 +5,7 @@ from pathlib import Path
 
 from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
-from memdlm.evaluation.comparison import write_comparison
+from memdlm.report.comparison import write_comparison
 
 
 def main(argv: Sequence[str]) -> int:

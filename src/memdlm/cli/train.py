@@ -7,12 +7,12 @@ from typing import Any
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.cli.recipes import read_recipe, typed_recipe
-from memdlm.models.outer_adapters import LoRAOptions
+from memdlm.models.lora.adapters import LoRAOptions
 from memdlm.training.arguments import TrainingArguments
 from memdlm.workflows.display import Display
-from memdlm.workflows.options import DataOptions, ModelOptions, RunOptions
-from memdlm.workflows.plan import RunPlan, describe_plan
-from memdlm.workflows.train import run_training
+from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions
+from memdlm.workflows.runs.plan import RunPlan, describe_plan
+from memdlm.workflows.runs.train import run_training
 
 OPTIONS = (ModelOptions, LoRAOptions, DataOptions, RunOptions, TrainingArguments)
 

@@ -3,7 +3,7 @@
 from memdlm.evaluation.exposure_bias import ExposureBias, exposure_bias
 from memdlm.evaluation.prompts import PaddedBatch, pad_texts
 from memdlm.evaluation.recall import Recall, encode_samples, recall
-from memdlm.evaluation.report import summary_rows, write_report
+from memdlm.report.build import summary_rows, write_report
 
 __all__ = [
     "ExposureBias",

@@ -23,11 +23,11 @@ from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut,
 from memdlm.evaluation.ledger import Ledger, MeteredMemory
 from memdlm.inference.generate import generate
 from memdlm.inference.shared_prompt import SharedPrompt, can_share
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.families import decoding_pattern
-from memdlm.models.masks import AttentionPattern, BlockCausal, Full
-from memdlm.models.soundness import blaming
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.hub.families import decoding_pattern
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.templates import MARK, control_of, prompt_ids, rendered_ids
 from memdlm.types import Denoise

@@ -26,8 +26,8 @@ from memdlm.diffusion.sampling import Rule, denoise_canvas
 from memdlm.errors import DataError
 from memdlm.evaluation.prompts import PaddedBatch
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.soundness import blaming
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Denoise, Ids, PositionSet
 

@@ -25,9 +25,9 @@ from memdlm.errors import ConfigError
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import Settings, parse_arguments
 from memdlm.evaluation.identity import settings_identity
-from memdlm.models.devices import AUTO, cuda_is_there
-from memdlm.models.loading import line_of, load_model
-from memdlm.models.tokenizers import load_tokenizer
+from memdlm.models.hub.devices import AUTO, cuda_is_there
+from memdlm.models.hub.loading import line_of, load_model
+from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.templates import control_of
 from memdlm.terminal import printable
 

@@ -11,8 +11,8 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from memdlm.errors import ConfigError, unknown
 from memdlm.inference.config import GenerationConfig
 from memdlm.memory.config import TRAINER_OPTIONS, MemoryConfig
-from memdlm.models.devices import AUTO, DTYPE_HELP
-from memdlm.models.loading import DTYPES
+from memdlm.models.hub.devices import AUTO, DTYPE_HELP
+from memdlm.models.hub.loading import DTYPES
 from memdlm.options import option, validate
 
 Arguments: TypeAlias = Mapping[str, Any]

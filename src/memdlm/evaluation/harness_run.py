@@ -21,8 +21,8 @@ from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.evaluation.identity import requests_identity, settings_identity
 from memdlm.evaluation.longctx import parse_lengths
 from memdlm.files import cache_folder
-from memdlm.models.adapter_files import is_adapter, with_tokenizer
-from memdlm.models.devices import AUTO, check_device
+from memdlm.models.hub.devices import AUTO, check_device
+from memdlm.models.lora.files import is_adapter, with_tokenizer
 
 OURS = ("memdlm", "llada", "llada21")
 """Names of our model class."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from memdlm import __version__
 from memdlm.evaluation.harness_options import Settings
-from memdlm.models.adapter_files import base_of_adapter, is_adapter
-from memdlm.models.resolution import find_file
+from memdlm.models.hub.resolution import find_file
+from memdlm.models.lora.files import base_of_adapter, is_adapter
 
 _NOT_THE_ANSWER = ("use_cache", "cache_requests", "output_path", "func", "limit", "log_samples", "batch_size", "device")
 """Options of lm-eval that change no prompt."""

@@ -16,7 +16,7 @@ import datasets
 
 from memdlm.data.synthetic import TASKS, Task, exact_match, scatter
 from memdlm.errors import ConfigError, DataError, unknown
-from memdlm.models.tokenizers import load_tokenizer
+from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import from_mapping
 from memdlm.randomness import derive
 

@@ -13,11 +13,11 @@ from memdlm.diffusion.likelihood import finite
 from memdlm.diffusion.losses import Nats
 from memdlm.diffusion.masking import positions_of
 from memdlm.errors import DataError
+from memdlm.memory.files.saved import SavedMemory
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.memory.saved import SavedMemory
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.soundness import blaming
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.types import PositionSet
 

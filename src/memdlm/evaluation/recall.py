@@ -14,9 +14,9 @@ from memdlm.diffusion.sampling import Rule, denoise_canvas
 from memdlm.errors import DataError, unknown
 from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.soundness import blaming
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX
 

@@ -15,9 +15,9 @@ from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompts import SpecialIds, pad
-from memdlm.models.families import decoding_pattern
-from memdlm.models.masks import AttentionPattern, BlockCausal
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
+from memdlm.models.hub.families import decoding_pattern
+from memdlm.models.lora.wrappers import unwrap
 from memdlm.types import Ids, PositionSet
 
 THRESHOLD = 0.95

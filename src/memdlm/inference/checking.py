@@ -11,9 +11,9 @@ from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompt_cache import PromptCache
 from memdlm.inference.prompts import SpecialIds
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.checking import check_ids, check_kind, check_model, check_token, vocabulary_of
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.checking import check_ids, check_kind, check_model, check_token, vocabulary_of
 from memdlm.options import shortened
 
 NOTHING = type(None)

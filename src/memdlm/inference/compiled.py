@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.errors import ConfigError
-from memdlm.models.backbone import Backbone
-from memdlm.models.experts import Experts
-from memdlm.models.key_values import KeyValueWindow
+from memdlm.models.blocks.experts import Experts
+from memdlm.models.blocks.key_values import KeyValueWindow
+from memdlm.models.networks.backbone import Backbone
 from memdlm.types import Ids
 
 Forward: TypeAlias = Callable[..., Any]

@@ -12,10 +12,10 @@ from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.prompt_cache import Prefill
 from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.types import Denoise, Ids, Logits, Positions
 
 OfRows: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]

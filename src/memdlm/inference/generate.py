@@ -13,7 +13,7 @@ from memdlm.inference.job import Job, infill_job, response_job
 from memdlm.inference.prompt_cache import PromptCache
 from memdlm.inference.prompts import Prompt, visible
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.masks import AttentionPattern
+from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.randomness import Randomness
 from memdlm.types import Ids
 

@@ -32,12 +32,12 @@ from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.checking import check_randomness, vocabulary_of
-from memdlm.models.foreign import check_places
-from memdlm.models.masks import AttentionPattern, BlockCausal, Full
-from memdlm.models.soundness import blaming
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.border.foreign import check_places
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.checking import check_randomness, vocabulary_of
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive
 from memdlm.types import IGNORE_INDEX, Denoise
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from memdlm.errors import ConfigError
 from memdlm.inference.views import Asked, FinishedBlocks, Pass
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.key_values import KeyValues
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.key_values import KeyValues
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.types import Ids
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.errors import ConfigError, DataError
-from memdlm.models.checking import check_range
-from memdlm.models.families import FAMILIES
+from memdlm.models.hub.families import FAMILIES
+from memdlm.models.networks.checking import check_range
 from memdlm.options import shortened
 from memdlm.templates import message_ids, prompt_ids
 

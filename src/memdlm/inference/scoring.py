@@ -9,11 +9,11 @@ from memdlm.diffusion.likelihood import Likelihood, monte_carlo_nll
 from memdlm.errors import ConfigError
 from memdlm.inference.checking import check_count, check_scoring
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.checking import check_token
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.foreign import check_places
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.soundness import blaming
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.border.foreign import check_places
+from memdlm.models.networks.checking import check_token
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
 
 

@@ -8,10 +8,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.key_values import KeyValues, KeyValueWindow, PrefixWindow
-from memdlm.models.masks import BlockCausal
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.key_values import KeyValues, KeyValueWindow, PrefixWindow
+from memdlm.models.blocks.masks import BlockCausal
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.types import Denoise, Ids, Logits, Positions, Readout
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.diffusion.soft_masking import SoftMask
-from memdlm.models.soft_inputs import blended_inputs
+from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.types import Ids, Logits, Positions
 
 

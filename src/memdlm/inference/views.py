@@ -11,8 +11,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.models.key_values import KeyValues, KeyValueWindow
-from memdlm.models.masks import SEGMENT, Segments
+from memdlm.models.blocks.key_values import KeyValues, KeyValueWindow
+from memdlm.models.blocks.masks import SEGMENT, Segments
 from memdlm.types import Positions
 
 

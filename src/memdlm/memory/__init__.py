@@ -1,13 +1,10 @@
 """What an inner loop writes into fast weights, and how a model reads it back."""
 
 from memdlm.memory.adapters import ADAPTERS, Adapter, Full, LoRA
-from memdlm.memory.combining import average, compress, concatenate
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.memory.inner_loop import InnerLoss, LocalSGD, Written, run_inner_loop
-from memdlm.memory.objectives import OBJECTIVES, Objective
-from memdlm.memory.parametric import ParametricMemory
-from memdlm.memory.saved import (
+from memdlm.memory.files.combining import average, compress, concatenate
+from memdlm.memory.files.saved import (
     MemorySummary,
     SavedMemory,
     delete_memory,
@@ -16,6 +13,9 @@ from memdlm.memory.saved import (
     list_memories,
     read_memory,
 )
+from memdlm.memory.inner_loop import InnerLoss, LocalSGD, Written, run_inner_loop
+from memdlm.memory.objectives import OBJECTIVES, Objective
+from memdlm.memory.parametric import ParametricMemory
 from memdlm.memory.sites import Site, find_sites
 from memdlm.memory.trajectory import STRATEGIES, Anchor, Strategy, TrajectoryStep, trajectory
 

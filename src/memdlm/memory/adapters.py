@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memdlm.errors import ConfigError
 from memdlm.memory.sites import Site
-from memdlm.models.experts import grouped_linear
+from memdlm.models.blocks.experts import grouped_linear
 from memdlm.randomness import Randomness, uniform
 
 

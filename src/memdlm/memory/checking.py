@@ -11,7 +11,10 @@ from memdlm.diffusion.masking import Corrupted
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import DataError
 from memdlm.memory.config import MemoryConfig
-from memdlm.models.checking import (
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.foreign import check_places
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.checking import (
     check_ids,
     check_kind,
     check_model,
@@ -21,9 +24,6 @@ from memdlm.models.checking import (
     check_token,
     vocabulary_of,
 )
-from memdlm.models.foreign import check_places
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.wrappers import unwrap
 from memdlm.options import shortened
 
 

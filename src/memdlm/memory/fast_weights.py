@@ -17,8 +17,8 @@ from memdlm.memory.adapters import Adapter, check_rows
 from memdlm.memory.dropout import InputDropout
 from memdlm.memory.open_block import OpenBlock, claimed
 from memdlm.memory.sites import Site
-from memdlm.models.experts import ExpertAdditions, Experts, Routing
-from memdlm.models.patching import copied_bare
+from memdlm.models.blocks.experts import ExpertAdditions, Experts, Routing
+from memdlm.models.networks.patching import copied_bare
 from memdlm.options import shortened
 from memdlm.randomness import Randomness, seed_tensor
 

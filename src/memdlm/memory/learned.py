@@ -20,7 +20,7 @@ from memdlm.files import replace_files
 from memdlm.finite import is_finite
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.models.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
+from memdlm.models.hub.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.options import from_mapping
 from memdlm.randomness import derive
 from memdlm.strict_json import check_fields, is_object, is_whole, read_json

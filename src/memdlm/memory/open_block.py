@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from memdlm.errors import ConfigError
-from memdlm.models.patching import in_this_thread
+from memdlm.models.networks.patching import in_this_thread
 
 _OPEN: "WeakKeyDictionary[nn.Module, OpenBlock]" = WeakKeyDictionary()
 """By the last block of a network: every memory adapts it, and every face of the network (wrappers, body) shares it."""

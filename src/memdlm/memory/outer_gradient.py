@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memdlm.errors import ConfigError
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.patching import kept, patched
-from memdlm.models.prefix import GivenPrefix, Prefix, SharedPrefix
-from memdlm.models.wrappers import unwrap
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.patching import kept, patched
+from memdlm.models.networks.prefix import GivenPrefix, Prefix, SharedPrefix
 from memdlm.types import Denoise, Ids
 
 OUTER_GRADIENTS = ("first_order", "exact", "exact_top")

@@ -18,22 +18,22 @@ from memdlm.memory.checking import check_parts, check_text, warn_if_long
 from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
+from memdlm.memory.files.keeping import Keeper, WrittenText, check_written
+from memdlm.memory.files.saved import SavedMemory
 from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
-from memdlm.memory.keeping import Keeper, WrittenText, check_written
 from memdlm.memory.learned import LearnedWrite, saved_config
 from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
-from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, sampled, scored_sets, trajectory, with_sizes
-from memdlm.models.checking import check_kind
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.families import decoding_pattern
-from memdlm.models.masks import AttentionPattern, BlockCausal
-from memdlm.models.patching import recomputed
-from memdlm.models.prefix import Prefix, SharedPrefix
-from memdlm.models.soundness import blaming
-from memdlm.models.wrappers import unwrap, unwrap_parallel
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.hub.families import decoding_pattern
+from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
+from memdlm.models.networks.checking import check_kind
+from memdlm.models.networks.patching import recomputed
+from memdlm.models.networks.prefix import Prefix, SharedPrefix
+from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
 
@@ -187,7 +187,7 @@ class ParametricMemory:
         return self._keeper.export(row, self.learned)
 
     def save(self, folder: str | Path, row: int | None = None, **provenance: Any) -> SavedMemory:
-        """Inside an open block: write the memory into `folder`, see `memdlm.memory.saved`; returns what is in it.
+        """Inside an open block: write the memory into `folder`, see `memdlm.memory.files.saved`; returns what is in it.
 
         The folder is an ordinary PEFT adapter. It appears whole or not at all, in the place of an earlier memory.
         `provenance` is noted in it (JSON). Raises ConfigError as `export`, and when `folder` holds anything else.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from memdlm.errors import ConfigError, did_you_mean
-from memdlm.models.backbone import MaskedDiffusionLM
-from memdlm.models.experts import Experts
-from memdlm.models.structure import blocks_of
-from memdlm.models.wrappers import unwrap
+from memdlm.models.blocks.experts import Experts
+from memdlm.models.blocks.structure import blocks_of
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,9 +9,9 @@ from torch import nn
 
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.sites import Site, find_sites
-from memdlm.models.experts import Experts
-from memdlm.models.families import family_of
-from memdlm.models.loading import model_skeleton
+from memdlm.models.blocks.experts import Experts
+from memdlm.models.hub.families import family_of
+from memdlm.models.hub.loading import model_skeleton
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,16 +1,16 @@
 """ids -> hidden states -> logits: the network families, their loading, and the border to the diffusion mathematics."""
 
-from memdlm.models.adapter_files import load_outer_adapter, save_outer_adapter
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.families import FAMILIES, Family, family_of, register
-from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
-from memdlm.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
-from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
-from memdlm.models.loading import build_model, load_model, model_skeleton
-from memdlm.models.masks import AttentionPattern, BlockCausal, Full
-from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora, merge_outer_adapter
-from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
-from memdlm.models.tokenizers import load_tokenizer
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.hub.families import FAMILIES, Family, family_of, register
+from memdlm.models.hub.loading import build_model, load_model, model_skeleton
+from memdlm.models.hub.tokenizers import load_tokenizer
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora, merge_outer_adapter
+from memdlm.models.lora.files import load_outer_adapter, save_outer_adapter
+from memdlm.models.networks.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
+from memdlm.models.networks.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
+from memdlm.models.networks.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.networks.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 __all__ = [
     "FAMILIES",

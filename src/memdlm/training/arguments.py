@@ -13,7 +13,7 @@ from memdlm.diffusion.schedules import SCHEDULES
 from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
-from memdlm.models.devices import trains_on_the_cpu
+from memdlm.models.hub.devices import trains_on_the_cpu
 from memdlm.options import as_flags, from_flags, option, validate
 from memdlm.training.limits import check_numbers, check_schedule
 

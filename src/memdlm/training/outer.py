@@ -18,10 +18,10 @@ from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.errors import DataError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.denoiser import ModelDenoiser
-from memdlm.models.masks import AttentionPattern
-from memdlm.models.prefix import Prefix
-from memdlm.models.soft_inputs import blended_inputs
+from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.networks.prefix import Prefix
+from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet

@@ -11,7 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from memdlm.errors import CheckpointError, ConfigError
-from memdlm.models.loading import load_weights
+from memdlm.models.hub.loading import load_weights
 from memdlm.training.learned import LearnedTraining
 from memdlm.training.states import (
     MEMORY,

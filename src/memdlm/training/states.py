@@ -17,7 +17,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
-from memdlm.models.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
+from memdlm.models.hub.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.checkpoints import STATE
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdlm.models.experts import Experts
+from memdlm.models.blocks.experts import Experts
 
 BUCKETS = 5
 """Equal parts of the diffusion times (0, 1]; the loss of each is logged on its own."""

@@ -15,8 +15,8 @@ from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.masks import AttentionPattern, Windowed
-from memdlm.models.prefix import Prefix
+from memdlm.models.blocks.masks import AttentionPattern, Windowed
+from memdlm.models.networks.prefix import Prefix
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer

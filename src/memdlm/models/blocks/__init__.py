@@ -1,0 +1,1 @@
+"""What networks are built of, and the names of their weights in files."""

@@ -1,0 +1,1 @@
+"""A network, ours or another, as the masked process sees it."""

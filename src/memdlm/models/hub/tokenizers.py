@@ -1,0 +1,116 @@
+"""Tokenizers with what masked diffusion needs set: mask, end of turn, padding, and the family's chat template."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from memdlm.errors import CheckpointError
+from memdlm.models.hub.chat_templates import check_template
+from memdlm.models.hub.families import FAMILIES, Family, register
+from memdlm.models.hub.resolution import find_family, published_fields, table_rows
+from memdlm.models.lora.files import base_of_adapter, is_adapter, with_tokenizer
+from memdlm.models.networks.checking import check_name
+
+BRACKETS = (
+    "{% for message in messages %}"
+    "{% set tag = {'system': 'SYS', 'user': 'Question', 'assistant': 'Answer'}[message['role']] %}"
+    "{{ '[' + tag + ']\n' + (message['content'] | trim) + '\n[/' + tag + ']\n\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[Answer]\n' }}{% endif %}"
+)
+"""The template of BERT-like models, which have none of their own."""
+ENCODERS = ("bert", "roberta", "modernbert")
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with its mask token, end-of-turn token, padding and right padding side set.
+
+    Where the folder or hub repository `name_or_path` has a model configuration too, the family follows from it:
+    dense LLaDA gets its published chat template, BERT-like models get one with bracketed turns, others keep their own.
+    `eot_token` and `eot_token_id` are set where the vocabulary has the family's end of turn. For an adapter without
+    a tokenizer of its own, the base model's is loaded.
+
+    Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, when it lacks the mask token (a
+    model that was trained for masked diffusion has a trained embedding for it, so none is added), when the mask
+    token's id has no row in the model's embedding table, or when the chat template does not end within bounds.
+    """
+    check_name(name_or_path, "name_or_path")
+    register()
+    name = str(name_or_path)
+    fields = None
+    if is_adapter(name, token=token):
+        fields, name = _fields_of_base(name, token), with_tokenizer(name, token=token)
+    if fields is None:
+        fields = published_fields(name, revision=revision, token=token, optional=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
+    except Exception as error:
+        # A damaged file makes transformers raise anything, and the tokenizers library plain Exception.
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{name}: no tokenizer could be loaded: {words}") from error
+    if tokenizer.eos_token is None and tokenizer.pad_token is None:
+        raise CheckpointError(f"{name}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.pad_token
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.pad_token
+    family = None if fields is None else find_family(fields)
+    _set_mask_token(tokenizer, name, family)
+    _check_mask_id(tokenizer, name, fields)
+    _set_turns(tokenizer, family, str((fields or {}).get("model_type")))
+    if isinstance(tokenizer.chat_template, str):
+        check_template(tokenizer.chat_template, name)
+    return tokenizer
+
+
+def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | None:
+    """Return the configuration of the base model that an adapter names; None where it cannot be had."""
+    try:
+        return published_fields(base_of_adapter(adapter, token=token), token=token, optional=True)
+    except CheckpointError:
+        # Another base may be named beside the adapter; loading that one says what is wrong, if anything is.
+        return None
+
+
+def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None) -> None:
+    candidates = sorted({each.mask_token for each in FAMILIES}) if family is None else [family.mask_token]
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.mask_token is not None and (family is None or family.mask_token not in vocabulary):
+        return
+    for token in candidates:
+        if token in vocabulary:
+            tokenizer.mask_token = token
+            return
+    raise CheckpointError(
+        f"{name}: the tokenizer has no mask token. It sets none, and its vocabulary of {len(vocabulary)} has none of "
+        f"{', '.join(candidates)}. Load the tokenizer that belongs to a masked diffusion model."
+    )
+
+
+def _check_mask_id(tokenizer: PreTrainedTokenizerBase, name: str, fields: dict[str, Any] | None) -> None:
+    rows = None if fields is None else table_rows(fields)
+    if rows is not None and not isinstance(rows, int):
+        raise CheckpointError(f"{name}: vocab_size in its config.json is {rows!r}, which is no whole number.")
+    if rows is not None and tokenizer.mask_token_id >= rows:
+        raise CheckpointError(
+            f"{name}: the mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, but the model's "
+            f"embedding table has {rows} rows; resize the model's embeddings and train that row, or use the tokenizer "
+            "that belongs to the model."
+        )
+
+
+def _set_turns(tokenizer: PreTrainedTokenizerBase, family: Family | None, model_type: str) -> None:
+    if family is not None:
+        vocabulary = tokenizer.get_vocab()
+        if family.eot_token in vocabulary:
+            tokenizer.eot_token = family.eot_token
+            tokenizer.eot_token_id = vocabulary[family.eot_token]
+        if family.chat_template is not None:
+            tokenizer.chat_template = family.chat_template
+    elif model_type in ENCODERS:
+        tokenizer.chat_template = BRACKETS

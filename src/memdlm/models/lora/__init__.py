@@ -1,0 +1,1 @@
+"""Outer LoRA adapters in PEFT's layout."""

@@ -1,0 +1,1 @@
+"""Token ids -> hidden states -> logits: the network families and what they are made of."""

@@ -1,0 +1,272 @@
+"""What the families share: embed, run the layers, normalise; then project chosen positions onto the vocabulary."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from memdlm.errors import ConfigError, DataError
+from memdlm.models.blocks.key_values import Reading, Window, at
+from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
+from memdlm.models.blocks.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
+from memdlm.models.blocks.names import NameTable, to_ours, to_published
+from memdlm.models.blocks.readout import read_in_chunks, sum_in_chunks
+from memdlm.models.lora.adapters import adapter_config
+from memdlm.models.lora.files import save_outer_adapter
+from memdlm.models.networks.checking import check_ids, check_positions, check_together, is_index, kind_of
+from memdlm.models.quantisation.four_bit import is_four_bit
+from memdlm.types import Readout
+
+
+class DiffusionPreTrainedModel(PreTrainedModel):
+    """Base of every family: what transformers needs to know."""
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SelfInitialising):
+            module.initialise(self.config)
+
+
+class Backbone(DiffusionPreTrainedModel):
+    """ids [B, L] -> hidden states [B, L, D]. A family says what one layer is, and may treat the embeddings."""
+
+    def build(
+        self,
+        *,
+        layers: list[nn.Module],
+        rotary: Rotary,
+        norm: RMSNorm,
+        vocab_size: int,
+        padding_index: int | None = None,
+        window: int | None = None,
+        after_embedding: Callable[[int], nn.Module] | None = None,
+        mixes_positions: bool = False,
+    ) -> None:
+        """Create the modules; called once by the family's `__init__`.
+
+        The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only place
+        where positions meet.
+        """
+        width = self.config.hidden_size
+        self.embed_tokens = nn.Embedding(vocab_size, width, padding_index)
+        self.after_embedding = None if after_embedding is None else after_embedding(width)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.rotary, self.window = rotary, window
+        self.is_cacheable = window is None and not mixes_positions
+        """Whether the keys and values of a finished block stay valid under a block-causal pattern."""
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        output_hidden_states: bool = False,
+        start_layer: int | None = None,
+        stop_layer: int | None = None,
+        window: Window | None = None,
+        queries: Tensor | None = None,
+    ) -> BaseModelOutput:
+        """Run the layers.
+
+        `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.blocks.masks`;
+        `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
+        entry i the output of layer i-1, and the last entry the final, normalised state.
+
+        The pass can be cut in two: with `stop_layer` it ends before that layer and `last_hidden_state` is that
+        layer's input; handed back as `inputs_embeds` with the same number as `start_layer`, it goes on from there.
+
+        Decoding narrows it down: with a `window` the ids are some columns of a canvas, which attend to the keys and
+        values the window's cache holds as well (what may be seen is then the window's to say, and only networks that
+        are `is_cacheable` can do it); with `queries` [B, n] the last layer's output is that of these places alone:
+        `last_hidden_state` is [B, n, D].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
+        self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        keep = keep_mask(attention_mask)
+        mask = self._mask(attention_mask, hidden, attention_pattern) if window is None else window.is_visible
+        if position_ids is None:
+            places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            position_ids = places if window is None else window.columns
+        angles = self.rotary.angles(position_ids, hidden)
+        if self.after_embedding is not None and start_layer is None:
+            hidden = self.after_embedding(hidden, keep)
+        states = [hidden]
+        if queries is not None and start_layer == len(self.layers):
+            hidden = at(hidden, queries)
+        for layer in self.layers[start_layer:stop_layer]:
+            narrowed = queries if layer is self.layers[-1] else None
+            # Without it the call is what checkpointing and patched layers have always seen.
+            more = () if window is None and narrowed is None else (Reading(window, narrowed),)
+            hidden = layer(hidden, self.rotary, angles, mask, keep, *more)
+            if output_hidden_states:
+                states.append(hidden)
+        if stop_layer is None:
+            hidden = self.norm(hidden)
+        states[-1] = hidden
+        return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
+
+    def _check_inputs(self, ids: Any, embeds: Any, mask: Any, places: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # values would break the graph, and the plain call before it was checked
+        width = self.config.hidden_size
+        if embeds is None:
+            ids = ids.long() if isinstance(ids, Tensor) and ids.dtype == torch.int32 else ids
+            check_ids(ids, "input_ids", dim=2, vocabulary=self.embed_tokens.num_embeddings)
+        elif not isinstance(embeds, Tensor) or embeds.dim() != 3 or embeds.shape[-1] != width:
+            raise DataError(f"inputs_embeds must be a tensor of shape [B, L, {width}], got {kind_of(embeds)}.")
+        text = ids if embeds is None else embeds
+        shape = text.shape[:2]
+        if shape[1] == 0:
+            raise DataError("the text has no tokens.")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ConfigError(f"attention_mask must be a tensor, or None, got {kind_of(mask)}.")
+        if places is not None and not (
+            isinstance(places, Tensor) and is_index(places) and places.shape in (shape, (1, shape[1]))
+        ):
+            raise DataError(
+                f"position_ids must be int64 of shape {[*shape]} or {[1, shape[1]]}, got {kind_of(places)}."
+            )
+        for name, tensor in (("attention_mask", mask), ("position_ids", places)):
+            if tensor is not None:
+                check_together(tensor, name, text)
+
+    def _mask(
+        self, attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern | None
+    ) -> Tensor | Segments | None:
+        """Return what the layers' attention takes, for a pass that stands alone."""
+        pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
+        if self.window is None and not is_eager:
+            segments = segments_for(attention_mask, hidden, pattern)
+            if segments is not None:
+                return segments
+        return attention_scores_mask(attention_mask, hidden, pattern=pattern, window=self.window, additive=is_eager)
+
+
+class MaskedDiffusionLM(DiffusionPreTrainedModel):
+    """Backbone plus vocabulary projection; logits at the same position as the token (no shift)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    backbone_class: type[Backbone]
+    published_names: NameTable = ()
+    """Where published checkpoints and adapters call a module otherwise."""
+
+    def __init__(self, config: Any, *, head_bias: bool = False) -> None:
+        super().__init__(config)
+        self.model = self.backbone_class(config)
+        # The table may have more rows than the vocabulary (LLaDA); the projection has as many, as published.
+        rows = self.model.embed_tokens.num_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, rows, bias=head_bias)
+        self.post_init()
+
+    @classmethod
+    def published_module_name(cls, path: str) -> str:
+        """Return the name that module `path` of this class has in published checkpoints and adapters.
+
+        The projections of a single expert may be asked for too, as `...mlp.experts.3.up_proj`.
+        """
+        return to_published(path, cls.published_names)
+
+    @classmethod
+    def our_module_name(cls, published: str) -> str:
+        """Return the path in this class of a module that published checkpoints call `published`."""
+        return to_ours(published, cls.published_names)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Project normalised states [..., D] onto the vocabulary: [..., V]."""
+        return self.lm_head(hidden)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the model in the published layout; with an outer adapter, that alone, as an ordinary PEFT folder.
+
+        Raises ConfigError for a 4-bit model without an adapter: its packed weights are no checkpoint.
+        """
+        if adapter_config(self) is not None:
+            if kwargs.get("is_main_process", True):
+                save_outer_adapter(self, save_directory, state_dict=kwargs.get("state_dict"))
+        elif is_four_bit(self):
+            raise ConfigError(
+                "a 4-bit model is not saved: keep the checkpoint that it was loaded from, and save the adapter that "
+                "is trained on top (add_outer_lora)."
+            )
+        else:
+            super().save_pretrained(save_directory, **kwargs)
+
+    def prepare_new(self) -> None:
+        """Do what only a newly created model needs, after its random initialisation; by default nothing."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_pattern: AttentionPattern | None = None,
+        positions: Tensor | None = None,
+        project: bool = True,
+        readout: Readout | None = None,
+        constant_projection: bool = False,
+        readout_weights: Tensor | None = None,
+        output_hidden_states: bool = False,
+        start_layer: int | None = None,
+        stop_layer: int | None = None,
+        window: Window | None = None,
+        queries: Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Predict tokens.
+
+        `positions` [N] int64 (row * L + column) chooses what is predicted: logits are then [N, V], and nothing
+        else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
+        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
+        With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
+        `memdlm.models.blocks.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N] too,
+        `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
+        those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_pattern=attention_pattern,
+            output_hidden_states=output_hidden_states,
+            start_layer=start_layer,
+            stop_layer=stop_layer,
+            window=window,
+            queries=queries,
+        )
+        hidden = out.last_hidden_state
+        if positions is not None:
+            if not torch.compiler.is_compiling():
+                check_positions(positions, hidden)
+            hidden = hidden.flatten(0, 1).index_select(0, positions)
+        if readout is not None:
+            width = self.lm_head.weight.shape[0]
+            if readout_weights is not None:
+                parameters = tuple(self.lm_head.parameters())
+                total, values = sum_in_chunks(readout, hidden, self.predict, width, readout_weights, parameters)
+                return MaskedLMOutput(loss=total, logits=values)
+            return MaskedLMOutput(
+                loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
+            )
+        if not project or stop_layer is not None:
+            return MaskedLMOutput(hidden_states=(hidden,))
+        return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)

@@ -1,0 +1,164 @@
+"""A small dense family for demonstrations and studies on a CPU, an ordinary transformers model.
+
+Two aids make retrieval learnable within a minute: every position sees its direct neighbours before attention
+(`token_mixing`), and keys start equal to queries (`tie_query_key_init`), so that equal tokens attract each other from
+the first step. `sliding_window` puts text out of reach of attention, for studies of what a memory alone can recall.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from memdlm.errors import ConfigError
+from memdlm.models.blocks.key_values import Reading, at
+from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, SelfInitialising
+from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
+
+
+class SmallDLMConfig(PreTrainedConfig):
+    """Sizes of the small dense family; `sliding_window` w lets a position see those at most w away (None: all)."""
+
+    model_type = "memdlm_small"
+    keys_to_ignore_at_inference: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        hidden_size: int = 64,
+        intermediate_size: int = 160,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        sliding_window: int | None = None,
+        token_mixing: bool = True,
+        tie_query_key_init: bool = True,
+        partial_rotary_factor: float = 0.5,
+        rope_theta: float = 10000.0,
+        rms_norm_eps: float = 1e-6,
+        max_position_embeddings: int = 8192,
+        initializer_range: float = 0.1,
+        tie_word_embeddings: bool = False,
+        pad_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs: object,
+    ) -> None:
+        if hidden_size % num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
+            )
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.sliding_window = sliding_window
+        self.token_mixing = token_mixing
+        self.tie_query_key_init = tie_query_key_init
+        self.partial_rotary_factor = partial_rotary_factor
+        self.rope_theta = rope_theta
+        self.rms_norm_eps = rms_norm_eps
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        super().__init__(
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+
+class TokenMixing(SelfInitialising):
+    """Depthwise width-3 convolution: each channel sees its left and right neighbour."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(width))
+        self.centre = nn.Parameter(torch.empty(width))
+        self.right = nn.Parameter(torch.empty(width))
+
+    def initialise(self, config: SmallDLMConfig) -> None:
+        """Keep the token itself and add its neighbours with random weights of the same size."""
+        init.ones_(self.centre)
+        init.normal_(self.left, std=1.0)
+        init.normal_(self.right, std=1.0)
+
+    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """Mix [B, L, D]; positions outside `keep` [B, L] contribute nothing, so padding cannot leak in."""
+        visible = x if keep is None else x * keep[..., None]
+        before = nn.functional.pad(visible, (0, 0, 1, 0))[:, :-1]
+        after = nn.functional.pad(visible, (0, 0, 0, 1))[:, 1:]
+        return x * self.centre + before * self.left + after * self.right
+
+
+class SmallDLMLayer(GradientCheckpointingLayer):
+    """Pre-norm attention (after token mixing, if any) and gated feed-forward."""
+
+    def __init__(self, config: SmallDLMConfig, index: int) -> None:
+        super().__init__()
+        shape = AttentionShape(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+        )
+        self.self_attn = Attention(config, shape, index)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixing = TokenMixing(config.hidden_size) if config.token_mixing else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        keep: Tensor | None,
+        reading: Reading | None = None,
+    ) -> Tensor:
+        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
+        queries = None if reading is None else reading.queries
+        inner = self.input_layernorm(x)
+        if self.mixing is not None:
+            inner = self.mixing(inner, keep)
+        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, reading)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SmallDLMModel(Backbone):
+    """The small dense family without its vocabulary projection."""
+
+    config_class = SmallDLMConfig
+    _no_split_modules = ["SmallDLMLayer"]
+
+    def __init__(self, config: SmallDLMConfig) -> None:
+        super().__init__(config)
+        rotated = int(config.head_dim * config.partial_rotary_factor)
+        self.build(
+            layers=[SmallDLMLayer(config, index) for index in range(config.num_hidden_layers)],
+            rotary=Rotary(width=rotated - rotated % 2, theta=config.rope_theta),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            vocab_size=config.vocab_size,
+            padding_index=config.pad_token_id,
+            window=config.sliding_window,
+            after_embedding=TokenMixing if config.token_mixing else None,
+            mixes_positions=config.token_mixing,
+        )
+
+
+class SmallDLM(MaskedDiffusionLM):
+    """The small dense family as a masked diffusion language model."""
+
+    config_class = SmallDLMConfig
+    backbone_class = SmallDLMModel
+    _no_split_modules = ["SmallDLMLayer"]
+
+    @torch.no_grad()
+    def prepare_new(self) -> None:
+        """Start keys equal to queries, if the configuration asks for it."""
+        if self.config.tie_query_key_init:
+            for module in self.modules():
+                if isinstance(module, Attention):
+                    module.k_proj.weight.copy_(module.q_proj.weight)

@@ -1,0 +1,1 @@
+"""Numbers -> pages: a report of runs, and the trace of a decoding."""

@@ -1,0 +1,276 @@
+"""The figures of a report: matplotlib's objects only, legible without colour, the same bytes every time."""
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import matplotlib
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from memdlm.report.data import Report, Series, accuracy_rows, bias_series, loss_series, model_names
+
+Draw: TypeAlias = Callable[[Axes, Report], None]
+"""Fills the axes; lines carry labels where they belong in the legend."""
+
+_EMPTY = "nothing comparable was measured"
+WIDE = (7.0, 3.7)
+"""Inches, before the legend below is added: a page on a screen."""
+NARROW = (3.6, 2.9)
+"""Inches, before the legend below is added: a phone, or a third of a page."""
+
+# Okabe and Ito's palette, the colours that stand out on white first; markers repeat with another period.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#666666"
+_DASHED = (0, (5, 2))
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "legend.fontsize": 9.5,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "text.parse_math": False,
+    "svg.hashsalt": "memdlm",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """One plot of exposure bias and the sentence that says what it measures."""
+
+    title: str
+    caption: str
+    draw: Draw
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Matplotlib's own defaults and ours, whatever the user's configuration file says."""
+    with matplotlib.style.context("default"), matplotlib.rc_context(_STYLE):
+        yield
+
+
+def png(panels: Sequence[tuple[str, Draw]], report: Report, *, size: tuple[float, float] = WIDE) -> bytes:
+    """One picture of titled panels side by side, under one legend."""
+    with _style():
+        buffer = io.BytesIO()
+        FigureCanvasAgg(_figure(panels, report, size)).print_png(
+            buffer, metadata={"Software": None}, pil_kwargs={"dpi": (160, 160)}
+        )
+    return buffer.getvalue()
+
+
+def svg(draw: Draw, report: Report, *, size: tuple[float, float]) -> bytes:
+    """One panel without a title (the page has its own), its text as outlines: it needs no font."""
+    with _style():
+        buffer = io.BytesIO()
+        FigureCanvasSVG(_figure([("", draw)], report, size)).print_svg(
+            buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    return buffer.getvalue()
+
+
+def _figure(panels: Sequence[tuple[str, Draw]], report: Report, size: tuple[float, float]) -> Figure:
+    figure = Figure(figsize=size, dpi=160, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
+    handles: dict[str, Line2D] = {}
+    for axes, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, report)
+        axes.set_title(title, loc="left")
+        if not axes.lines:
+            axes.text(0.5, 0.5, _EMPTY, transform=axes.transAxes, ha="center", va="center", color=GREY)
+            axes.set_axis_off()
+        handles |= {str(line.get_label()): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    if handles:
+        _add_legend(figure, handles, size)
+    return figure
+
+
+def _add_legend(figure: Figure, handles: dict[str, Line2D], size: tuple[float, float]) -> None:
+    """Below the axes, in as many columns as fit; long names wrap, and the figure grows by the rows."""
+    border, letter = 0.65, 0.08  # inches: a handle with the gaps around it, and a letter of a name
+    names = [textwrap.fill(name, max(12, int((size[0] - border) / letter))) for name in handles]
+    widest = border + letter * max(len(line) for name in names for line in name.splitlines())
+    rows = math.ceil(len(names) / max(1, int((size[0] + 0.25) / widest)))
+    columns = math.ceil(len(names) / rows)
+    lines = [name.count("\n") + 1 for name in names]
+    height = max(sum(lines[start : start + rows]) for start in range(0, len(lines), rows))
+    figure.set_figheight(size[1] + 0.21 * height)
+    figure.legend(
+        list(handles.values()),
+        names,
+        loc="outside lower center",
+        ncols=columns,
+        columnspacing=1.5,
+        frameon=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Colour and marker are the model's; a dashed line and a hollow marker mean memory."""
+
+    colour: str
+    marker: str
+    memory: bool
+
+    def line(self, axes: Axes, points: Sequence[tuple[float, float]], label: str) -> None:
+        """Draw the mean over seeds."""
+        if not points:
+            return
+        x, y = zip(*points, strict=True)
+        axes.plot(
+            x,
+            y,
+            color=self.colour,
+            marker=self.marker,
+            markerfacecolor="white" if self.memory else self.colour,
+            markevery=max(1, math.ceil(len(points) / 10)),
+            linestyle=_DASHED if self.memory else "-",
+            label=label,
+            zorder=3,
+        )
+
+    def seed(self, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+        """Draw one seed, thin."""
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=self.colour, linewidth=0.7, alpha=0.45, zorder=2)
+
+
+def _look(report: Report, model: str, memory: bool) -> _Look:
+    index = model_names(report).index(model)
+    return _Look(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)], memory)
+
+
+def _label(model: str, memory: bool) -> str:
+    return f"{model} + memory" if memory else model
+
+
+def accuracy_by_length(axes: Axes, report: Report) -> None:
+    """Mean accuracy over length, the seeds as dots, chance as a grey dashed line."""
+    rows = [row for row in accuracy_rows(report) if any(cell["values"] for cell in row["cells"])]
+    if not rows:
+        return
+    lengths = [cell["length"] for cell in rows[0]["cells"]]
+    span = max(lengths[-1] / lengths[0], 1.5)
+    # Neighbours stand a little apart, so that equal accuracies do not hide each other.
+    apart = min(0.014, 0.3 / len(lengths) / len(rows))
+    for index, row in enumerate(rows):
+        aside = span ** (apart * (index - (len(rows) - 1) / 2))
+        look = _look(report, row["model"], row["memory"])
+        cells = [cell for cell in row["cells"] if cell["values"]]
+        means = [(cell["length"] * aside, 100 * cell["mean"]) for cell in cells]
+        look.line(axes, means, _label(row["model"], row["memory"]))
+        dots = [(cell["length"] * aside, 100 * value) for cell in cells for value in cell["values"]]
+        x, y = zip(*dots, strict=True)
+        axes.scatter(x, y, s=11, color=look.colour, alpha=0.6, linewidths=0, zorder=4)
+    if report["task"]["chance"] is not None:
+        chance = 100 * report["task"]["chance"]
+        axes.axhline(chance, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
+    axes.set_xscale("log")
+    axes.set_xlim(lengths[0] / span**0.07, lengths[-1] * span**0.07)
+    trained = report["task"]["train_length"]
+    axes.set_xticks(lengths, [f"{n}\n{multiple(n, trained)}" if trained else f"{n}" for n in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(-3, 104)
+    axes.set(xlabel=f"length{' (multiple of the training length)' if trained else ''}", ylabel="accuracy, %")
+
+
+def multiple(length: int, train_length: int) -> str:
+    """A length in training lengths, such as "4\N{MULTIPLICATION SIGN}"."""
+    return f"{length / train_length:.3g}\N{MULTIPLICATION SIGN}"
+
+
+def draw_series(axes: Axes, report: Report, series: Sequence[Series], name: Callable[[Series], str]) -> None:
+    """Draw the mean of each series, and its seeds thin beside it."""
+    for one in series:
+        look = _look(report, one.model, one.memory)
+        mean = one.mean()
+        if len(one.curves) > 1:
+            for curve in one.curves:
+                look.seed(axes, curve)
+        # Seeds that share no step have no mean: each is drawn in full, under one name.
+        for number, points in enumerate([mean] if mean else one.curves):
+            look.line(axes, points, "_again" if number else name(one))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def training_curves(axes: Axes, report: Report) -> None:
+    """Evaluation loss over training steps: solid without memory, dashed with it."""
+
+    def name(series: Series) -> str:
+        return f"{series.model} + memory (not comparable)" if series.memory else series.model
+
+    series = loss_series(report)
+    if series:
+        draw_series(axes, report, series, name)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="training step", ylabel="evaluation loss, nats per token")
+
+
+def _draw_bias(axes: Axes, report: Report, below: str | None) -> None:
+    series = bias_series(report, below)
+    if not series:
+        return
+    if below:
+        axes.axhline(1, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2)
+    draw_series(axes, report, series, lambda one: _label(one.model, one.memory))
+    axes.set(xlabel="decoding step", ylabel="ratio" if below else "nats per token")
+    if not below:
+        axes.set_ylim(bottom=0)
+        return
+    # Both ratios on one scale: what matching removes is then seen, not read.
+    both = [*bias_series(report, "static"), *bias_series(report, "matched")]
+    values = [1.0, *(y for one in both for curve in one.curves for _, y in curve)]
+    if max(values) > 10 and min(values) > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(min(values) / 1.15, max(values) * 1.15)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        axes.set_ylabel("ratio (logarithmic)")
+    else:
+        axes.set_ylim(0, max(values) * 1.06)
+
+
+BIAS_PANELS = (
+    Panel(
+        title="Ratio of the paper: sequential / static",
+        caption="Loss while the model decodes, divided by its loss on the true text with as many tokens "
+        "masked at random; it also grows because confident decoding leaves the hardest tokens for last, so "
+        "it is not error propagation alone.",
+        draw=lambda axes, report: _draw_bias(axes, report, "static"),
+    ),
+    Panel(
+        title="Sequential loss itself",
+        caption="Loss per still masked token while the model decodes from its own earlier tokens: a lower "
+        "ratio with a higher loss here is no improvement.",
+        draw=lambda axes, report: _draw_bias(axes, report, None),
+    ),
+    Panel(
+        title="Matched ratio: sequential / matched",
+        caption="The same loss divided by the loss at the same masked tokens with the true ones revealed "
+        "around them: what exceeds 1 is the cost of the model's own errors (scale as in the first panel).",
+        draw=lambda axes, report: _draw_bias(axes, report, "matched"),
+    ),
+)

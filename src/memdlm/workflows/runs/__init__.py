@@ -1,0 +1,1 @@
+"""Runs that leave a folder: preprocessing, training, exposure bias."""

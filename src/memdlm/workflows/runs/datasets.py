@@ -1,0 +1,130 @@
+"""Rows for a run, from preprocessed folders or tokenized on the spot."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.data.cache import load_preprocessed
+from memdlm.data.encoding import Counts, TokenRows, encode_all, fit
+from memdlm.data.preprocess import tokenizer_state
+from memdlm.data.sources import Conversations, evaluation_split, load_conversations, source_state
+from memdlm.errors import ConfigError, DataError
+from memdlm.workflows.display import Display
+from memdlm.workflows.runs.options import DataOptions
+
+TRAIN, TEST = "train", "test"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """What a run trains and is evaluated on."""
+
+    train: TokenRows
+    evaluation: TokenRows | None
+    counts: dict[str, Counts]
+    """By split."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """What identifies the data: the preprocessed folders' manifests, or the same facts about data read here."""
+
+
+def load_data(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, evaluates: bool, display: Display
+) -> RunData:
+    """Load what a run needs. Everything wrong with the data is found here, before any weights are loaded.
+
+    Raises DataError for data that is missing, malformed, made for another tokenizer or without anything to learn,
+    and ConfigError when evaluation is on but there is nothing to evaluate on.
+    """
+    splits, manifest = _encoded(options, tokenizer, evaluates=evaluates, display=display)
+    if TRAIN not in splits:
+        raise DataError(f"dataset_args: {options.dataset_args!r} has no train split; it has {', '.join(splits)}.")
+    held_out = splits.get(evaluation_split(splits) or "")
+    if options.eval_dataset_args is not None:
+        others = replace(options, dataset_args=options.eval_dataset_args)
+        found, more = _encoded(others, tokenizer, evaluates=None, display=display)
+        name = evaluation_split(found)
+        if name is None and len(found) > 1:
+            raise DataError(
+                f"eval_dataset_args: {options.eval_dataset_args!r} has no validation or test split: {', '.join(found)}."
+            )
+        held_out = found[name] if name is not None else next(iter(found.values()))
+        manifest = {**manifest, "evaluation": more}
+    if evaluates and held_out is None:
+        raise ConfigError(
+            "eval_strategy is on, but there is nothing to evaluate on: name eval_dataset_args, cut a test split as in "
+            "name[train:900,test:100], or set eval_strategy to no."
+        )
+    train, counts = _fitting(splits[TRAIN], options, TRAIN)
+    evaluation, eval_counts = (None, None) if held_out is None else _fitting(held_out, options, TEST)
+    all_counts = {TRAIN: counts} if eval_counts is None else {TRAIN: counts, TEST: eval_counts}
+    return RunData(train=train, evaluation=evaluation, counts=all_counts, manifest=manifest)
+
+
+def unused(splits: Iterable[Conversations]) -> list[str]:
+    """Say which columns of each dataset are not used: one line per dataset, none where all are."""
+    found: dict[str, dict[str, None]] = {}
+    for conversations in splits:
+        for name, columns in conversations.unused_columns().items():
+            found.setdefault(name, {}).update(dict.fromkeys(columns))
+    return [f"{name}: columns that are not used: {', '.join(columns)}" for name, columns in found.items()]
+
+
+def _encoded(
+    options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, evaluates: bool | None, display: Display
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the splits that are used, and what identifies the data; `evaluates` None: a dataset to evaluate on."""
+    if options.load_preprocessed_data:
+        found, manifests = load_preprocessed(
+            options.dataset_args, tokenizer, options.encoding, Path(options.preprocessed_dir)
+        )
+        return _used(found, options, evaluates, display), manifests
+    splits = _used(load_conversations(options.dataset_args, options.columns), options, evaluates, display)
+    for line in unused(splits.values()):
+        display.say(line)
+    encoded = {}
+    for split, conversations in splits.items():
+        with display.bar("data", f"tokenizing {split}", len(conversations)) as advance:
+            encoded[split] = encode_all(
+                conversations, tokenizer, options.encoding, num_proc=options.num_proc, advance=advance
+            )
+    return encoded, {"sources": source_state(options.dataset_args), "tokenizer": tokenizer_state(tokenizer)}
+
+
+def _used(splits: dict[str, Any], options: DataOptions, evaluates: bool | None, display: Display) -> dict[str, Any]:
+    """Keep the splits that a run uses, and say which it does not."""
+    wanted: Collection[str | None] = (TRAIN, evaluation_split(splits) if evaluates else None)
+    if evaluates is None:
+        wanted = (evaluation_split(splits),) if evaluation_split(splits) is not None else tuple(splits)
+    if evaluates and options.eval_dataset_args is not None:
+        wanted = (TRAIN,)
+    others = {split: len(rows) for split, rows in splits.items() if split not in wanted}
+    # Without a train split nothing is used, and the caller says so.
+    if others and (evaluates is None or TRAIN in splits):
+        words = ", ".join(f"{split} ({count} rows)" for split, count in others.items())
+        display.say(f"{options.dataset_args}: splits that are not used: {words}")
+        return {split: rows for split, rows in splits.items() if split in wanted}
+    return splits
+
+
+def _fitting(rows: Any, options: DataOptions, split: str) -> tuple[TokenRows, Counts]:
+    columns = ("length", "prompt_length")
+    lengths, prompts = (
+        [row[name] for row in rows] if isinstance(rows, list) else list(rows[name][:]) for name in columns
+    )
+    kept, counts = fit(
+        rows,
+        lengths,
+        prompts,
+        max_length=options.max_length,
+        truncation=options.truncation,
+        has_context=options.context_column is not None,
+    )
+    if not kept:
+        raise DataError(
+            f"dataset: of the {len(lengths)} rows of {options.dataset_args!r} ({split}) none has a token to learn "
+            f"within max_length {options.max_length}; raise it."
+        )
+    return kept, counts

@@ -1,0 +1,173 @@
+"""Exposure bias of one or two models on a dataset, without and with memory: numbers as JSON, and a picture."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass
+from typing import Any
+
+from memdlm import __version__
+from memdlm.data.chat import ChatEncoder, Encoded
+from memdlm.data.layouts import Columns, parse_column_map
+from memdlm.data.sources import Conversations, evaluation_split, load_conversations
+from memdlm.data.turns import TRAIN_TURNS
+from memdlm.errors import ConfigError, DataError, MemDLMError, unknown
+from memdlm.evaluation.exposure_bias import exposure_bias
+from memdlm.evaluation.prompts import pad_texts
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.hub.devices import AUTO, DEVICE_HELP, DTYPE_HELP
+from memdlm.models.hub.loading import DTYPES, line_of, load_model
+from memdlm.models.hub.tokenizers import load_tokenizer
+from memdlm.options import option, validate
+from memdlm.outputs import Kind, Output, output_folder
+from memdlm.report.figures import BIAS_PANELS, png
+
+JSON_NAME, PICTURE_NAME = "exposure_bias.json", "exposure_bias.png"
+MEASUREMENT = Kind(name="exposure bias", words="a measurement of exposure bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasOptions:
+    """What is measured, on what."""
+
+    model: str = option(MISSING, "Model or adapter: folder or hub name.")
+    dataset_args: str = option(
+        MISSING,
+        "Datasets as in training: hub names, files, saved folders; joined with +, cut: name[test:100].",
+    )
+    column_map: str | None = option(
+        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+    )
+    split: str | None = option(
+        None, "Which split is decoded; unset: validation or test where there is one, else the first."
+    )
+    model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
+    output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
+    overwrite: bool = option(False, "Replace a measurement that output holds already.")
+    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1, maximum=2**16)
+    num_samples: int = option(64, "Conversations, from the first.", minimum=1)
+    max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
+    train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
+    batch_size: int = option(8, "Conversations decoded together.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
+    device: str = option(AUTO, DEVICE_HELP)
+    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
+    mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        parse_column_map(self.column_map)
+        if self.model2 == self.model:
+            raise ConfigError(f"model2 is the same as model, {self.model!r}; name another, or leave it out.")
+
+
+def measure_exposure_bias(
+    options: BiasOptions, memory: MemoryConfig | None, *, say: Callable[[str], None], command: str
+) -> dict[str, Any]:
+    """Measure all models, write the JSON and the picture into `options.output`, and return what the JSON holds.
+
+    With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
+    part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
+    model's tokenizer gives other ids, because masks would then not be the same; ConfigError when the output is taken.
+    """
+    with output_folder(options.output, MEASUREMENT, overwrite=options.overwrite) as output:
+        return _measured(options, memory, output, say, command)
+
+
+def _measured(
+    options: BiasOptions, memory: MemoryConfig | None, output: Output, say: Callable[[str], None], command: str
+) -> dict[str, Any]:
+    models = [name for name in (options.model, options.model2) if name is not None]
+    split, conversations = _conversations(options)
+    texts = _texts(options, conversations, options.model)
+    if options.model2 is not None and _ids(_texts(options, conversations, options.model2)) != _ids(texts):
+        raise DataError(f"model2 {options.model2!r} has another tokenizer: its losses per token are not comparable.")
+    say_once = functools.cache(say)
+    rows = [row for name in models for row in _measure(options, name, texts, memory, say, say_once)]
+    data: dict[str, Any] = {
+        "kind": "exposure_bias",
+        "version": __version__,
+        "command": command,
+        "seeds": [options.seed],
+        "options": asdict(options),
+        "memory": None if memory is None else asdict(memory),
+        "split": split,
+        "conversations": len(texts),
+        "models": [],
+        "accuracy": [],
+        "exposure_bias": rows,
+    }
+    panels = [(panel.title, panel.draw) for panel in BIAS_PANELS]
+    with output.replaced() as folder:
+        (folder / JSON_NAME).write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        (folder / PICTURE_NAME).write_bytes(png(panels, data, size=(11.5, 3.7)))
+    return data
+
+
+def _measure(
+    options: BiasOptions,
+    name: str,
+    texts: Sequence[Encoded],
+    config: MemoryConfig | None,
+    say: Callable[[str], None],
+    say_once: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    model = load_model(name, dtype=options.dtype, device=options.device, load_in_4bit=options.load_in_4bit)
+    say_once(line_of(model))
+    tokenizer = load_tokenizer(name)
+    size = options.batch_size
+    batches = [
+        pad_texts(texts[start : start + size], tokenizer.pad_token_id, model.device)
+        for start in range(0, len(texts), size)
+    ]
+    memories: list[ParametricMemory | None] = [None]
+    if config is not None:
+        memories.append(ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id))
+    rows = []
+    for memory in memories:
+        say(f"{name}, memory {'off' if memory is None else 'on'}: {len(texts)} conversations, {options.steps} steps")
+        measured = exposure_bias(
+            model,
+            batches,
+            mask_token_id=tokenizer.mask_token_id,
+            steps=options.steps,
+            seed=options.seed,
+            memory=memory,
+        )
+        rows.append({"model": name, "seed": options.seed, "memory": memory is not None, **asdict(measured)})
+    return rows
+
+
+def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
+    splits = load_conversations(options.dataset_args, Columns(parse_column_map(options.column_map)))
+    split = options.split or evaluation_split(splits) or next(iter(splits))
+    if split not in splits:
+        raise DataError(f"dataset_args: {options.dataset_args!r}: {unknown('split', split, splits)}")
+    return split, splits[split]
+
+
+def _texts(options: BiasOptions, conversations: Conversations, name: str) -> list[Encoded]:
+    """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
+    encoder = ChatEncoder(load_tokenizer(name), train_turns=options.train_turns)
+    fitting: list[Encoded] = []
+    for index, conversation in enumerate(conversations):
+        try:
+            encoded = encoder.encode([conversation])[0]
+        except MemDLMError as error:
+            raise DataError(f"{options.dataset_args!r}, conversation {index}: {error}") from error
+        if len(encoded.input_ids) <= options.max_length:
+            fitting.append(encoded)
+        if len(fitting) == options.num_samples:
+            break
+    if not fitting:
+        raise DataError(
+            f"dataset: none of the {len(conversations)} conversations of {options.dataset_args!r} fits into "
+            f"max_length {options.max_length}; raise it."
+        )
+    return sorted(fitting, key=lambda each: -len(each.input_ids))
+
+
+def _ids(texts: Sequence[Encoded]) -> list[list[int]]:
+    return [text.input_ids for text in texts]

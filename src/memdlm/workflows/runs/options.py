@@ -1,0 +1,122 @@
+"""What `memdlm train` and `memdlm preprocess` can be told, apart from transformers' own arguments."""
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+
+from memdlm.data.collate import SUPERVISE_PADDING
+from memdlm.data.encoding import TRUNCATIONS, EncodingOptions
+from memdlm.errors import ConfigError
+from memdlm.files import name_under_base
+from memdlm.memory.config import MemoryConfig
+from memdlm.models.hub.devices import AUTO, DTYPE_HELP
+from memdlm.models.hub.loading import DTYPES
+from memdlm.models.lora.adapters import LoRAOptions
+from memdlm.options import option, validate
+
+BASE_MODELS = "BASE_MODELS_DIR"
+"""Environment variable with the folder in which models are looked for before the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is trained."""
+
+    model: str = option(MISSING, "Folder or hub name of the model and its tokenizer.")
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
+    attn_implementation: str | None = option(None, "sdpa or eager; unset: sdpa.")
+    load_in_4bit: bool = option(False, "Quantise the frozen base model to 4 bits (nf4, double quantisation).")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA to train on; its own rank and targets.")
+    lora: bool = option(False, "Train a new outer LoRA instead of all weights.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.lora and self.adapter is not None:
+            raise ConfigError(f"lora=True and adapter={self.adapter!r}: train a new adapter or that one, not both.")
+        if self.load_in_4bit and not self.has_adapter:
+            raise ConfigError(
+                "load_in_4bit=True without an adapter: 4-bit weights cannot be trained. Add lora=True, or name an "
+                "adapter."
+            )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an outer adapter is trained rather than all weights."""
+        return self.lora or self.adapter is not None
+
+    @property
+    def path(self) -> str:
+        """Where the model is: below BASE_MODELS_DIR if it is there."""
+        return name_under_base(self.model, BASE_MODELS)
+
+
+def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:
+    """Raise ConfigError for an option of a new adapter when none is made."""
+    for field in dataclasses.fields(LoRAOptions):
+        value = getattr(lora, field.name)
+        if not model.lora and value != field.default:
+            raise ConfigError(
+                f"{field.name}={value!r} has no effect without lora=True; add it, or leave {field.name} out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(EncodingOptions):
+    """What it is trained on."""
+
+    dataset_args: str = option(
+        MISSING,
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
+        "name[train:100].",
+    )
+    eval_dataset_args: str | None = option(
+        None, "Datasets to evaluate on; unset: the validation or test split of dataset_args, if evaluation is on."
+    )
+    load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
+    preprocessed_dir: str = option("data", "Folder below which preprocessed data is looked for.")
+    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
+    max_length: int = option(1024, "Longest row, in tokens.", minimum=1)
+    truncation: str = option(
+        "filter",
+        "Rows longer than max_length are left out (filter) or keep their first tokens (right).",
+        choices=TRUNCATIONS,
+    )
+    supervise_padding: str = option(
+        "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
+    )
+
+
+def refuse_unread_context(data: DataOptions, memory: MemoryConfig | None) -> None:
+    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
+    source = None if memory is None else memory.write_source
+    if source == "context" and data.context_column is None:
+        raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")
+    if data.context_column is not None and source != "context":
+        raise ConfigError(
+            f"context_column={data.context_column!r} has no effect without mem_enabled=True and "
+            "mem_write_source=context; set them, or leave it out."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run starts."""
+
+    resume: str = option(
+        "never",
+        "never: start anew; latest: go on from the newest whole checkpoint in output_dir, if there is one; or a path.",
+    )
+    resume_changed: bool = option(
+        False, "Resume although options or data that change the result are not those of the interrupted run."
+    )
+    resume_without: str | None = option(
+        None,
+        "States that begin anew although the run is resumed, comma-separated: optimizer, scheduler, rng, scaler, "
+        "memory. Unset: each must be in the checkpoint.",
+    )
+    overwrite_output_dir: bool = option(False, "Delete the checkpoints of an earlier run in output_dir.")
+    dry_run: bool = option(False, "Print the configuration, sizes and step counts, and stop; no weights are loaded.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.resume != "never" and self.overwrite_output_dir:
+            raise ConfigError(f"resume={self.resume!r} and overwrite_output_dir=True contradict each other.")

@@ -1,0 +1,191 @@
+"""A training run from files: load, encode, train, save."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from memdlm.data.collate import Collator
+from memdlm.data.encoding import Counts
+from memdlm.errors import ConfigError
+from memdlm.files import make_folder, writing
+from memdlm.models.hub.devices import AUTO, job_line
+from memdlm.models.hub.loading import attention_of, dtype_on, load_model, model_skeleton
+from memdlm.models.hub.tokenizers import load_tokenizer
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora
+from memdlm.training.arguments import TrainingArguments
+from memdlm.training.checkpoints import NEVER, prepare_output
+from memdlm.training.output_dir import held
+from memdlm.training.states import check_checkpoint, left_out
+from memdlm.training.trainer import MemDLMTrainer
+from memdlm.workflows.display import Display
+from memdlm.workflows.runs.datasets import load_data
+from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
+from memdlm.workflows.runs.plan import RunPlan
+from memdlm.workflows.runs.resuming import check_same_data, check_same_run
+from memdlm.workflows.runs.run_file import write_run_file
+
+
+def run_training(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: TrainingArguments,
+    lora_options: LoRAOptions | None = None,
+    run_options: RunOptions | None = None,
+    display: Display | None = None,
+) -> Path:
+    """Train as told and leave the final weights and tokenizer in `arguments.output_dir`, which is returned.
+
+    Everything that can be wrong with the data, or with going on from a checkpoint, is found before the first step.
+    Raises DataError, ConfigError or CheckpointError.
+    """
+    lora = LoRAOptions() if lora_options is None else lora_options
+    display = Display() if display is None else display
+    run = RunOptions() if run_options is None else run_options
+    refuse_idle(model_options, lora)
+    refuse_unread_context(data_options, arguments.memory)
+    name_for_trackers(arguments)
+    out = Path(arguments.output_dir)
+    make_folder(out)
+    with ExitStack() as stack:
+        if arguments.process_index == 0:
+            sources = [name for name in (model_options.path, model_options.adapter) if name is not None]
+            goes_on = run.resume != NEVER or arguments.resume_from_checkpoint is not None
+            stack.enter_context(held(out, sources, goes_on=goes_on))
+        stack.enter_context(writing(out))
+        return _run(model_options, data_options, arguments, lora, run, display)
+
+
+def _run(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    arguments: TrainingArguments,
+    lora: LoRAOptions,
+    run: RunOptions,
+    display: Display,
+) -> Path:
+    out = Path(arguments.output_dir)
+    checkpoint = start_of(run, arguments, out)
+    plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
+    changed = [] if checkpoint is None else check_same_run(plan, checkpoint, display)
+    weights = dtype_on(model_options.path, model_options.dtype, arguments.device)
+    if arguments.process_index == 0:
+        display.say(first_line(model_options, arguments, weights))
+    tokenizer = load_tokenizer(model_options.path)
+    data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
+    for split, counts in data.counts.items():
+        display.say(f"{split}: {describe(counts)}")
+    if checkpoint is not None:
+        changed += check_same_data(data.manifest, plan, checkpoint, display)
+    trainer = MemDLMTrainer(
+        make_model(model_options, lora, arguments.seed, weights, device_of(arguments)),
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
+        processing_class=tokenizer,
+    )
+    if run.overwrite_output_dir:
+        clear_output(arguments, out)
+    if arguments.should_save:
+        write_run_file(plan, data, checkpoint, changed)
+    if checkpoint is not None:
+        display.say(f"going on from {checkpoint}")
+    without = left_out(run.resume_without, arguments)
+    trainer.train(None if checkpoint is None else str(checkpoint), resume_without=without)
+    trainer.save_final(out)
+    # The log, which `memdlm report` reads, also where no checkpoint was wanted.
+    trainer.save_state()
+    return out
+
+
+def name_for_trackers(arguments: TrainingArguments) -> None:
+    """Say under which project and name a run is filed, where it is not said yet."""
+    arguments.run_name = arguments.run_name or Path(arguments.output_dir).absolute().name
+    if "wandb" in (arguments.report_to or ()):
+        # transformers reads wandb's project from the environment alone.
+        os.environ.setdefault("WANDB_PROJECT", arguments.project)
+
+
+def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:
+    """Return the checkpoint to go on from; `resume_from_checkpoint` is transformers' word for `resume` with a path.
+
+    Raises ConfigError when both are given and when `out` holds another run's checkpoints, CheckpointError for a
+    checkpoint that a run cannot go on from.
+    """
+    given = arguments.resume_from_checkpoint
+    if given is not None and run.resume != NEVER:
+        raise ConfigError(f"resume={run.resume!r} and resume_from_checkpoint={given!r} are both given; give one.")
+    if given is not None and run.overwrite_output_dir:
+        raise ConfigError(f"resume_from_checkpoint={given!r} and overwrite_output_dir=True contradict each other.")
+    resume = run.resume if given is None else str(given)
+    without = left_out(run.resume_without, arguments)
+    # What is to be overwritten stays until nothing is left that could be wrong: see `run_training`.
+    checkpoint = None if run.overwrite_output_dir else prepare_output(out, resume, overwrite=False, without=without)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, arguments, without)
+    elif without:
+        raise ConfigError(f"resume_without={run.resume_without!r} has no effect: there is no checkpoint to go on from.")
+    return checkpoint
+
+
+def clear_output(arguments: TrainingArguments, out: Path) -> None:
+    """Delete the checkpoints of an earlier run; one process does, and the others wait for it."""
+    with arguments.main_process_first(desc="output_dir"):
+        if arguments.process_index == 0:
+            prepare_output(out, NEVER, overwrite=True)
+
+
+def first_line(options: ModelOptions, arguments: TrainingArguments, weights: str | torch.dtype) -> str:
+    """Return the first line of a run, before data and weights are read."""
+    attention = options.attn_implementation or attention_of(model_skeleton(options.path))
+    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return job_line(arguments.device, weights, attention, is_quantised=options.load_in_4bit, autocast=autocast)
+
+
+def device_of(arguments: TrainingArguments) -> torch.device | None:
+    """Return where this process is to load the model: its own device; None, the CPU, where weights will be sharded."""
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    is_sharded = bool(arguments.fsdp or arguments.deepspeed) or bool({"1", "true", "yes"} & set(launched))
+    return None if is_sharded or arguments.device.type == "cpu" else arguments.device
+
+
+def make_model(
+    options: ModelOptions,
+    lora: LoRAOptions,
+    seed: int,
+    weights: str | torch.dtype = AUTO,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Load what is trained, its weights in the dtype `weights`: the whole model, or its base with an adapter on top.
+
+    It is loaded, and quantised, on `device`; None: the CPU.
+    """
+    model = load_model(
+        options.path,
+        dtype=weights,
+        device=device,
+        load_in_4bit=options.load_in_4bit,
+        adapter=options.adapter,
+        attn_implementation=options.attn_implementation,
+    )
+    if not options.lora:
+        return model
+    # An adapter is read from anywhere, so a local base is named by its whole path.
+    base = str(Path(options.path).absolute()) if Path(options.path).exists() else options.path
+    return add_outer_lora(model, lora, seed=seed, base=base)
+
+
+def describe(counts: Counts) -> str:
+    """Return the counts of a split in words; what is 0 is left out."""
+    words = [f"{counts.kept} of {counts.conversations} conversations are used"]
+    for number, what in (
+        (counts.too_long, "too long"),
+        (counts.shortened, "cut at their end"),
+        (counts.without_target, "with nothing to learn"),
+    ):
+        if number:
+            words.append(f"{number} {what}")
+    return ", ".join(words)

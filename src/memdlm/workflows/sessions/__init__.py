@@ -1,0 +1,1 @@
+"""Answers to people: generation, chat, memorising and asking."""

@@ -1,0 +1,155 @@
+"""Answer questions from a saved memory: one write, any number of questions."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from rich.console import Console
+
+from memdlm.data.documents import read_document
+from memdlm.data.records import read_file
+from memdlm.data.synthetic import exact_match
+from memdlm.errors import ConfigError, DataError
+from memdlm.inference import GenerationConfig, PromptCache, prompt_cache_for, response_job, responses
+from memdlm.inference.prompts import Prompt
+from memdlm.memory import ParametricMemory, SavedMemory, read_memory
+from memdlm.options import option
+from memdlm.randomness import derive
+from memdlm.templates import check_text
+from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.decoding import ModelOptions, Setup, Tally, decode, load_parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ModelOptions):
+    """What is asked, and of which memory."""
+
+    memory: str | None = option(None, "Folder of the memory, see memdlm memorize.")
+    questions: str | None = option(
+        None, "A .jsonl file with a `question` per line, and perhaps the `answer` to compare with."
+    )
+    output: str | None = option(None, "Write the answers to this .jsonl file; unset: print them.")
+    overwrite: bool = option(False, "Replace answers that output holds already.")
+    keep_context: bool = option(False, "Show the document as well, in front of every question.")
+    file: str | None = option(None, "With keep_context: the document; unset: where it was when it was memorised.")
+    chat: bool = option(True, "Put questions through the chat template, if the tokenizer has one; False: as they are.")
+    batch_size: int = option(8, "Questions answered at a time.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Of samples.")
+    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is None:
+            raise ConfigError("--memory is missing: name a folder that memdlm memorize wrote.")
+        if self.file is not None and not self.keep_context:
+            raise ConfigError("file has no effect without keep_context: the memory stands for the document.")
+        if self.output is not None and self.questions is None:
+            raise ConfigError("output has no effect without questions (a .jsonl file); answers are printed.")
+        if self.overwrite and self.output is None:
+            raise ConfigError("overwrite has no effect without output (a .jsonl file); answers are printed.")
+
+
+@final
+@dataclass(slots=True)
+class Asker:
+    """A model with one memory open, and what its answers took so far."""
+
+    setup: Setup
+    config: GenerationConfig
+    context: str | None = None
+    """Shown in front of every question; None: nothing is."""
+    chat: bool = True
+    seed: int = 0
+    tally: Tally = field(default_factory=Tally)
+    count: int = 0
+    prompt_cache: PromptCache | None = None
+    """What is known of the document shown."""
+
+    def answer(self, questions: Sequence[str], console: Console) -> list[str]:
+        """Answer a batch of questions, each by itself. The memory must be open."""
+        job = response_job(
+            self.setup.model,
+            self.setup.tokenizer,
+            [self._prompt(question) for question in questions],
+            self.config,
+            generator=[derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
+            prompt_cache=self.prompt_cache,
+        )
+        result, seconds = decode(job, responses, self.setup.tokenizer, console=console)
+        self.tally.add(result, seconds)
+        self.count += len(questions)
+        return [text.strip() for text in result.texts]
+
+    def _prompt(self, question: str) -> Prompt:
+        text = question if self.context is None else f"{self.context}\n\n{question}"
+        if self.chat and self.setup.tokenizer.chat_template is not None:
+            return [{"role": "user", "content": text}]
+        return text
+
+
+@contextmanager
+def asker(options: AskOptions, config: GenerationConfig, display: Display) -> Iterator[Asker]:
+    """Load the model and open the memory for the length of the block; nothing is written.
+
+    Raises MemoryFileError when the memory is damaged or was written for another model or tokenizer, DataError when
+    the document is to be shown and is gone or was changed.
+    """
+    saved = read_memory(str(options.memory))
+    context = _context(options, saved) if options.keep_context else None
+    model, tokenizer = load_parts(options, display)
+    memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    cache = None if context is None else prompt_cache_for(model, memory, config)
+    with memory.recall(saved):
+        yield Asker(Setup(model, tokenizer, memory), config, context, options.chat, options.seed, prompt_cache=cache)
+
+
+def _context(options: AskOptions, saved: SavedMemory) -> str:
+    source = options.file if options.file is not None else saved.provenance.get("source")
+    if source is None:
+        raise DataError("keep_context: the memory does not say what document it was written from; name it with --file.")
+    if options.file is None and not Path(source).is_file():
+        raise DataError(f"keep_context: the document was at {source!r} and is not there; name it with --file.")
+    document = read_document(source)
+    expected = saved.provenance.get("source_sha256")
+    if expected is not None and document.sha256 != expected:
+        raise DataError(f"keep_context: {source!r} is not the document that was memorised; its checksum differs.")
+    return document.text
+
+
+def read_questions(path: str | Path) -> list[dict[str, Any]]:
+    """Read rows with a `question` and perhaps an `answer`, both text. Raises DataError that names the row."""
+    rows = read_file(Path(path))
+    for index, row in enumerate(rows):
+        wrong = not isinstance(row, Mapping) or not isinstance(row.get("question"), str) or not row["question"].strip()
+        if wrong or not isinstance(row.get("answer", ""), str):
+            raise DataError(
+                f"questions: {path}, row {index} needs a 'question', and an 'answer' if any, that are text."
+            )
+        check_text(row["question"], f"questions: {path}, row {index}: ")
+    return [dict(row) for row in rows]
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is what `memdlm ask --output` writes: a `question` and a `response`, both text, in every row."""
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    except ValueError:
+        return False
+    keys = ("question", "response")
+    return bool(rows) and all(
+        isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys) for row in rows
+    )
+
+
+def answered(
+    asker: Asker, rows: Sequence[dict[str, Any]], batch_size: int, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Yield each row with its `response` and, where an `answer` was given, whether they are the same words."""
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        for row, response in zip(part, asker.answer([row["question"] for row in part], console), strict=True):
+            compared = {"correct": exact_match(row["answer"], response)} if "answer" in row else {}
+            yield {**row, "response": response, **compared}

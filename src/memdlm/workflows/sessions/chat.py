@@ -1,0 +1,220 @@
+"""A conversation in the terminal: history with a length guard, commands, live denoising, an optional memory."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final
+
+from rich.console import Console
+
+from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
+from memdlm.files import resolved
+from memdlm.inference import GenerationConfig, PromptCache, encode_prompts, prompt_cache_for, response_job, responses
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.options import option, validate
+from memdlm.outputs import output_file
+from memdlm.randomness import derive
+from memdlm.terminal import printable
+from memdlm.workflows.sessions.decoding import Setup, Tally, decode
+
+Message = dict[str, str]
+SAVED_BY, SAVER = "saved_by", "memdlm chat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a conversation is held."""
+
+    system: str | None = option(None, "A system prompt that stays at the head of the conversation.")
+    max_context: int | None = option(
+        None, "Most tokens of history and answer together; unset: the positions the model was trained on.", minimum=2
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@final
+@dataclass(slots=True)
+class Chat:
+    """One conversation, and what it took so far."""
+
+    setup: Setup
+    config: GenerationConfig
+    options: ChatOptions
+    console: Console
+    remembers: bool = False
+    """Whether the templated history is written into memory before each answer."""
+    seed: int = 0
+    trace: str | None = None
+    turns: list[Message] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    answers: int = 0
+    saved: set[Path] = field(default_factory=set)
+    """Where this conversation was saved: there it may be saved again."""
+    prompt_cache: PromptCache | None = field(init=False)
+    """What is known of the history, with memory on or off."""
+
+    def __post_init__(self) -> None:
+        self.prompt_cache = prompt_cache_for(self.setup.model, self.setup.memory, self.config)
+
+    def hold(self, lines: Iterator[str]) -> None:
+        """Answer `lines` until they end or one of them is /exit, then say what it took."""
+        for line in lines:
+            text = line.strip()
+            if not text:
+                continue
+            if text.startswith("/"):
+                if not self._command(text):
+                    break
+                continue
+            try:
+                self.answer(text)
+            except KeyboardInterrupt:
+                self.turns.pop()
+                self._say("(interrupted; the question was taken back)")
+            except MemDLMError as error:
+                self.turns.pop()
+                self._say(f"(error: {error})")
+        self._say(f"{self.answers} answers: {self.tally.line()}")
+
+    def answer(self, text: str) -> str:
+        """Answer one message; both become part of the history."""
+        self.turns.append({"role": "user", "content": text})
+        messages = self._fitting()
+        job = response_job(
+            self.setup.model,
+            self.setup.tokenizer,
+            [messages],
+            self.config,
+            memory=self.setup.memory if self.remembers else None,
+            generator=[derive("memdlm chat", self.seed, self.answers)],
+            prompt_cache=self.prompt_cache,
+        )
+        result, seconds = decode(job, responses, self.setup.tokenizer, console=self.console, trace=self.trace)
+        reply = result.texts[0].strip()
+        self.turns.append({"role": "assistant", "content": reply})
+        self.answers += 1
+        self.tally.add(result, seconds)
+        # As it is: wrapping would destroy line ends and code.
+        self._say(reply or "(empty)")
+        return reply
+
+    def _fitting(self) -> list[Message]:
+        """Return the history, with its oldest exchanges dropped until answer and history fit."""
+        system = [] if self.options.system is None else [{"role": "system", "content": self.options.system}]
+        room, new = self._room(), self.config.max_new_tokens or 0
+        dropped = 0
+        while True:
+            messages = [*system, *self.turns]
+            length = encode_prompts(self.setup.tokenizer, [messages])[0].numel()
+            if room is None or length + new <= room:
+                break
+            if len(self.turns) <= 1:
+                raise DataError(
+                    f"the message takes {length} tokens and its answer up to {new}, but there is room for {room}. "
+                    "Shorten it, or lower --max_new_tokens."
+                )
+            del self.turns[:2]
+            dropped += 1
+        if dropped:
+            self._say(f"(the oldest {dropped} exchanges no longer fit and were dropped)")
+        return messages
+
+    def _room(self) -> int | None:
+        if self.options.max_context is not None:
+            return self.options.max_context
+        return getattr(getattr(unwrap(self.setup.model), "config", None), "max_position_embeddings", None)
+
+    def _command(self, text: str) -> bool:
+        """Obey a command; returns whether the conversation goes on."""
+        name, _, argument = text.partition(" ")
+        if name not in COMMANDS:
+            self._say(f"(unknown command {name}.{did_you_mean(name, COMMANDS)} Possible: {', '.join(COMMANDS)})")
+            return True
+        try:
+            said = COMMANDS[name](self, argument.strip())
+        except (MemDLMError, OSError) as error:
+            said = f"error: {error}"
+        if said is not None:
+            self._say(f"({said})")
+        return name != "/exit"
+
+    def _say(self, text: str) -> None:
+        self.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _new(chat: Chat, argument: str) -> str:
+    chat.turns.clear()
+    return "new conversation"
+
+
+def _memory(chat: Chat, argument: str) -> str:
+    if argument not in ("on", "off"):
+        raise ConfigError(f"/memory takes on or off, got {argument!r}.")
+    chat.remembers = argument == "on"
+    return f"memory is {argument}"
+
+
+def _steps(chat: Chat, argument: str) -> str:
+    if not argument.isdigit():
+        raise ConfigError(f"/steps takes a number, got {argument!r}.")
+    chat.config = dataclasses.replace(chat.config, steps=int(argument), steps_per_block=None)
+    return f"{argument} denoising steps per answer"
+
+
+def _save(chat: Chat, argument: str) -> str:
+    flag, _, rest = argument.partition(" ")
+    overwrite = flag == "--overwrite"
+    name = rest.strip() if overwrite else argument
+    if not name:
+        raise ConfigError("/save takes a file name.")
+    system = [] if chat.options.system is None else [{"role": "system", "content": chat.options.system}]
+    # The mark tells it from somebody's own conversation, which is never replaced.
+    text = json.dumps({"messages": [*system, *chat.turns], SAVED_BY: SAVER}, ensure_ascii=False)
+    place = resolved(name)
+    with output_file(
+        place,
+        is_saved,
+        "conversation",
+        overwrite=overwrite or place in chat.saved,
+        option="/save",
+        flag="--overwrite in front of the name",
+    ) as write:
+        write((text + "\n").encode())
+    chat.saved.add(place)
+    return f"saved to {name}"
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file is what /save writes."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(found, dict) and set(found) == {"messages", SAVED_BY} and found[SAVED_BY] == SAVER
+
+
+def _exit(chat: Chat, argument: str) -> None:
+    return None
+
+
+COMMANDS: dict[str, Callable[[Chat, str], str | None]] = {
+    "/new": _new,
+    "/memory": _memory,
+    "/steps": _steps,
+    "/save": _save,
+    "/exit": _exit,
+}
+"""What a line that starts with a slash does; each returns what is said about it."""
+
+
+def typed(prompt: str) -> Iterator[str]:
+    """Yield lines from standard input until it ends or Ctrl-C is pressed at the prompt."""
+    while True:
+        try:
+            yield input(prompt)
+        except (EOFError, KeyboardInterrupt):
+            return

@@ -1,0 +1,183 @@
+"""A model, a memory and options from the command line, and a decoding that shows itself while it runs."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.diffusion.sampling import Step
+from memdlm.errors import ConfigError
+from memdlm.inference import Generation, GenerationConfig, Job
+from memdlm.inference.prompts import visible
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models import load_model, load_tokenizer
+from memdlm.models.hub.devices import AUTO, DEVICE_HELP, DTYPE_HELP
+from memdlm.models.hub.loading import DTYPES, line_of
+from memdlm.models.hub.resolution import published_fields, table_rows
+from memdlm.models.lora.files import base_of_adapter, is_adapter
+from memdlm.options import option, validate
+from memdlm.outputs import is_page, output_file
+from memdlm.report.trace import Trace
+from memdlm.terminal import printable
+from memdlm.types import Ids
+from memdlm.workflows.display import Display
+
+OPEN = "\u2591"
+"""What stands for a token that is still masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is used, and how it is loaded."""
+
+    model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
+    adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
+    device: str = option(AUTO, DEVICE_HELP)
+    load_in_4bit: bool = option(False, "Quantise the model's weights.")
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if self.model is None:
+            raise ConfigError("--model is missing: name a folder or a hub repository.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions(ModelOptions):
+    """What is decoded with."""
+
+    mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
+    seed: int = option(0, "Of memories and samples.")
+    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the options name, loaded."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    memory: ParametricMemory
+
+
+def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
+    """Raise ConfigError where `config` names tokens that the model, by its configuration alone, does not have."""
+    name = str(options.model)
+    if is_adapter(name):
+        name = base_of_adapter(name)
+    rows = table_rows(published_fields(name, optional=True) or {})
+    if isinstance(rows, int):
+        config.check_vocabulary(rows)
+
+
+def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, and say where the model runs."""
+    name = str(options.model)
+    model = load_model(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        load_in_4bit=options.load_in_4bit,
+        adapter=options.adapter,
+    )
+    tokenizer = load_tokenizer(name)
+    display.say(line_of(model))
+    return model, tokenizer
+
+
+def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Setup:
+    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
+
+    What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
+    """
+    check_vocabulary(options, config)
+    model, tokenizer = load_parts(options, display)
+    return Setup(
+        model,
+        tokenizer,
+        ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer),
+    )
+
+
+@dataclass(slots=True)
+class Tally:
+    """What decoding took, summed over answers."""
+
+    tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: Generation, seconds: float) -> None:
+        """Count one result."""
+        self.tokens += result.num_tokens
+        self.passes += result.num_forward_passes
+        self.seconds += seconds
+
+    def line(self) -> str:
+        """Say it in one line."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s, {self.passes} forward passes"
+
+
+Cut = Callable[[Job, Ids, PreTrainedTokenizerBase], Generation]
+"""`memdlm.inference.responses` or `filled`."""
+
+
+def decode(
+    job: Job, cut: Cut, tokenizer: PreTrainedTokenizerBase, *, console: Console, trace: str | None = None
+) -> tuple[Generation, float]:
+    """Run `job`, showing its first row as its tokens settle if `console` is a terminal; returns (result, seconds)."""
+    record = None if trace is None else Trace(job, tokenizer)
+    start, ids = time.perf_counter(), job.canvas.ids
+    with _shown(console) as show:
+        for step in job.steps():
+            ids = step.ids
+            if record is not None:
+                record.add(step)
+            if show is not None:
+                show(live_text(job, step, tokenizer))
+    seconds = time.perf_counter() - start
+    result = cut(job, ids, tokenizer)
+    if record is not None and trace is not None:
+        with page_at(trace) as write:
+            write(record.page().encode())
+    return result, seconds
+
+
+def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
+    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced.
+
+    Raises ConfigError when its folder does not exist.
+    """
+    if Path(trace).is_dir() or not Path(trace).parent.is_dir():
+        raise ConfigError(f"trace: {trace!r} is no file in a folder that exists; make the folder, or name one.")
+    return output_file(trace, is_page, "page", option="trace")
+
+
+def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return the first row's response as it stands, with blanks for what is still masked."""
+    first, last = int(job.canvas.prompt_lengths[0]), int(job.canvas.response_ends[0])
+    row = visible(step.ids[0, first:last].cpu(), job.special.ends)
+    text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")
+    return Text(printable(text))
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Callable[[Text], None] | None]:
+    if not console.is_terminal:
+        yield None
+        return
+    # Transient: the finished text is printed by the caller, whole and unwrapped.
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield partial(live.update, refresh=True)
