@@ -157,17 +157,24 @@ def import_table() -> str:
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("FOUNDATION", "MAY_IMPORT"):
+            if name in ("FOUNDATION", "MAY_IMPORT", "ROOMS"):
                 values[name] = eval(compile(ast.Expression(node.value), name, "eval"), {"set": set})
-    rows = []
-    for package, allowed in values["MAY_IMPORT"].items():
-        docstring = ast.get_docstring(ast.parse((SOURCE / "memdlm" / package / "__init__.py").read_text())) or ""
-        names = [other for other in values["MAY_IMPORT"] if other in allowed]
-        rows.append((f"`{package}`", docstring.splitlines()[0], ", ".join(f"`{each}`" for each in names) or "nothing"))
     foundation = ", ".join(f"`{name}`" for name in sorted(values["FOUNDATION"]))
+    rooms = {name: allowed for name, allowed in values["ROOMS"].items() if "/" in name}
     return (
-        _markdown(("package", "what it is", "may import"), rows) + f"\nAll may import the foundation: {foundation}.\n"
+        _markdown(("package", "what it is", "may import"), _import_rows(values["MAY_IMPORT"]))
+        + f"\nAll may import the foundation: {foundation}.\n\nThe rooms of the larger packages:\n\n"
+        + _markdown(("room", "what it is", "may import, of its package"), _import_rows(rooms))
     )
+
+
+def _import_rows(table: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
+    rows = []
+    for name, allowed in table.items():
+        docstring = ast.get_docstring(ast.parse((SOURCE / "memdlm" / name / "__init__.py").read_text())) or ""
+        shown = ", ".join(f"`{each}`" for each in sorted(allowed)) or "nothing"
+        rows.append((f"`{name}`", docstring.splitlines()[0], shown))
+    return rows
 
 
 def _markdown(head: Collection[str], rows: list[tuple[str, ...]]) -> str:

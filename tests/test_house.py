@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
 FOUNDATION = {
     *("types", "errors", "options", "randomness", "files", "locks", "outputs", "hub", "templates", "terminal"),
-    *("finite", "strict_json"),
+    *("finite", "strict_json", "version"),
 }
 MAY_IMPORT = {
     "data": set(),
@@ -23,9 +23,26 @@ MAY_IMPORT = {
     "inference": {"models", "diffusion", "memory"},
     "training": {"data", "models", "diffusion", "memory"},
     "evaluation": {"data", "models", "diffusion", "memory", "inference"},
-    "workflows": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation"},
-    "cli": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "workflows"},
+    "report": {"diffusion", "inference"},
+    "workflows": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "report"},
+    "cli": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "report", "workflows"},
 }
+ROOMS = {
+    "models/blocks": set(),
+    "models/quantisation": {"models/blocks"},
+    "models/lora": {"models/blocks", "models/quantisation"},
+    "models/networks": {"models/blocks", "models/quantisation", "models/lora"},
+    "models/border": {"models/blocks", "models/lora", "models/networks"},
+    "models/hub": {"models/blocks", "models/quantisation", "models/lora", "models/networks"},
+    "memory/files": {"memory"},
+    "memory": {"memory/files"},
+    "workflows": set(),
+    "workflows/runs": {"workflows"},
+    "workflows/sessions": {"workflows"},
+    "workflows/studies": {"workflows"},
+}
+"""Within a package, who may import whom. A memory opens and is kept, so those two know each other; their modules form
+no cycle."""
 MAX_LINES, MAX_FUNCTION = 400, 60
 
 
@@ -41,8 +58,8 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imports(node: ast.AST, *, typing_too: bool = False) -> set[str]:
-    """Modules of the package that the code under `node` imports when it runs."""
+def imports(node: ast.AST, *, typing_too: bool = False, by_name_too: bool = True) -> set[str]:
+    """Modules of the package that the code under `node` imports when it runs, those it names to importlib included."""
     found: set[str] = set()
     for child in ast.walk(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not typing_too:
@@ -55,7 +72,15 @@ def imports(node: ast.AST, *, typing_too: bool = False) -> set[str]:
             for alias in child.names:
                 full = f"{child.module}.{alias.name}"
                 found.add(full if full in NAMES else child.module)
+        elif by_name_too and isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
+            found |= {name for name in map(spelled, child.args[:1]) if name.split(".")[0] == "memdlm"}
     return found
+
+
+def spelled(node: ast.expr) -> str:
+    """The name of a module as far as it is written out."""
+    first = node.values[0] if isinstance(node, ast.JoinedStr) else node
+    return str(first.value).rstrip(".") if isinstance(first, ast.Constant) else ""
 
 
 def package(name: str) -> str:
@@ -68,6 +93,25 @@ def test_imports_point_down(path):
     own = package(name_of(path))
     used = {package(name) for name in imports(tree_of(path))} - {""}
     assert used <= MAY_IMPORT[own] | FOUNDATION | {own}, f"{own} may not import {used - MAY_IMPORT[own]}"
+
+
+def room(name: str) -> str:
+    """The folder of a module, as ROOMS has it."""
+    path = SOURCE.joinpath(*name.split(".")[1:])
+    return (path if path.is_dir() else path.parent).relative_to(SOURCE).as_posix()
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent != SOURCE and p.name != "__init__.py"], ids=name_of)
+def test_rooms_of_a_package_import_down(path):
+    own = room(name_of(path))
+    used = {room(each) for each in imports(tree_of(path)) if package(each) == package(name_of(path))} - {own}
+    assert used <= ROOMS.get(own, set()), f"{own} may not import {used - ROOMS.get(own, set())}"
+
+
+def test_every_room_has_its_place():
+    assert {room(name_of(path)) for path in MODULES if "/" in room(name_of(path))} == {
+        each for each in ROOMS if "/" in each
+    }
 
 
 @pytest.mark.parametrize("name", sorted(FOUNDATION))
@@ -98,7 +142,7 @@ def test_there_is_no_import_cycle():
 def test_no_import_of_ours_hides_inside_a_function(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            assert not imports(node), f"line {node.lineno}"
+            assert not imports(node, by_name_too=False), f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -132,6 +176,12 @@ def test_the_checker_sees_what_it_should():
     hidden = ast.parse("def f():\n    import memdlm.cli.main\n")
     assert {package(each) for each in imports(upward)} == {"training"}
     assert imports(hidden.body[0]) == {"memdlm.cli.main"}
+    named = ast.parse("importlib.import_module('memdlm.training.trainer')\nimportlib.import_module(f'memdlm.cli.{x}')")
+    assert imports(named) == {"memdlm.training.trainer", "memdlm.cli"}
+    assert imports(named, by_name_too=False) == set()
+    assert [room(name) for name in ("memdlm.models.hub.loading", "memdlm.memory.files", "memdlm.memory")] == [
+        *("models/hub", "memory/files", "memory")
+    ]
 
 
 def test_importing_the_package_does_no_work():

@@ -17,11 +17,11 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from recall_suite import EVEN
 
 from memdlm import ParametricMemory, load_model
 from memdlm.data.synthetic import Sample
 from memdlm.evaluation import recall
-from memdlm.workflows.recall_suite import EVEN
 from memdlm.workflows.studies.recall_study import OURS, RecallData, arms, closed_book, recall_data, trained
 
 CHUNK, TIMES = 36, (1, 2, 4, 8, 16)

@@ -15,10 +15,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from recall_suite import EVEN
 
 from memdlm.evaluation import recall
 from memdlm.models.blocks.masks import Windowed
-from memdlm.workflows.recall_suite import EVEN
 from memdlm.workflows.studies.recall_study import OURS, RecallPlan, arms, recall_data, train_arm
 
 REACH, STEPS_PER_KIND = 4, 300

@@ -15,8 +15,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from recall_suite import suite
 
-from memdlm.workflows.recall_suite import suite
 from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
 
 SOLVED = 0.97

@@ -13,13 +13,13 @@ Names are loaded on first use, so `import memdlm` costs nothing.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from memdlm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from memdlm.inference import Generation, GenerationConfig, generate, infill, score, stream
     from memdlm.memory import MemoryConfig, ParametricMemory
     from memdlm.models import BlockCausal, Full, build_model, load_model, load_tokenizer
     from memdlm.training import MemDLMTrainer, TrainingArguments
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "memdlm.models": ("BlockCausal", "Full", "build_model", "load_model", "load_tokenizer"),

@@ -379,7 +379,7 @@ def test_weights_for_a_device_are_not_held_by_the_cpu_first(family, dtype, tmp_p
     experts = max(each.numel() * 4 for each in tiny(family).parameters())
     model_bytes = sum(each.numel() * 4 for each in tiny(family).parameters())
     for module in ("devices", "loading"):
-        monkeypatch.setattr(f"memdlm.models.{module}.check_device", torch.device)
+        monkeypatch.setattr(f"memdlm.models.hub.{module}.check_device", torch.device)
     with CPUAllocations() as here:
         load_model(tmp_path, dtype=dtype)
     with CPUAllocations() as elsewhere:

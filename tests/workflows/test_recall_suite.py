@@ -1,10 +1,16 @@
 """The suite's tasks: every answer follows from the facts, and the settings fit the task."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from memdlm.workflows.recall_suite import many_facts, suite
 from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "study"))
+
+from recall_suite import many_facts, suite
 
 
 def facts_of(words, marker, widths):

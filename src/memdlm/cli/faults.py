@@ -15,8 +15,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from memdlm import __version__
 from memdlm.errors import MemDLMError
+from memdlm.version import __version__
 
 INPUT, MACHINE = 2, 1
 """Exit statuses: the input is at fault, or the machine, or the run."""

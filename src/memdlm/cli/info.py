@@ -11,9 +11,9 @@ from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.files.saved import MemorySummary, holds_memories, inspect_memory, is_memory, list_memories
-from memdlm.memory.summary import ModelSummary, summarise
 from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
+from memdlm.workflows.summary import ModelSummary, summarise
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,11 +5,11 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from memdlm import __version__
 from memdlm.cli.border import guarded
 from memdlm.cli.help_pages import page
 from memdlm.cli.output import say
 from memdlm.errors import ConfigError, unknown
+from memdlm.version import __version__
 
 COMMANDS = {
     "demo": "the main job, offline: train, evaluate and compare small models, and write a report",

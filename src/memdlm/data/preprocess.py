@@ -22,12 +22,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm import __version__
 from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
 from memdlm.data.sources import source_state
 from memdlm.errors import DataError
 from memdlm.files import cache_folder, make_folder, replace_files, sha256, writing
 from memdlm.outputs import Kind, Output, content, find, output_folder
+from memdlm.version import __version__
 
 MANIFEST, FORMAT, WITHOUT_CHECKSUMS = "manifest.json", 2, 1
 SUMS = "files_sha256"

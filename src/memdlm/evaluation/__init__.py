@@ -1,9 +1,8 @@
-"""checkpoint -> numbers: exact-match recall, exposure bias, and the report."""
+"""checkpoint -> numbers: exact-match recall, exposure bias, benchmarks."""
 
 from memdlm.evaluation.exposure_bias import ExposureBias, exposure_bias
 from memdlm.evaluation.prompts import PaddedBatch, pad_texts
 from memdlm.evaluation.recall import Recall, encode_samples, recall
-from memdlm.report.build import summary_rows, write_report
 
 __all__ = [
     "ExposureBias",
@@ -13,6 +12,4 @@ __all__ = [
     "exposure_bias",
     "pad_texts",
     "recall",
-    "summary_rows",
-    "write_report",
 ]

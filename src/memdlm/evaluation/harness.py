@@ -20,7 +20,6 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from memdlm import __version__
 from memdlm.errors import ConfigError
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import Settings, parse_arguments
@@ -30,6 +29,7 @@ from memdlm.models.hub.loading import line_of, load_model
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.templates import control_of
 from memdlm.terminal import printable
+from memdlm.version import __version__
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """The task files of this package, for `--include_path` (the commands add it by themselves)."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memdlm import __version__
 from memdlm.evaluation.harness_options import Settings
 from memdlm.models.hub.resolution import find_file
 from memdlm.models.lora.files import base_of_adapter, is_adapter
+from memdlm.version import __version__
 
 _NOT_THE_ANSWER = ("use_cache", "cache_requests", "output_path", "func", "limit", "log_samples", "batch_size", "device")
 """Options of lm-eval that change no prompt."""

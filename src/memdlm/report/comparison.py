@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
-from memdlm import __version__
 from memdlm.outputs import is_page, output_file
 from memdlm.report.data import Row, spread, with_baseline
 from memdlm.report.figures import accuracy_by_length
 from memdlm.report.html import document, figure, fold, table
 from memdlm.report.page import bias_section, training_section
 from memdlm.report.runs import Measured, read_runs
+from memdlm.version import __version__
 
 _NONE = '<p class="missing">None of the runs has measured it.</p>'
 _NOT_TRAINING = frozenset(

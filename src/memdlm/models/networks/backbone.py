@@ -237,8 +237,8 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
         and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
         With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
-        `memdlm.models.blocks.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N] too,
-        `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
+        `memdlm.models.blocks.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N]
+        too, `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
         those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
         """
         out = self.model(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from typing import Any
 
-from memdlm import __version__
 from memdlm.data.chat import ChatEncoder, Encoded
 from memdlm.data.layouts import Columns, parse_column_map
 from memdlm.data.sources import Conversations, evaluation_split, load_conversations
@@ -22,6 +21,7 @@ from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import option, validate
 from memdlm.outputs import Kind, Output, output_folder
 from memdlm.report.figures import BIAS_PANELS, png
+from memdlm.version import __version__
 
 JSON_NAME, PICTURE_NAME = "exposure_bias.json", "exposure_bias.png"
 MEASUREMENT = Kind(name="exposure bias", words="a measurement of exposure bias")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from memdlm import __version__
 from memdlm.files import replace_files
+from memdlm.version import __version__
 from memdlm.workflows.runs.datasets import RunData
 from memdlm.workflows.runs.plan import RunPlan, resolved
 from memdlm.workflows.runs.resuming import RUN_FILE, earlier_run

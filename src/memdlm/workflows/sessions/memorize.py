@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from memdlm import __version__
 from memdlm.data.documents import Document, plain_ids, read_document
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.masked_loss import loss_under, masked_text
@@ -23,6 +22,7 @@ from memdlm.outputs import Output, output_folder
 from memdlm.randomness import derive
 from memdlm.templates import message_ids
 from memdlm.types import IGNORE_INDEX
+from memdlm.version import __version__
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import ModelOptions, load_parts
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memdlm import __version__
 from memdlm.data.chat import Encoded, encode_chat
 from memdlm.data.collate import Collator
 from memdlm.data.synthetic import Sample
@@ -37,6 +36,7 @@ from memdlm.report.build import write_report
 from memdlm.report.runs import curve_of
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
+from memdlm.version import __version__
 from memdlm.workflows.display import Display, show_steps
 from memdlm.workflows.studies.demo_plan import DemoPlan
 from memdlm.workflows.studies.demo_recall import empty_panel, fill_panel, panel_seconds, pass_seconds

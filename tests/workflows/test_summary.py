@@ -7,8 +7,8 @@ import pytest
 from memdlm.cli.main import main
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.sites import find_sites
-from memdlm.memory.summary import summarise
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig
+from memdlm.workflows.summary import summarise
 from tiny import CONFIGS, MASK, rng, tiny
 
 
