@@ -7,7 +7,7 @@ PACKAGE = $(VENV)/.package
 STAMP = $(VENV)/.installed
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test test-slow check docs format bench clean
+.PHONY: demo test test-slow check docs format bench gpu clean
 
 $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,10 @@ format: $(STAMP)
 
 bench: $(STAMP)  ## measurements; each prints ratios within one run
 	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+# No virtual environment, no network: PYTHON is any interpreter with torch and the package's dependencies.
+gpu:  ## what a GPU has to answer; PART="writes steps": these parts, FORCE=1: again from the beginning
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu/run.py $(PART) $(if $(FORCE),--force) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist site

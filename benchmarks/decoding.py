@@ -22,16 +22,17 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from published_loops import Plain
 from torch import Tensor
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import GenerationConfig, PromptCache, generate
 from memdlm.inference.config import COMPILE_MODES
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import BlockCausal, LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model
+from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model
 from memdlm.randomness import derive
 
-V, BLOCK = 32768, 32
+V = 32768
 SIZES = {"vocab_size": V, "hidden_size": 512, "num_hidden_layers": 10, "num_attention_heads": 8}
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4}
 MODELS = {
@@ -52,49 +53,6 @@ WANTED = {
     ("lladamoe", 1024, 1): {"time_ratio": 1 / 0.7},
 }
 """(family, prompt, batch) -> what must be reached without a memory (a write takes as long both ways)."""
-
-
-class Plain:
-    """The published loops at temperature 0, on one row."""
-
-    def __init__(self, model, mask: int) -> None:
-        self.model, self.mask, self.passes, self.positions = model, mask, 0, 0
-
-    @torch.no_grad()
-    def logits(self, ids: Tensor, **arguments) -> Tensor:
-        self.passes, self.positions = self.passes + 1, self.positions + ids.numel()
-        logits = self.model(input_ids=ids, **arguments).logits.float()
-        return logits.index_fill(-1, torch.tensor([self.mask]), float("-inf"))
-
-    def whole(self, prompt: Tensor, new: int) -> Tensor:
-        """One token a step, anywhere in the response; the softmax is taken over the whole canvas."""
-        ids = torch.cat((prompt, prompt.new_full((new,), self.mask)))[None]
-        for _ in range(new):
-            logits = self.logits(ids)
-            confidence, token = logits.softmax(-1).max(-1)
-            best = confidence.masked_fill(ids != self.mask, -1).argmax(-1)
-            ids[0, best] = token[0, best]
-        return ids[0]
-
-    def blocks(self, prompt: Tensor, new: int) -> Tensor:
-        """Block after block; what is surer than 0.95, but at least an even share: one token if `new` is 32 or more."""
-        length = -(-(len(prompt) + new) // BLOCK) * BLOCK
-        quota = -(-BLOCK // min(BLOCK, new))
-        ids = torch.cat((prompt, prompt.new_full((length - len(prompt),), self.mask)))[None]
-        for start in range(len(prompt) // BLOCK * BLOCK, length, BLOCK):
-            block = slice(start, start + BLOCK)
-            while (ids[0, block] == self.mask).any():
-                seen = ids[:, : start + BLOCK]
-                confidence, token = (
-                    self.logits(seen, attention_pattern=BlockCausal(BLOCK))[0, block].softmax(-1).max(-1)
-                )
-                confidence = confidence.masked_fill(ids[0, block] != self.mask, -1)
-                chosen = confidence > 0.95
-                if chosen.sum() < quota:
-                    best = confidence.topk(min(quota, int((confidence >= 0).sum()))).indices
-                    chosen = torch.zeros_like(chosen).index_fill(0, best, True)
-                ids[0, block] = torch.where(chosen, token, ids[0, block])
-        return ids[0, : len(prompt) + new]
 
 
 def timed(run: Callable[[], object]) -> tuple[float, object]:

@@ -1,6 +1,6 @@
 """What a memory costs: a training step with and without it, and writes of 512 to 8192 tokens.
 
-    python benchmarks/memory.py [--quick] [--out benchmarks/results/memory.json]
+    python benchmarks/memory.py [--quick] [--training] [--out benchmarks/results/memory.json]
 
 Medium mixture of experts (107 M parameters, float32, random weights), one thread, seconds of process CPU time (the
 machine may be shared), medians over interleaved repetitions. Each write is compared with its floor, the parts that the
@@ -11,12 +11,12 @@ whose losses must agree. Peak memory is the growth of a fresh process's resident
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +25,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from counting import flops
 from peak import resident_mb
 from plain import forget, loop_experts
 from plain import write as plain_write
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from memdlm.diffusion import Corrupted, Linear, normalise, positions_of
 from memdlm.diffusion.losses import Nats
@@ -37,7 +37,8 @@ from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_in
 from memdlm.memory.trajectory import Anchor
 from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
 from memdlm.models.readout import read_in_chunks
-from memdlm.training import Batch, score
+from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, score
+from memdlm.training.trainer import BARE_EVERY
 
 MASK, LENGTHS = 32767, (512, 1024, 2048, 4096, 8192)
 
@@ -67,9 +68,9 @@ def generator() -> torch.Generator:
 # Training steps ------------------------------------------------------------------------------------------------
 
 
-def training_batch() -> Batch:
-    """2 x 512 tokens at the mean noise, t = 0.25 and 0.75."""
-    clean, t = ids_of(2, 512), torch.tensor([0.25, 0.75])
+def training_batch(length: int = 512) -> Batch:
+    """2 x 512 tokens (or `length`) at the mean noise, t = 0.25 and 0.75."""
+    clean, t = ids_of(2, length), torch.tensor([0.25, 0.75])
     is_masked = torch.rand(clean.shape, generator=generator()) < t[:, None]
     return Batch(
         clean=clean,
@@ -82,41 +83,146 @@ def training_batch() -> Batch:
 
 
 def backward(model: torch.nn.Module, batch: Batch, **options: Any) -> None:
+    score(model, batch, schedule=Linear(), weighting="scheduler", norm="token", **options).loss.backward()
+
+
+def backward_unchunked(model: torch.nn.Module, batch: Batch, **options: Any) -> None:
+    """The same, with the logits of all positions at once."""
     lost = score(model, batch, schedule=Linear(), weighting="scheduler", **options)
     normalise(lost.sums, lost.counts, "token").squeeze().backward()
 
 
-def training_steps(model: torch.nn.Module, *, update: bool = True) -> dict[str, Callable[[], None]]:
-    """One step each, without and with memory; `update`: with gradient clipping and AdamW."""
-    batch = training_batch()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+FRACTIONS = (0.5, 0.25)
 
-    def finish() -> None:
-        if update:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+
+def training_steps(
+    model: torch.nn.Module, length: int = 512
+) -> tuple[dict[str, Callable[[], None]], Callable[[], None]]:
+    """Forward and backward pass of one step, without and with memory, and the update (clipping, AdamW) that all share.
+
+    The update is one optimizer's, of the same parameters, and refuses to run unless every one of them has a gradient.
+    """
+    batch = training_batch(length)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+
+    def update() -> None:
+        if any(parameter.grad is None for parameter in parameters):
+            raise RuntimeError("a parameter has no gradient: the updates of the two sides would not be the same.")
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
         optimizer.zero_grad()
 
-    def with_memory(**options: Any) -> Callable[[], None]:
+    def with_memory(differentiate: Callable[..., None] = backward, **options: Any) -> Callable[[], None]:
         config = MemoryConfig(per_sample=False, loss_weight_type="scheduler", **options)
         memory = ParametricMemory(model, config, mask_token_id=MASK)
 
         def step() -> None:
             with memory.write(batch.clean, generator=generator(), anchor=batch.noised):
-                backward(model, batch, prefix=memory.prefix)
-            finish()
+                differentiate(model, batch, prefix=memory.prefix)
 
         return step
 
-    def without_memory() -> None:
-        backward(model, batch)
-        finish()
-
     return {
-        "mdlm": without_memory,
+        "mdlm": lambda: backward(model, batch),
         "memdlm": with_memory(),
+        **{f"memdlm_score_fraction_{each}": with_memory(inner_score_fraction=each) for each in FRACTIONS},
         "memdlm_no_checkpointing": with_memory(inner_gradient_checkpointing=False),
+        "mdlm_unchunked": lambda: backward_unchunked(model, batch),
+        "memdlm_unchunked": with_memory(backward_unchunked),
+    }, update
+
+
+def measure_training(results: dict[str, Any], repetitions: int) -> None:
+    """Steps and updates in turn, each timed apart, so that the two sides' updates can be seen to be the same."""
+    model = medium()
+    passes, update = training_steps(model)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+    for repetition in range(repetitions + 1):
+        for name, call in passes.items():
+            begin = time.process_time()
+            call()
+            middle = time.process_time()
+            update()
+            # The first round makes the optimizer's state and warms caches.
+            if repetition:
+                seconds[name].append((middle - begin, time.process_time() - middle))
+    counted = {name: flops(call) for name, call in passes.items()}
+    model.zero_grad()
+    results["training_step"] = {
+        "machine": machine(),
+        "repetitions": repetitions,
+        "rows": {name: training_row(name, seconds, counted) for name in passes},
     }
+    print(json.dumps(results["training_step"], indent=1), flush=True)
+
+
+def training_row(name: str, seconds: dict[str, list[tuple[float, float]]], counted: dict[str, int]) -> dict[str, Any]:
+    """Medians over rounds; ratios are of the same round, so that what slows a round down meets both sides."""
+    rounds = list(zip(seconds[name], seconds["mdlm"], strict=True))
+    return {
+        "forward_and_backward_cpu_s": round(statistics.median(own[0] for own in seconds[name]), 4),
+        "update_cpu_s": round(statistics.median(own[1] for own in seconds[name]), 4),
+        "gflop": round(counted[name] / 1e9, 1),
+        "step_over_mdlm": round(statistics.median(sum(own) / sum(mdlm) for own, mdlm in rounds), 3),
+        "forward_and_backward_over_mdlm": round(statistics.median(own[0] / mdlm[0] for own, mdlm in rounds), 3),
+        "flop_over_mdlm": round(counted[name] / counted["mdlm"], 3),
+    }
+
+
+def measure_training_peaks(results: dict[str, Any]) -> None:
+    """Growth of the resident set over one whole step, and how it compares with all logits at once."""
+    results.pop("training_pass_peak_mb", None)
+    results["training_step_peak_mb"] = {
+        length: {name: peak_mb(name, length) for name in PEAKS} for length in (512, 2048)
+    }
+    print(json.dumps(results["training_step_peak_mb"]), flush=True)
+
+
+PEAKS = ("mdlm", "mdlm_unchunked", "memdlm", "memdlm_unchunked")
+
+
+# What is logged ------------------------------------------------------------------------------------------------
+
+
+class Repeated(torch.utils.data.Dataset):
+    """A text as rows of a dataset."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = ids_of(1, 512 + index % 2)[0, :512]
+        return {"input_ids": ids, "labels": ids}
+
+
+def measure_logging(results: dict[str, Any], repetitions: int) -> None:
+    """CPU seconds of the trainer's steps with memory: nothing logged, and everything logged at every step."""
+    seconds: dict[str, list[float]] = {"no": [], "steps": []}
+    for _ in range(repetitions):
+        for strategy, found in seconds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = TrainingArguments(
+                    output_dir=folder,
+                    max_steps=BARE_EVERY,
+                    per_device_train_batch_size=2,
+                    logging_strategy=strategy,
+                    logging_steps=1,
+                    **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True},
+                    dataloader_pin_memory=False,
+                    mem_enabled=True,
+                )
+                trainer = MemDLMTrainer(medium(), arguments, mask_token_id=MASK, train_dataset=Repeated())
+                begin = time.process_time()
+                trainer.train()
+                found.append(time.process_time() - begin)
+    logged = [one / other for one, other in zip(seconds["steps"], seconds["no"], strict=True)]
+    results["logging"] = {
+        "steps": BARE_EVERY,
+        "cpu_s": {name: [round(each, 3) for each in found] for name, found in seconds.items()},
+        "logging_steps_1_over_no_log": round(statistics.median(logged), 3),
+    }
+    print(json.dumps(results["logging"]), flush=True)
 
 
 # Writes --------------------------------------------------------------------------------------------------------
@@ -221,19 +327,6 @@ def interleaved(calls: dict[str, Callable[[], Any]], repetitions: int, *, warm: 
     return {name: round(statistics.median(each), 4) for name, each in seconds.items()}
 
 
-def grouped_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    """Operations of a grouped product: every row, or every column, of the first factor meets one matrix."""
-    return 2 * math.prod(a) * b[-1]
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """Operations of matrix products (grouped ones too) and attention."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
-    with counter:
-        call()
-    return counter.get_total_flops()
-
-
 def child(job: str, length: int) -> None:
     """Print the growth of this fresh process's peak resident set, in MB, over one call."""
     if job in ("library", "plain"):
@@ -253,25 +346,18 @@ def child(job: str, length: int) -> None:
             model(ids_of(1, 16))
     else:
         model = medium()
-        call = training_steps(model)[job]
-        backward(model, training_batch_of(16))
-        model.zero_grad()
+        passes, update = training_steps(model, length)
+
+        def call() -> None:
+            passes[job]()
+            update()
+
+        # The first step makes the optimizer's state: a step like all others is measured.
+        backward(model, training_batch(16))
+        update()
     before = resident_mb("VmRSS", reset=True)
     call()
     print(resident_mb("VmHWM") - before)
-
-
-def training_batch_of(length: int) -> Batch:
-    whole = training_batch()
-    cut = slice(0, length)
-    return Batch(
-        clean=whole.clean[:, cut],
-        labels=whole.labels[:, cut],
-        attention_mask=None,
-        is_padding=None,
-        is_maskable=whole.is_maskable[:, cut],
-        noised=Corrupted(whole.noised.ids[:, cut], whole.noised.is_masked[:, cut], whole.noised.t),
-    )
 
 
 def plain_call(model: torch.nn.Module, loops: list[Any], length: int) -> Callable[[], Any]:
@@ -307,26 +393,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure(lengths: tuple[int, ...], repetitions: int, out: Path) -> None:
+def measure(lengths: tuple[int, ...], repetitions: int, out: Path, *, is_training_only: bool) -> None:
     """Measure everything; what is known so far is in `out` at any time."""
-    results: dict[str, Any] = {"machine": machine(), "repetitions": repetitions}
+    results: dict[str, Any] = json.loads(out.read_text()) if is_training_only else {}
+    results |= {} if is_training_only else {"machine": machine(), "repetitions": repetitions}
+    measure_training(results, repetitions)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    measure_training_peaks(results)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    measure_logging(results, max(1, repetitions // 2))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    if is_training_only:
+        return
     model = medium()
-    for kind, update in (("training_step", True), ("forward_and_backward", False)):
-        steps = training_steps(model, update=update)
-        seconds = interleaved(steps, repetitions)
-        counted = {name: flops(call) for name, call in steps.items()}
-        results[kind] = {
-            name: {
-                "cpu_s": seconds[name],
-                "gflop": round(counted[name] / 1e9, 1),
-                "time_over_mdlm": round(seconds[name] / seconds["mdlm"], 3),
-                "flop_over_mdlm": round(counted[name] / counted["mdlm"], 3),
-            }
-            for name in steps
-        }
-        print(kind, json.dumps(results[kind]), flush=True)
-        model.zero_grad()
-    results["training_step_peak_mb"] = {name: peak_mb(name) for name in steps}
     model.requires_grad_(False)
     looped = medium().requires_grad_(False)
     loops = loop_experts(looped)
@@ -356,6 +435,8 @@ def measure(lengths: tuple[int, ...], repetitions: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="512 and 1024 tokens, one repetition")
+    parser.add_argument("--training", action="store_true", help="measure training steps alone, anew")
+    parser.add_argument("--peaks", action="store_true", help="measure the memory of training steps alone, anew")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -367,7 +448,12 @@ def main() -> None:
         return
     lengths, repetitions = ((512, 1024), 1) if options.quick else (LENGTHS, options.repetitions)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    measure(lengths, repetitions, options.out)
+    if options.peaks:
+        results = json.loads(options.out.read_text())
+        measure_training_peaks(results)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        return
+    measure(lengths, repetitions, options.out, is_training_only=options.training)
     print(f"written to {options.out}")
 
 

@@ -122,14 +122,14 @@ def commands_table() -> str:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Return the parser of a command: the one that answers its --help."""
+    """Return the parser of a command: the one that answers its own --help."""
     found: list[argparse.ArgumentParser] = []
-    main = importlib.import_module("memdlm.cli.main").main
+    main = importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main
     with (
         mock.patch.object(argparse.ArgumentParser, "print_help", lambda self, file=None: found.append(self)),
         contextlib.suppress(SystemExit),
     ):
-        main([name, "--help"])
+        main(["--help"])
     if not found:
         raise PluginError(f"memdlm {name} --help showed no help.")
     return found[0]

@@ -1,5 +1,6 @@
 """Shared fixtures. Tests run on one thread per process: the models are tiny, and workers run side by side."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_finish():
+    """Spare the garbage collector what was imported: transformers' Trainer collects at every start, over all of it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
@@ -24,3 +31,34 @@ def word_tokenizer():
     from memdlm.data.tokenizer import build_word_tokenizer
 
     return build_word_tokenizer(f"w{index}" for index in range(20))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that answers what the rule behind "auto" asks as another machine would.
+
+    `machine(cuda=8, capability=(7, 5), mps=False, LOCAL_RANK="3")`; at first there is a CPU alone.
+    """
+    from memdlm.models import devices
+
+    def forget():
+        devices.mps_problem.cache_clear()
+        devices._say_once.cache_clear()
+
+    def put(cuda=0, capability=(9, 0), mps=False, **environment):
+        forget()
+        for name in ("LOCAL_RANK", "ACCELERATE_USE_CPU"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(devices, "cuda_is_there", lambda: cuda > 0)
+        monkeypatch.setattr(devices, "cuda_count", lambda: cuda)
+        monkeypatch.setattr(devices, "cuda_capability", lambda device: capability)
+        monkeypatch.setattr(devices, "mps_is_there", lambda: mps)
+        if cuda:
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+
+    put()
+    yield put
+    forget()

@@ -1,6 +1,6 @@
 """One rank of distributed training: `rank_train_worker.py OUT JSON-options`, ranks from the environment.
 
-Also imported, for one process with the joined batch.
+Also imported, for one process with the joined batch. The option `device` is "cpu" (gloo) unless it says "cuda" (NCCL).
 """
 
 import json
@@ -36,7 +36,7 @@ COLLATE = Collator(pad_token_id=PAD, supervise_padding="none")
 
 def train(options, folder, *, world=1, accumulation=1):
     """Train four steps of 8 rows with the Trainer; returns its losses and the final weights."""
-    dtype = getattr(torch, options.get("dtype", "float64"))
+    dtype, is_cpu = getattr(torch, options.get("dtype", "float64")), device_of(options) == "cpu"
     model = tiny(options.get("family", "lladamoe"), dtype).train()
     memory = {f"mem_{name}": value for name, value in {**MEMORY, **options.get("memory", {})}.items()}
     arguments = TrainingArguments(
@@ -50,31 +50,41 @@ def train(options, folder, *, world=1, accumulation=1):
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
-        ddp_backend="gloo" if world > 1 else None,
+        use_cpu=is_cpu,
+        ddp_backend=backend_of(options) if world > 1 else None,
         stratified_times=options.get("stratified", False),
         loss_norm_type=options.get("norm", "token"),
         deepspeed=options.get("deepspeed"),
         **({"mem_enabled": True, **memory} if options.get("mem", True) else {}),
     )
+    # Several cards in one process would become torch's DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trainer = MemDLMTrainer(model, arguments, mask_token_id=MASK, train_dataset=ROWS, data_collator=COLLATE)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = {
-        name: torch.tensor([entry[name] for entry in history])
+        name: torch.tensor([entry[name] for entry in history if name in entry])
         for name in ("loss", "nll", "grad_norm", *options.get("more", ()))
     }
-    return {**figures, **{f"weight/{name}": value.detach() for name, value in model.state_dict().items()}}
+    return {**figures, **{f"weight/{name}": value.detach().cpu() for name, value in model.state_dict().items()}}
+
+
+def device_of(options):
+    return options.get("device", "cpu")
+
+
+def backend_of(options):
+    return "gloo" if device_of(options) == "cpu" else "nccl"
 
 
 def train_sharded(options, *, world=1, rank=0):
     """Train three steps with plain functions, on `fully_shard`ed blocks if there are several ranks."""
-    model = tiny("lladamoe", torch.float64).train()
+    model = tiny("lladamoe", torch.float64).train().to(device_of(options))
     if world > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (world,))
+        mesh = init_device_mesh(device_of(options), (world,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -87,6 +97,9 @@ def train_sharded(options, *, world=1, rank=0):
         samples = range(rank * share, (rank + 1) * share)
         inputs = {**COLLATE([ROWS[n] for n in samples]), SAMPLE: tuple(samples)}
         add_noise([inputs], seed=0, epoch=step, step=step, stratified=True, world_size=world)
+        inputs = {
+            name: each.to(model.device) if isinstance(each, torch.Tensor) else each for name, each in inputs.items()
+        }
         batch = noise_batch(
             inputs,
             inputs[TIMES].double(),
@@ -111,17 +124,21 @@ def train_sharded(options, *, world=1, rank=0):
         optimizer.step()
         optimizer.zero_grad()
     weights = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in model.named_parameters()}
-    return {"loss": torch.stack(losses), **{f"weight/{name}": value.detach() for name, value in weights.items()}}
+    found = {"loss": torch.stack(losses), **{f"weight/{name}": value.detach() for name, value in weights.items()}}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 if __name__ == "__main__":
     out, cases = sys.argv[1:]
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not dist.is_initialized() and "deepspeed" not in cases:
-        dist.init_process_group("gloo")
+    cases = json.loads(cases)
+    if device_of(cases[0]) == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized() and "deepspeed" not in cases[0]:
+        dist.init_process_group(backend_of(cases[0]))
     found = []
-    for options in json.loads(cases):
+    for options in cases:
         if options.get("wrapper") == "fsdp":
             found.append(train_sharded(options, world=world, rank=rank))
         else:

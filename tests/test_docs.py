@@ -203,7 +203,7 @@ def accepted(words):
     parser = evaluation._parser()
     known, rest = parser.parse_known_args(words[2:])
     evaluation._check_rest(parser, evaluation._harness().flags(), rest)
-    given = {key: value for key, value in vars(known).items() if key not in ("model", "tasks")}
+    given = {key: value for key, value in vars(known).items() if key not in evaluation._PASSED_ON}
     if "--extra_model_args" in rest:
         given |= dict(pair.split("=") for pair in rest[rest.index("--extra_model_args") + 1].split(","))
     parse_arguments({"pretrained": known.model, **given})

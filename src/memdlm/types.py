@@ -60,7 +60,10 @@ class Denoise(ABC):
 
     @abstractmethod
     def logits(self, ids: Ids, positions: Positions) -> Logits:
-        """Return [N, V] logits of the tokens at `positions`; other positions never reach the vocabulary."""
+        """Return [N, V] logits of the tokens at `positions`; other positions never reach the vocabulary.
+
+        `positions` may be on the host, where a decoding loop knows them.
+        """
 
     @abstractmethod
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:
@@ -73,6 +76,11 @@ class Denoise(ABC):
     def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
         """Return [N] values, `readout` of every position; a network may take the positions in several chunks."""
         return readout(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
+
+    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiated once."""
+        values = self.read(ids, positions, readout)
+        return (values * weights.to(values.dtype)).sum(), values.detach()
 
 
 def _as_it_is(logits: Tensor) -> Tensor:

@@ -154,6 +154,26 @@ def test_the_ledger_counts(tokenizer):
     assert cost["peak_memory_bytes"] > 1e6
 
 
+def test_the_peak_of_memory_begins_after_loading_on_the_models_own_card(tokenizer, monkeypatch):
+    held = {"cuda:0": 99_000, "cuda:1": 70_000}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update({str(device): 10_000}))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[str(device)])
+    ledger = answerer(tokenizer).ledger
+    assert (ledger.summary()["peak_memory_of"], held) == ("process", {"cuda:0": 99_000, "cuda:1": 70_000})
+    ledger.begin(torch.device("cuda:1"))
+    held["cuda:1"] += 2_000
+    cost = ledger.summary()
+    assert (cost["peak_memory_bytes"], cost["peak_memory_of"]) == (12_000, "GPU")
+    assert held["cuda:0"] == 99_000, "another card's peak is another program's"
+
+
+def test_an_evaluation_begins_the_peak(tokenizer, monkeypatch):
+    begun = []
+    monkeypatch.setattr(answering.Ledger, "begin", lambda self, device: begun.append(device))
+    answerer(tokenizer)
+    assert begun == [torch.device("cpu")]
+
+
 def test_empty_texts(tokenizer):
     one = answerer(tokenizer, mc_num=4)
     assert isinstance(one.answer([Question(context="", gen_kwargs={"max_gen_toks": 2}, key="0")])[0], str)

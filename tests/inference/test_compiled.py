@@ -40,13 +40,16 @@ def compare(model, options, backend, pattern=None):
 
 
 class Counting:
-    """torch.compile, counting what it compiled."""
+    """torch.compile, counting what it compiled, and the inputs whose address is said to stay."""
 
     def __init__(self, inner):
-        self.inner, self.compiled, self.modes = inner, 0, []
+        self.inner, self.compiled, self.modes, self.static = inner, 0, [], []
 
     def __call__(self, graph, inputs, **_):
         self.compiled += 1
+        given = [node for node in graph.graph.nodes if node.op == "placeholder" and "cache" in node.name]
+        kinds = [node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in given]
+        self.static.append(kinds.count("unguarded") if kinds.count(None) == 0 else None)
         return graph.forward if self.inner is None else torch._inductor.compile(graph, inputs)
 
 
@@ -80,6 +83,8 @@ def test_a_step_is_compiled_once_for_all_blocks(backend):
     assert found[0].sequences[0].equal(found[2].sequences[0])
     # One for the steps inside a block, one for those that take the finished block before along.
     assert backend.compiled == 2
+    # Keys and values of each layer: a CUDA graph that fills them needs to know that they stay where they are.
+    assert backend.static == [2 * len(model.model.layers)] * 2
 
 
 def test_torch_is_told_the_mode_and_keeps_what_it_compiled_in_another(backend):

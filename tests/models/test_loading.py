@@ -5,16 +5,21 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.models import load_model, load_tokenizer, model_skeleton, register
 from memdlm.models.published import config_class_for
+from memdlm.models.stacking import give_back
 from tiny import CONFIGS, random_ids, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -339,3 +344,90 @@ def test_a_mask_token_without_an_embedding_is_refused(tmp_path):
     tokenizer_in(tmp_path, config)
     with pytest.raises(CheckpointError, match=r"has id \d+, but the model's embedding table has 4 rows"):
         load_tokenizer(tmp_path)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+
+class CPUAllocations(TorchDispatchMode):
+    """Sizes, in bytes, of all that operations allocate on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {
+            each.untyped_storage().data_ptr()
+            for each in tree_leaves((args, kwargs))
+            if isinstance(each, torch.Tensor) and each.device.type == "cpu"
+        }
+        for each in tree_leaves(out):
+            if isinstance(each, torch.Tensor) and each.device.type == "cpu":
+                storage = each.untyped_storage()
+                if storage.data_ptr() not in given:
+                    self.sizes.append(storage.nbytes())
+        return out
+
+
+@pytest.mark.parametrize("family", ["lladamoe", "llada2", "llada"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_weights_for_a_device_are_not_held_by_the_cpu_first(family, dtype, tmp_path, monkeypatch):
+    """The meta device stands for an accelerator: what goes there is stacked and converted there."""
+    tiny(family).save_pretrained(tmp_path, max_shard_size="20KB")
+    experts = max(each.numel() * 4 for each in tiny(family).parameters())
+    model_bytes = sum(each.numel() * 4 for each in tiny(family).parameters())
+    for module in ("devices", "loading"):
+        monkeypatch.setattr(f"memdlm.models.{module}.check_device", torch.device)
+    with CPUAllocations() as here:
+        load_model(tmp_path, dtype=dtype)
+    with CPUAllocations() as elsewhere:
+        model = load_model(tmp_path, dtype=dtype, device="meta")
+    assert all(each.is_meta for each in model.parameters())
+    # On the CPU the stacks, or what is converted, are allocated there: the counter sees them.
+    if dtype == "bfloat16" or family != "llada":
+        assert sum(here.sizes) > model_bytes / 4
+    assert sum(elsewhere.sizes) < model_bytes / 20
+    assert max(elsewhere.sizes, default=0) < experts / 4
+
+
+def test_reading_leaves_the_environment_as_it_was(tmp_path, monkeypatch):
+    tiny("lladamoe").save_pretrained(tmp_path)
+    for value in (None, "0"):
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0") if value else monkeypatch.delenv(
+            "HF_DEACTIVATE_ASYNC_LOAD", raising=False
+        )
+        load_model(tmp_path)
+        assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == value
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are given back on Linux alone")
+def test_pages_of_a_mapped_file_are_given_back_and_other_memory_is_left_alone(tmp_path):
+    values = torch.arange(2**20, dtype=torch.float32).view(2, -1)
+    save_file({"a": values[0], "b": values[1]}, tmp_path / "x.safetensors")
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
+
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        mapped = {name: file.get_slice(name)[...] for name in ("a", "b")}
+        total = sum(each.sum() for each in mapped.values())
+        before = resident()
+        give_back([mapped["a"], values])
+        assert before - resident() > 0.9 * values[0].numel() * 4
+        assert mapped["a"].equal(values[0])
+        assert mapped["b"].equal(values[1])
+        assert values.sum() == total or values.sum().isclose(total)
+    assert values.view(-1).equal(torch.arange(2**20, dtype=torch.float32))
+
+
+def test_experts_that_do_not_fit_together_are_refused(tmp_path):
+    tiny("lladamoe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    for wrong in (tensors[name][:, :-1], tensors[name][:-1], tensors[name][0]):
+        save_file({**tensors, name: wrong.contiguous()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="could not be read"):
+            load_model(tmp_path)

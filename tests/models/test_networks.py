@@ -116,6 +116,47 @@ def test_grouped_products_equal_the_loop(sizes, width, out, seed):
             assert_close(ours, oracle, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 2, 3, 5, 8, 9])
+def test_any_rank_is_one_grouped_product(rank, dtype, monkeypatch):
+    """Rows that are no whole number of 16 bytes are filled up; the loop would wait for the device."""
+    g = rng(rank)
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    x = torch.randn(7, 10, generator=g, dtype=dtype, requires_grad=True)
+    down = torch.randn(3, rank, 10, generator=g, dtype=dtype, requires_grad=True)
+    up = torch.randn(3, 6, rank, generator=g, dtype=dtype, requires_grad=True)
+    found = []
+    for product in (looped_linear, grouped_linear):
+        if product is grouped_linear:
+            monkeypatch.setattr("memdlm.models.experts.looped_linear", None)
+        y = product(product(x, down, ends), up, ends)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, down, up))))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for oracle, ours in zip(*found, strict=True):
+        assert_close(ours, oracle, rtol=tolerance, atol=tolerance * oracle.abs().max().item())
+
+
+def test_no_rows_give_no_rows_and_a_gradient_of_zero(monkeypatch):
+    monkeypatch.setattr("memdlm.models.experts.looped_linear", None)
+    x, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(2, 4, 8, requires_grad=True)
+    y = grouped_linear(x, weight, torch.zeros(2, dtype=torch.int32))
+    assert y.shape == (0, 4)
+    y.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_under_autocast_experts_compute_in_its_dtype_as_linear_layers_do():
+    g = rng()
+    x, weight = torch.randn(6, 8, generator=g), torch.randn(1, 8, 8, generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = grouped_linear(x, weight, torch.tensor([6], dtype=torch.int32))
+        linear = torch.nn.functional.linear(x, weight[0])
+    assert ours.dtype == linear.dtype == torch.bfloat16
+    assert_close(ours, linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert grouped_linear(x.double(), weight.double(), torch.tensor([6])).dtype == torch.float64
+
+
 @given(tokens=st.integers(1, 6), samples=st.integers(1, 3), chosen=st.integers(1, 3), seed=st.integers(0, 99))
 def test_routing_sorts_by_expert_then_sample_and_back(tokens, samples, chosen, seed):
     num_experts, total = 4, tokens * samples

@@ -238,6 +238,65 @@ def test_products_with_packed_experts_differentiate_twice(pair):
     assert relative(*seconds) < 1e-4
 
 
+def stack_of(experts, out, wide, dtype):
+    weight = (torch.randn(experts, out, wide, generator=rng()) * 0.3).to(dtype)
+    return bnb_layers.Stacked4bit(bnb_layers.quantise(weight, nn.Module()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(6, 16, 4), (16, 24, 40), (64, 96, 128)])
+def test_some_experts_are_unpacked_to_the_same_bits(size, dtype):
+    stack = stack_of(*size, dtype)
+    chosen = torch.tensor([size[0] - 1, 0, 2, 2, 5])
+    assert stack.is_divisible
+    assert stack.unpacked_some(chosen).equal(stack.unpacked()[chosen])
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_gradient_of_a_sum_is_taken_too(rows):
+    stack = stack_of(16, 24, 40, torch.float32)
+    expert = torch.randint(0, 16, (rows,), generator=rng(2)).sort().values
+    x = torch.randn(rows, 40, generator=rng(3)).requires_grad_()
+    (found,) = torch.autograd.grad(stack.product(x, torch.bincount(expert, minlength=16).cumsum(0).int()).sum(), x)
+    assert_close(found, stack.unpacked()[expert].sum(1))
+
+
+def test_experts_that_share_blocks_are_unpacked_all(monkeypatch):
+    stack = stack_of(8, 3, 7, torch.float32)
+    assert not stack.is_divisible
+    with pytest.raises(ConfigError, match=r"share blocks of 64"):
+        stack.unpacked_some(torch.tensor([1]))
+    x = torch.randn(2, 7, generator=rng(1))
+    ends = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2], dtype=torch.int32)
+    assert_close(stack.product(x, ends), torch.stack([stack.unpacked()[e] @ r for e, r in zip((2, 5), x, strict=True)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 8, 9, 40])
+def test_few_rows_give_what_all_experts_give(rows, dtype, monkeypatch):
+    """Forward, backward and the gradient's own gradient, up to half as many rows as experts, and above."""
+    stack = stack_of(16, 24, 40, dtype)
+    expert = torch.randint(0, 16, (rows,), generator=rng(2)).sort().values
+    ends = torch.bincount(expert, minlength=16).cumsum(0).int()
+    unpacked, plain = [], stack.unpacked()
+    whole, some = type(stack).unpacked, type(stack).unpacked_some
+    monkeypatch.setattr(type(stack), "unpacked", lambda self: unpacked.append(16) or whole(self))
+    monkeypatch.setattr(type(stack), "unpacked_some", lambda self, e: unpacked.append(len(e)) or some(self, e))
+    results = []
+    for product in (stack.product, lambda x, ends: torch.einsum("noi,ni->no", plain[expert], x)):
+        x = torch.randn(rows, 40, generator=rng(3)).to(dtype).requires_grad_()
+        out = product(x, ends)
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        results.append((out, first, second))
+    # The product, its gradient, and twice what differentiates both.
+    assert unpacked == [rows if rows <= 8 else 16] * 4
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert relative(ours.float(), expected.float()) < tolerance
+
+
 # Memory, generation -------------------------------------------------------------------------------------------------
 
 

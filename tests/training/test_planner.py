@@ -14,7 +14,8 @@ def test_the_planner_changes_the_loss_and_not_the_bound(memory, tmp_path):
     plain = trained(tmp_path, model, rows, max_steps=1, mem_enabled=memory)
     planned = trained(tmp_path, model, rows, max_steps=1, mem_enabled=memory, planner_weight=2.0)
     first, second = plain.state.log_history[0], planned.state.log_history[0]
-    assert first["nll"] == second["nll"]
+    # Computed in another way (without a planner, beside the gradient): the same up to float32's rounding.
+    assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
     assert first["loss"] < second["loss"] < 3 * first["loss"]
     assert first["grad_norm"] != second["grad_norm"]
 

@@ -134,3 +134,22 @@ def test_two_ranks_resume_alike_and_stop_together_when_one_diverges(tmp_path):
         assert seen["resumed"]
         assert "training diverged: the loss at step 2 held NaN" in seen["message"]
         assert seen["steps"] == 2
+
+
+GATHERING = """
+import json, os, sys
+import torch.distributed as dist
+from memdlm.training.noise import _gathered, host_group
+dist.init_process_group("gloo")
+own = [[3, 4_000_000_000, 5], [7]][dist.get_rank()]
+found = [_gathered(numbers, 2, host_group()) for numbers in (own, own[1:])]
+open(f"{sys.argv[1]}/{dist.get_rank()}.json", "w").write(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_with_different_numbers_of_rows_know_each_other_s(tmp_path):
+    run_two(["-c", GATHERING, tmp_path])
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [[[3, 4_000_000_000, 5], [7]], [[4_000_000_000, 5], []]]

@@ -1,6 +1,7 @@
 """The Trainer: how a step is cut up changes nothing, metrics are honest, and memory stays out of the optimizer."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from memdlm.models import LoRAOptions, SmallDLMConfig, add_outer_lora, build_mod
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments, memory_of, noise_batch, score
 from memdlm.training.noise import evaluation_noise
+from memdlm.training.trainer import BARE_EVERY
 from tiny import MASK, PAD, tiny
 
 V = 32
@@ -161,13 +163,57 @@ def test_evaluation_uses_the_same_noise_every_time_and_disturbs_nothing(tmp_path
     assert all(a.equal(b) for a, b in zip(without.model.parameters(), with_evaluation.model.parameters(), strict=True))
 
 
+def history_of(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def test_training_logs_the_bound_without_memory_beside_the_one_with(tmp_path):
-    logs = [e for e in trained(tmp_path, tiny("small"), rows_of(8), mem_enabled=True).state.log_history if "loss" in e]
+    options = {"mem_enabled": True, "max_steps": 10, "logging_steps": 5}
+    logs = history_of(trained(tmp_path, tiny("small"), rows_of(8), **options))
     assert len(logs) == 2
     for entry in logs:
         assert entry["nll"] > 0
         assert entry["ppl"] == pytest.approx(math.exp(entry["nll"]))
         assert entry["nll_memory"] != entry["nll"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ({"logging_steps": 1}, [1, 6, 11]),
+        ({"logging_steps": 2}, [2, 6, 12]),
+        ({"logging_steps": 3}, [3, 6, 12]),
+        ({"logging_steps": 4}, [4, 8, 12]),
+        ({"logging_steps": 6}, [6, 12]),
+        ({"logging_steps": 6, "logging_first_step": True}, [1, 6, 12]),
+        ({"logging_strategy": "epoch"}, [1, 6, 11]),
+        ({"logging_strategy": "no"}, []),
+    ],
+    ids=str,
+)
+def test_the_log_s_pass_without_memory_is_made_on_one_step_in_five_at_most(interval, expected, tmp_path):
+    trainer = trainer_of(tmp_path, tiny("small"), rows_of(8), mem_enabled=True, max_steps=12, **interval)
+    passes, own = [], trainer._without_trace
+
+    def counted():
+        passes.append(trainer.state.global_step + 1)
+        return own()
+
+    trainer._without_trace = counted
+    trainer.train()
+    assert passes == expected
+    assert all(later - earlier >= BARE_EVERY - 1 for earlier, later in itertools.pairwise(passes[1:]))
+
+
+def test_what_is_logged_without_memory_is_the_loss_of_the_very_step(tmp_path):
+    """Logged at every step, the figure of step 6 is that of the same step logged alone."""
+    rows, options = rows_of(8), {"mem_enabled": True, "max_steps": 6}
+    often, alone = (trained(tmp_path, tiny("small"), rows, logging_steps=n, **options) for n in (1, 6))
+    found = {entry["step"]: entry["nll"] for entry in history_of(often) if "nll" in entry}
+    assert sorted(found) == [1, 6]
+    assert found[6] == history_of(alone)[0]["nll"]
+    without = trained(tmp_path, tiny("small"), rows, max_steps=6)
+    assert all("nll" in entry for entry in history_of(without)), "without memory it costs nothing"
 
 
 @pytest.mark.parametrize("options", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}], ids=str)

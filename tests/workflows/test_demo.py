@@ -17,7 +17,8 @@ from memdlm.evaluation import recall
 from memdlm.memory import ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.outputs import MARKER, output_folder
-from memdlm.workflows.demo import ARMS, DEMO, DemoPlan, checkpoint_name, plan_for, run_demo
+from memdlm.workflows.demo import ARMS, DEMO, checkpoint_name, run_demo
+from memdlm.workflows.demo_plan import DemoPlan, plan_for
 from memdlm.workflows.demo_recall import panel_checkpoint
 from memdlm.workflows.display import Display
 from memdlm.workflows.recall_study import MAIN, OURS, RecallPlan

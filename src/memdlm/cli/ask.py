@@ -15,6 +15,7 @@ from memdlm.terminal import json_text
 from memdlm.workflows.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
 from memdlm.workflows.chat import typed
 from memdlm.workflows.console import PlainConsole
+from memdlm.workflows.display import Display
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
             write = stack.enter_context(
                 output_file(options.output, holds_answers, "answers", overwrite=options.overwrite)
             )
-        ready = stack.enter_context(asker(options, config))
+        ready = stack.enter_context(asker(options, config, Display()))
         if rows is not None:
             _batch(ready, rows, options, write)
         else:

@@ -7,13 +7,14 @@ from memdlm.cli.decoding import decoding_parser, parse
 from memdlm.workflows.chat import COMMANDS, Chat, ChatOptions, typed
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import load
+from memdlm.workflows.display import Display
 
 
 def main(argv: Sequence[str]) -> int:
     """Hold a conversation on standard input and output."""
     parser = decoding_parser("chat", f"Answer line by line. Commands: {', '.join(COMMANDS)}.", ChatOptions)
     options, config, memory, (chat_options,) = parse(parser, argv)
-    setup = load(options, memory, config)
+    setup = load(options, memory, config, Display())
     console = PlainConsole()
     chat = Chat(
         setup=setup,

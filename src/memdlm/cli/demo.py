@@ -10,8 +10,10 @@ from transformers.utils import logging
 from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.evaluation.report_data import accuracy_rows
+from memdlm.models.devices import AUTO, DEVICE_HELP
 from memdlm.workflows.console import PlainConsole
-from memdlm.workflows.demo import plan_for, run_demo
+from memdlm.workflows.demo import run_demo
+from memdlm.workflows.demo_plan import plan_for
 from memdlm.workflows.display import Display
 
 
@@ -22,8 +24,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="an easier task and fewer steps: under 2 minutes")
     parser.add_argument("--seed", type=int, default=0, help="first seed; every model is trained on two")
     parser.add_argument("--overwrite", action="store_true", help="replace the demo that is in the folder already")
+    parser.add_argument("--device", default=AUTO, help=DEVICE_HELP)
     options = parser.parse_args(list(argv))
-    plan, out = plan_for(options.seed, quick=options.quick), Path(options.out)
+    plan, out = plan_for(options.seed, quick=options.quick, device=options.device), Path(options.out)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     display = Display()

@@ -18,9 +18,12 @@ from memdlm.errors import ConfigError, did_you_mean
 from memdlm.evaluation.harness_options import HarnessOptions, generation_fields
 from memdlm.inference.config import GenerationConfig
 from memdlm.memory.config import MemoryConfig
+from memdlm.models.devices import AUTO, DEVICE_HELP
 from memdlm.options import as_flags
 
 _NOT_FLAGS = ("pretrained", "adapter", "request_seed")
+_PASSED_ON = ("model", "tasks", "device")
+"""Flags of ours that lm-eval has too."""
 _EXTRA = "--extra_model_args"
 
 
@@ -28,11 +31,11 @@ def main(argv: Sequence[str]) -> int:
     """Translate our flags into lm-eval's and run it."""
     parser = _parser()
     known, rest = parser.parse_known_args(list(argv))
-    given = {key: value for key, value in vars(known).items() if key not in ("model", "tasks")}
+    given = {key: value for key, value in vars(known).items() if key not in _PASSED_ON}
     arguments = {"pretrained": known.model, **given}
     harness = _harness()
     _check_rest(parser, harness.flags(), rest)
-    tasks = ["--tasks", *known.tasks]
+    tasks = ["--tasks", *known.tasks, *(["--device", known.device] if "device" in known else [])]
     harness.run(_translated(["run", "--model", "memdlm", "--model_args", json.dumps(arguments), *tasks, *rest]))
     return 0
 
@@ -52,13 +55,14 @@ def _parser() -> Parser:
         prog="memdlm eval",
         usage="memdlm eval --model NAME_OR_PATH --tasks TASK [TASK ...] [options] [any option of lm-eval]",
         description="Evaluate a model with lm-evaluation-harness, with or without memory.",
-        epilog="All other options go to lm-eval: --metadata, --num_fewshot, --batch_size, --limit, --device, "
+        epilog="All other options go to lm-eval: --metadata, --num_fewshot, --batch_size, --limit, "
         "--apply_chat_template, --output_path, --log_samples, ... (memdlm-eval run --help lists them).",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="model or adapter: folder or hub name")
     parser.add_argument("--adapter", help="outer LoRA adapter on top of the model: folder or hub name")
+    parser.add_argument("--device", help=f"{DEVICE_HELP} (default {AUTO})")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names of tasks or groups")
     for title, config, prefix in (
         ("evaluation", HarnessOptions, ""),

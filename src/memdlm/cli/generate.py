@@ -8,6 +8,7 @@ from memdlm.inference import response_job, responses
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
+from memdlm.workflows.display import Display
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
-    setup = load(options, memory, config)
+    setup = load(options, memory, config, Display())
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]
     job = response_job(
         setup.model,

@@ -10,6 +10,7 @@ from memdlm.models import Full
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.decoding import Tally, decode, load
+from memdlm.workflows.display import Display
 
 NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
 """Decoding options for responses only."""
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{name}={parser.given[name]!r} has no effect: an infilling is as long as its text. Leave it out."
             )
-    setup = load(options, memory, config)
+    setup = load(options, memory, config, Display())
     texts = given.texts
     if given.blank is not None:
         texts = [text.replace(given.blank, setup.tokenizer.mask_token) for text in texts]

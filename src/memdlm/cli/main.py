@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from memdlm import __version__
 from memdlm.cli.border import guarded
+from memdlm.cli.help_pages import page
 from memdlm.cli.output import say
 from memdlm.errors import ConfigError, unknown
 
@@ -49,6 +50,11 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         raise ConfigError(unknown("command", name, COMMANDS))
+    shown = page(name) if arguments[1:] in (["-h"], ["--help"]) else None
+    if shown is not None:
+        say(shown.removesuffix("\n"))
+        # As argparse ends after a page.
+        sys.exit(0)
     status: int = importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
     return status
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from memdlm.cli.output import say
+from memdlm.cli.output import note, say
 from memdlm.cli.parsing import Parser
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
 from memdlm.models.adapter_files import base_of_adapter, with_tokenizer
-from memdlm.models.loading import cast_parameters
+from memdlm.models.devices import AUTO, DEVICE_HELP
+from memdlm.models.loading import base_dtype, cast_parameters, line_of
 from memdlm.outputs import Kind, Output, output_folder
 
 MODEL = Kind(name="model", words="a merged model")
@@ -19,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", required=True, help="folder to write; it must be new or empty")
     parser.add_argument("--base", default=None, help="folder or hub name; default: the one the adapter names")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights written; auto keeps the base's")
-    parser.add_argument("--device", default=None, help="where to add up, for example cuda; default: the CPU")
+    parser.add_argument("--device", default=AUTO, help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
     options = parser.parse_args(list(argv))
     base = base_of_adapter(options.adapter) if options.base is None else options.base
@@ -29,9 +30,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _merge(base: str, adapter: str, output: Output, *, dtype: str, device: str | None) -> None:
-    # Summed in the base's own precision, then rounded once to the one that was asked for.
-    model = load_model(base, device=device, adapter=adapter)
+def _merge(base: str, adapter: str, output: Output, *, dtype: str, device: str) -> None:
+    # Summed in the base's own precision, whatever a card would rather compute in, then rounded once to what was asked
+    # for.
+    model = load_model(base, dtype=base_dtype(base), device=device, adapter=adapter)
+    note(line_of(model))
     merge_outer_adapter(model)
     cast_parameters(model, dtype)
     tokenizer = load_tokenizer(with_tokenizer(adapter, base))

@@ -1,5 +1,6 @@
 """Logits -> tokens: filters, temperature, which tokens are ruled out, and how sure a prediction is."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memdlm.errors import ConfigError, unknown
-from memdlm.randomness import Randomness
+from memdlm.randomness import Randomness, branched, numbers, seed_tensor
 from memdlm.types import Logits
 
 Draw: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -44,7 +45,7 @@ class RandomOrder(Commit):
         """Return U[0, 1) draws."""
         if draw is None:
             raise ConfigError("remasking 'random' draws the order: pass a generator.")
-        return draw((), torch.float32).to(token.device)
+        return draw((), torch.float32)
 
 
 COMMITS: dict[str, type[Commit]] = {"low_confidence": LowConfidence, "random": RandomOrder}
@@ -84,15 +85,15 @@ class Rule:
         With one generator per row, `rows` [N] says whose each line is (ascending): a row's draws are then those it
         would get alone. Raises ConfigError when something must be drawn and there is no generator.
         """
-        draw = None if generator is None else _drawer(generator, rows, logits.shape[0])
+        draw = None if generator is None else _drawer(generator, rows, logits)
         if self.suppress:
-            logits = logits.index_fill(-1, _ids(self.suppress, logits), float("-inf"))
+            logits = logits.index_fill(-1, ids_on(self.suppress, logits.device), float("-inf"))
         scaled = logits / self.temperature if self.is_tempered and self.temperature > 0 else logits
-        allowed = scaled.index_fill(-1, _ids((self.mask_token_id,), logits), float("-inf"))
+        allowed = scaled.index_fill(-1, ids_on((self.mask_token_id,), logits.device), float("-inf"))
         heat = 1.0 if self.is_tempered and self.temperature > 0 else self.temperature
         token = _gumbel(self._filtered(allowed), heat, draw).argmax(-1)
         if self.postpone:
-            scaled = scaled.index_fill(-1, _ids(self.postpone, logits), float("-inf"))
+            scaled = scaled.index_fill(-1, ids_on(self.postpone, logits.device), float("-inf"))
         # The mask token keeps its share of the probability, as published: a prediction beside it is less sure.
         return token, self.commit.confidence(self._filtered(scaled), token, draw)
 
@@ -107,27 +108,30 @@ class Rule:
         return logits
 
 
-def _ids(ids: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(ids, device=like.device)
+@functools.lru_cache(maxsize=64)
+def ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `ids` as a tensor on `device`, copied there once."""
+    with torch.inference_mode(False):  # whoever asks first must not decide what others may do with it
+        return torch.tensor(ids).to(device, non_blocking=True)
 
 
-def _drawer(generator: Randomness, rows: Tensor | None, count: int) -> Draw:
+def _drawer(generator: Randomness, rows: Tensor | None, logits: Logits) -> Draw:
+    """Return what draws for every line of `logits` [N, V]; each draw takes one number of a generator, whatever N."""
+    count, device = logits.shape[0], logits.device
     if isinstance(generator, torch.Generator):
-        return lambda shape, dtype: torch.rand(
-            (count, *shape), generator=generator, device=generator.device, dtype=dtype
-        )
-    if rows is None:
+        owners, row_of, place_of = [generator], torch.zeros(count, dtype=torch.int64), torch.arange(count)
+    elif rows is None:
         raise ConfigError("generator: one per row was given, but not which row each position belongs to.")
-    owners, sizes = rows.cpu().unique_consecutive(return_counts=True)
-    lines = list(zip(owners.tolist(), sizes.tolist(), strict=True))
+    else:
+        known, row_of, sizes = rows.cpu().unique_consecutive(return_inverse=True, return_counts=True)
+        owners = [generator[row] for row in known.tolist()]
+        place_of = torch.arange(count) - (sizes.cumsum(0) - sizes)[row_of]
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # Row by row, because every row has its own stream of numbers.
-        parts = [
-            torch.rand((size, *shape), generator=generator[owner], device=generator[owner].device, dtype=dtype)
-            for owner, size in lines
-        ]
-        return torch.cat(parts) if parts else torch.empty((0, *shape), dtype=dtype)
+        # Every row has its own stream of numbers, and every position of it a branch of that.
+        seeds = seed_tensor(len(owners), owners, device) if count else torch.zeros(1, dtype=torch.int64, device=device)
+        there = [each.to(device, non_blocking=True) for each in (row_of, place_of)]
+        return numbers(branched(seeds[there[0]], there[1]), (count, *shape), dtype)
 
     return draw
 
@@ -138,5 +142,5 @@ def _gumbel(logits: Logits, temperature: float, draw: Draw | None) -> Tensor:
     if draw is None:
         raise ConfigError(f"temperature {temperature} draws tokens: pass a generator.")
     uniform = draw((logits.shape[-1],), torch.float64)
-    noise = -torch.log(-torch.log(uniform.to(logits.device)))
+    noise = -torch.log(-torch.log(uniform))
     return logits.double() / temperature + noise

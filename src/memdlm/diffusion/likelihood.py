@@ -9,6 +9,7 @@ from memdlm.diffusion.losses import Nats, row_sums
 from memdlm.diffusion.masking import positions_of
 from memdlm.errors import ConfigError, DataError, NotFiniteError
 from memdlm.finite import are_logits
+from memdlm.randomness import uniform
 from memdlm.types import Denoise, Ids, PositionSet
 
 
@@ -51,8 +52,7 @@ def monte_carlo_nll(
     clean = torch.cat((prompt_ids, target_ids))[None].expand(batch_size, -1)
     rounds = []
     for _ in range(num_samples // batch_size):
-        is_masked, share = _stratified(prompt_ids.numel(), target_ids.numel(), batch_size, generator)
-        is_masked, share = is_masked.to(clean.device), share.to(clean.device)
+        is_masked, share = _stratified(prompt_ids.numel(), target_ids.numel(), batch_size, generator, clean.device)
         rounds.append(weighted_nll(denoise, clean, is_masked, share, mask_token_id=mask_token_id).mean())
     values = torch.stack(rounds).double()
     error = values.std().item() / len(rounds) ** 0.5 if len(rounds) > 1 else math.nan
@@ -99,11 +99,13 @@ def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_
     return bool(is_same)
 
 
-def _stratified(prompt: int, target: int, batch: int, generator: torch.Generator) -> tuple[PositionSet, Tensor]:
-    start = torch.randint(1, target + 1, (1,), generator=generator, device=generator.device)
-    spread = torch.arange(batch, device=generator.device, dtype=torch.float64) * (target / batch)
+def _stratified(
+    prompt: int, target: int, batch: int, generator: torch.Generator, device: torch.device
+) -> tuple[PositionSet, Tensor]:
+    start = (uniform((1,), generator, device, torch.float64) * target).long() + 1
+    spread = torch.arange(batch, device=device, dtype=torch.float64) * (target / batch)
     count = ((start + spread).round().long() - 1) % target + 1
-    order = torch.rand(batch, target, generator=generator, device=generator.device).argsort(-1).argsort(-1)
-    is_masked = torch.zeros(batch, prompt + target, dtype=torch.bool, device=generator.device)
+    order = uniform((batch, target), generator, device).argsort(-1).argsort(-1)
+    is_masked = torch.zeros(batch, prompt + target, dtype=torch.bool, device=device)
     is_masked[:, prompt:] = order < count[:, None]
     return is_masked, count.float() / target

@@ -109,6 +109,21 @@ def normalise(
     raise ConfigError(unknown("loss_norm_type:", norm, NORMS))
 
 
+def shares(
+    counts: Tensor, norm: str, *, total_tokens: Tensor | float | None = None, total_rows: Tensor | float | None = None
+) -> Tensor:
+    """Return [B] float64, what `normalise` multiplies each row's sum by: one sample's loss is (sums * shares).sum()."""
+    wide = counts.double()
+    if norm == "token":
+        return 1 / (wide.sum().clamp_min(1) if total_tokens is None else total_tokens) * torch.ones_like(wide)
+    rows = len(counts) if total_rows is None else total_rows
+    if norm == "sequence":
+        return 1 / (wide.clamp_min(1) * rows)
+    if norm == "batch":
+        return torch.ones_like(wide) / rows
+    raise ConfigError(unknown("loss_norm_type:", norm, NORMS))
+
+
 @dataclass(frozen=True, slots=True)
 class MaskedLoss:
     """What one denoising pass lost."""
@@ -119,6 +134,8 @@ class MaskedLoss:
     """[B] the same with the schedule's weight, without gradient: an estimate of each row's NELBO, in nats."""
     counts: Tensor
     """[B] int64, maskable positions of each row."""
+    loss: Tensor | None = None
+    """[] with `norm`: the sums, normalised; it carries the gradient then, and they have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +165,30 @@ def masked_loss(
     schedule: Schedule,
     weighting: str = "scheduler",
     planner: Planner | None = None,
+    norm: str | None = None,
+    total_tokens: Tensor | float | None = None,
+    total_rows: Tensor | float | None = None,
 ) -> MaskedLoss:
     """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss).
 
-    With a `planner` the sums count what decoding would commit first more; the bound never does.
+    With a `planner` the sums count what decoding would commit first more; the bound never does. With `norm` the result
+    has a `loss`, normalised as by `normalise`: what every token counts is then known beforehand (unless a planner
+    says), so that our families never hold more than a chunk of logits, nor compute one twice.
     """
-    positions = positions_of(noised.is_masked)
-    nats = denoise.read(noised.ids, positions, Nats(clean.flatten()[positions]))
+    positions, counts = positions_of(noised.is_masked), is_maskable.sum(-1)
+    readout, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, noised.t)
+    of_rows = None if norm is None else shares(counts, norm, total_tokens=total_tokens, total_rows=total_rows)
+    loss = None
+    if of_rows is not None and planner is None:
+        of_tokens = (of_rows * weight)[positions // clean.shape[1]]
+        loss, nats = denoise.read_sum(noised.ids, positions, readout, of_tokens)
+    else:
+        nats = denoise.read(noised.ids, positions, readout)
     per_row = row_sums(nats, positions, clean.shape)
     bound = per_row.detach() * schedule.loss_weight(noised.t)
     if planner is not None:
         per_row = row_sums(nats * planner.factors(nats, positions, clean.shape), positions, clean.shape)
-    return MaskedLoss(per_row * weight_of(weighting, schedule, noised.t), bound, is_maskable.sum(-1))
+    sums = per_row * weight
+    if of_rows is not None and loss is None:
+        loss, sums = (sums * of_rows.to(sums.dtype)).sum(), sums.detach()
+    return MaskedLoss(sums, bound, counts, loss)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memdlm.diffusion.schedules import Linear, Schedule
 from memdlm.errors import ConfigError
-from memdlm.randomness import Randomness
+from memdlm.randomness import Randomness, on_the_host
 
 
 class Reveal(ABC):
@@ -153,8 +153,8 @@ def reveal_counts(
 
 def _binomial(total: Tensor, probability: float, generator: Randomness) -> Tensor:
     if isinstance(generator, torch.Generator):
-        return torch.binomial(total, torch.full_like(total, probability), generator=generator)
+        return torch.binomial(total, torch.full_like(total, probability), generator=on_the_host(generator))
     each = torch.full((1,), probability, dtype=total.dtype)
     return torch.cat(
-        [torch.binomial(one[None], each, generator=own) for one, own in zip(total, generator, strict=True)]
+        [torch.binomial(one[None], each, generator=on_the_host(own)) for one, own in zip(total, generator, strict=True)]
     )

@@ -104,21 +104,23 @@ class _Loop:
     def fill(self, ids: Ids, is_open: PositionSet, block: PositionSet) -> Iterator[tuple[Step, PositionSet]]:
         """Fill one block; yields every step with what is still open after it."""
         region = is_open & block
-        quotas = self.reveal.quotas(region.sum(-1), self.generator)
-        zero = torch.zeros_like(quotas[:, :1].sum(1))
+        # Waits for the device to learn which positions, once per step: its work depends on what the last one decided.
+        known = (region & self.seen.are_finite).cpu()
+        quotas = self.reveal.quotas(known.sum(-1), self.generator)
+        there = quotas.to(ids.device, non_blocking=True)
+        zero = torch.zeros_like(ids[:, 0])
         extra = 0 if self.edit is None else 1 + self.edit.max_post_steps
         review = _Review(region, self.edit)
         streak = _Streak(ids, self.stable)
         for index in range(quotas.shape[1] + extra):
             in_block = is_open & block
             is_scored = in_block if self.edit is None else review.scored(in_block)
-            # Waits for the device to learn which positions: a step's work depends on what the last one decided.
-            positions = positions_of(is_scored & self.seen.are_finite)
+            positions = positions_of(known if index == 0 else (is_scored & self.seen.are_finite).cpu())
             if positions.numel() == 0:
                 self.seen.check()
                 return
-            quota = quotas[:, index] if index < quotas.shape[1] else zero
-            step = self._step(ids, is_scored, in_block, positions, quota.to(ids.device), streak)
+            quota = there[:, index] if index < quotas.shape[1] else zero
+            step = self._step(ids, is_scored, in_block, positions, quota, streak)
             review.seen(in_block, step.is_edited)
             ids, is_open = step.ids, is_open & ~step.is_new
             if self.stop is not None and self.edit is None:
@@ -139,6 +141,7 @@ class _Loop:
         logits = self.denoise.logits(ids, positions)
         self.seen.see(logits)
         token, confidence = self.rule.choose(logits, self.generator, rows)
+        positions = positions.to(ids.device, non_blocking=True)
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
         candidates = sure.masked_fill(~in_block, float("-inf"))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from memdlm.diffusion.choice import ids_on
 from memdlm.types import Denoise, Ids, Logits, Positions, Project
 
 
@@ -54,7 +55,7 @@ class SoftMask:
         In float32 at least: token numbers must come through `__call__` unharmed.
         """
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        wide = wide.index_fill(-1, torch.tensor(self.mask_token_id, device=wide.device), float("-inf"))
+        wide = wide.index_fill(-1, ids_on((self.mask_token_id,), wide.device), float("-inf"))
         logs = wide.log_softmax(-1)
         entropy = torch.special.entr(logs.exp()).sum(-1)
         likeliest = logs.topk(self.top_k, dim=-1)

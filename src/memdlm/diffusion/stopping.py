@@ -1,5 +1,6 @@
 """When a row is finished before all its blocks are."""
 
+import functools
 from dataclasses import dataclass
 from typing import final
 
@@ -23,8 +24,8 @@ class EosStop:
 
     def finished(self, ids: Ids, is_open: PositionSet) -> Tensor:
         """Return [B] bool for a canvas `ids` [B, T] in which `is_open` are still masked."""
-        ends = torch.tensor(self.end_ids, device=ids.device)
-        is_end = torch.isin(ids, ends) & self.is_response & ~is_open
+        is_end = functools.reduce(torch.logical_or, [ids == end for end in self.end_ids])
+        is_end = is_end & self.is_response & ~is_open
         # argmax gives the first of equal maxima.
         first_end = is_end.int().argmax(-1)
         is_open = is_open & self.is_response

@@ -79,6 +79,7 @@ class Answerer:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
+        self.ledger.begin(next(self.model.parameters()).device)
         self.shifted = bool(self.settings.generation.get("right_shift_logits", False))
         if self.settings.memory is not None:
             self.memory = MeteredMemory(

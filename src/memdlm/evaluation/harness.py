@@ -6,6 +6,7 @@ Several processes (`accelerate launch`, `torchrun`) share the documents out amon
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,17 @@ from memdlm.errors import ConfigError
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import Settings, parse_arguments
 from memdlm.evaluation.identity import settings_identity
-from memdlm.models.loading import load_model
+from memdlm.models.devices import AUTO, cuda_is_there
+from memdlm.models.loading import line_of, load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.templates import control_of
+from memdlm.terminal import printable
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
 """The task files of this package, for `--include_path` (the commands add it by themselves)."""
 
+LM_EVAL_DEVICE = "cuda:0"
+"""What lm-eval passes on where nobody named a device."""
 MOST_TOGETHER = 2**16
 """Requests in a batch; more is a slip of the finger."""
 _SETTINGS = "memdlm settings"
@@ -61,11 +66,14 @@ class MemDLM(TemplateLM):
         size = check_batch_size(batch_size, max_batch_size)
         if trust_remote_code:
             log.info("trust_remote_code is the data sets' affair here: models never run code from the hub")
-        # lm-eval asks for cuda:0 by default, also where there is none.
-        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        # Without CUDA, processes talk on the CPU.
+        state = PartialState(cpu=device == "cpu" or not cuda_is_there())
         self._rank, self._world_size = state.process_index, state.num_processes
-        self._device = _device(device, state)
-        model, self.tokenizer = _load(settings, self._device)
+        model, self.tokenizer = _load(settings, _device(device, state))
+        self._device = next(model.parameters()).device
+        if self._rank == 0:
+            # Not through the log: lm-eval lets only its own through.
+            tqdm.write(printable(line_of(model)), file=sys.stderr)
         self.answerer = Answerer(model=model, tokenizer=self.tokenizer, settings=settings, batch_size=size)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -210,13 +218,21 @@ def check_batch_size(given: int | str | None, largest: int | None) -> int:
     return size
 
 
-def _device(wanted: str | None, state: PartialState) -> torch.device:
-    if not torch.cuda.is_available() or wanted == "cpu":
-        return torch.device("cpu")
-    return torch.device(wanted) if wanted is not None and state.num_processes == 1 else state.device
+def _device(wanted: str | None, state: PartialState) -> str | torch.device:
+    """Return where this process's model goes; what lm-eval asks for by itself, also where it is not, is "auto"."""
+    if wanted in (None, LM_EVAL_DEVICE):
+        wanted = AUTO
+    if state.num_processes == 1 or wanted == "cpu":
+        return wanted
+    if wanted not in (AUTO, "cuda"):
+        raise ConfigError(
+            f"device={wanted!r} with {state.num_processes} processes: all would share it. Leave it out (every process "
+            "then has its own), or name cpu."
+        )
+    return state.device
 
 
-def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
+def _load(settings: Settings, device: str | torch.device) -> tuple[Any, Any]:
     options = settings.options
     name, adapter = options.pretrained, options.adapter
     if options.base_model_name_or_path is not None:
@@ -228,7 +244,7 @@ def _load(settings: Settings, device: torch.device) -> tuple[Any, Any]:
     model = load_model(
         name,
         dtype=options.dtype,
-        device=None if device.type == "cpu" else device,
+        device=device,
         load_in_4bit=options.load_in_4bit,
         adapter=adapter,
         attn_implementation=options.attn_implementation,

@@ -11,6 +11,7 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from memdlm.errors import ConfigError, unknown
 from memdlm.inference.config import GenerationConfig
 from memdlm.memory.config import TRAINER_OPTIONS, MemoryConfig
+from memdlm.models.devices import AUTO, DTYPE_HELP
 from memdlm.models.loading import DTYPES
 from memdlm.options import option, validate
 
@@ -34,7 +35,7 @@ class HarnessOptions:
     adapter: str | None = option(None, "Outer LoRA adapter on top of the model: folder or hub name.")
     base_model_name_or_path: str | None = option(None, "Base model, if not the one that an adapter names.")
     revision: str | None = option(None, "Revision of the model on the hub.")
-    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while reading.")
     attn_implementation: str | None = option(None, "Attention implementation, e.g. sdpa or eager.")
     max_length: int | None = option(

@@ -22,7 +22,7 @@ from memdlm.evaluation.identity import requests_identity, settings_identity
 from memdlm.evaluation.longctx import parse_lengths
 from memdlm.files import cache_folder
 from memdlm.models.adapter_files import is_adapter, with_tokenizer
-from memdlm.models.devices import check_device
+from memdlm.models.devices import AUTO, check_device
 
 OURS = ("memdlm", "llada", "llada21")
 """Names of our model class."""
@@ -102,8 +102,7 @@ def prepare(options: argparse.Namespace) -> None:
     arguments = {key: value for key, value in dict(config.model_args).items() if key not in _LM_EVAL}
     settings = parse_arguments(arguments)
     check_batch_size(config.batch_size, config.max_batch_size)
-    if options.device is not None:
-        check_device(options.device)
+    _settle_device(options)
     options.metadata = _metadata(dict(options.metadata or {}), settings.options.tokenizer, settings.options.pretrained)
     _fit_lengths(options.metadata, _task_names(options))
     if options.use_cache is not None:
@@ -111,6 +110,15 @@ def prepare(options: argparse.Namespace) -> None:
         log.info("answers of these settings are kept in %s", options.use_cache)
     if options.cache_requests:
         request_cache.PATH = str(cache_folder() / "requests" / requests_identity(vars(options), settings))
+
+
+def _settle_device(options: argparse.Namespace) -> None:
+    """Put "auto" where no device is named; lm-eval would name the first CUDA card."""
+    file = getattr(options, "config", None)
+    if options.device is None:
+        options.device = str((EvaluatorConfig.load_yaml_config(file) if file else {}).get("device") or AUTO)
+    if options.device != AUTO:
+        check_device(options.device)
 
 
 def _check_sizes(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 import torch
@@ -34,6 +34,14 @@ class Ledger:
     write_seconds: float = 0.0
     truncated: int = 0
     """Prompts that lost their beginning."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where the model is, whose peak of memory counts."""
+
+    def begin(self, device: torch.device) -> None:
+        """Let the peak of memory start with what `device` holds now: weights count, what loading took does not."""
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def add(self, result: Generation, requests: int) -> None:
         """Count one decoded batch."""
@@ -52,15 +60,20 @@ class Ledger:
             self.seconds += time.perf_counter() - start
 
     def summary(self) -> dict[str, Any]:
-        """Return the sums with what follows from them, and the peak of memory so far, in bytes."""
+        """Return the sums with what follows from them, and the peak of memory since `begin`, in bytes.
+
+        Of a process on the CPU only the peak since its start is known, loading included.
+        """
         decoding = self.seconds - self.write_seconds
+        sums = asdict(self)
+        del sums["device"]
         return {
-            **asdict(self),
+            **sums,
             "tokens_per_second": self.tokens / self.seconds if self.tokens and self.seconds else None,
             "tokens_per_second_without_writes": self.tokens / decoding if self.tokens and decoding > 0 else None,
             "write_ms_per_token": 1e3 * self.write_seconds / self.written_tokens if self.written_tokens else None,
-            "peak_memory_bytes": peak_memory(),
-            "peak_memory_of": "GPU" if torch.cuda.is_available() else "process",
+            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_of": "GPU" if self.device.type == "cuda" else "process",
         }
 
 
@@ -84,9 +97,9 @@ class MeteredMemory(ParametricMemory):
             yield written
 
 
-def peak_memory() -> int:
-    """Return the most bytes held so far: on the GPU if there is one, else by the process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes held: on a GPU since its peak was reset, else by the process since it began."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

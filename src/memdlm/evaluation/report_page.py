@@ -33,6 +33,8 @@ def _top(report: Report) -> str:
         f"{'seed' if len(report['seeds']) == 1 else 'seeds'} {seeds}" if seeds else "",
         f"{span(steps)} training steps" if steps else "",
         duration(report["seconds"]["total"]),
+        # Reports from before it was noted, all of CPUs, do not say it.
+        machine.get("device", ""),
         f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'}",
         f"torch {machine['torch']}",
         f"Python {machine['python']}",

@@ -55,13 +55,18 @@ class Canvas:
     @property
     def is_there(self) -> PositionSet:
         """[B, T] true before each row's end."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths.to(self.ids.device)[:, None]
+        return (
+            torch.arange(self.ids.shape[1], device=self.ids.device)
+            < self.lengths.to(self.ids.device, non_blocking=True)[:, None]
+        )
 
     @property
     def is_response(self) -> PositionSet:
         """[B, T] true where the answer stands."""
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
-        first, last = (each.to(self.ids.device)[:, None] for each in (self.prompt_lengths, self.response_ends))
+        first, last = (
+            each.to(self.ids.device, non_blocking=True)[:, None] for each in (self.prompt_lengths, self.response_ends)
+        )
         return (column >= first) & (column < last)
 
 
@@ -105,10 +110,10 @@ def response_canvas(
         blocks = blocks_after_prompt(prompts, length, new, block)
     device = next(model.parameters()).device
     return Canvas(
-        ids=ids.masked_fill(is_open, special.mask).to(device),
+        ids=ids.masked_fill(is_open, special.mask).to(device, non_blocking=True),
         lengths=lengths,
-        is_open=is_open.to(device),
-        blocks=[each.to(device) for each in blocks],
+        is_open=is_open.to(device, non_blocking=True),
+        blocks=[each.to(device, non_blocking=True) for each in blocks],
         block_size=block,
         pattern=pattern,
         prompt_lengths=prompts,
@@ -129,7 +134,7 @@ def infill_canvas(
     ids, lengths = pad(rows, special.eos)
     _check_room(len(rows), ids.shape[1], pattern.block if isinstance(pattern, BlockCausal) else config.block_size)
     _warn_if_long(model, ids.shape[1])
-    ids = ids.to(device)
+    ids = ids.to(device, non_blocking=True)
     block = pattern.block if isinstance(pattern, BlockCausal) else config.block_size or ids.shape[1]
     blocks = absolute_blocks(ids.shape[0], ids.shape[1], block, device)
     return Canvas(

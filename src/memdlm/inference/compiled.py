@@ -48,7 +48,9 @@ class CompiledSteps:
         is_repeated = shape in self._seen
         self._seen.add(shape)
         forward = self.forward if is_repeated else self.backbone.forward
-        window = None if window is None else window.static()
+        if window is not None:
+            _mark_static(window)
+            window = window.static()
         queries = _padded(queries, self.most_asked)
         if self.first == len(self.backbone.layers):
             return forward(shown, window=window, queries=queries, **masks).last_hidden_state
@@ -70,6 +72,16 @@ def _is_changed(module: nn.Module) -> bool:
     # torch.compile does not look at hooks again once it has compiled a module (skip_nnmodule_hook_guards).
     has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
     return has_hooks or (isinstance(module, Experts) and module.additions is not None)
+
+
+def _mark_static(window: KeyValueWindow) -> None:
+    """Tell torch.compile that the buffers which a pass fills stay where they are.
+
+    A CUDA graph may write into inputs of this kind alone; with others torch gives the graph up without an error. Where
+    no graph is recorded nothing changes. Another canvas' buffers are noticed, and recorded again.
+    """
+    for buffer in window.cache.buffers():
+        torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 def _padded(queries: Tensor, width: int) -> Tensor:

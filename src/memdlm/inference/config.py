@@ -96,7 +96,10 @@ class GenerationConfig:
         None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
     )
     cache_refresh: int | None = option(
-        8, "With the approximate cache: steps until all is recomputed.", minimum=1, maximum=MOST
+        None,
+        "With the approximate cache: steps until all is recomputed; unset: at every new block.",
+        minimum=1,
+        maximum=MOST,
     )
     cache_scope: str | None = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")

@@ -69,14 +69,14 @@ class CanvasDenoiser(Denoise):
         part = self.view.plan(asked)
         columns = part.columns
         rows = contiguous(asked.rows, ids.device)
-        shown = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1).to(ids.device))
+        shown = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1).to(ids.device, non_blocking=True))
         self.meter.passes += 1
         self.meter.positions += shown.numel()
         with ExitStack() as around:
             around.enter_context(self._reading(asked.rows, ids))
             if self.soft is not None:
                 places = asked.rows[:, None] * ids.shape[1] + columns.clamp(max=ids.shape[1] - 1)
-                around.enter_context(self.soft.shown(shown, places.to(ids.device)))
+                around.enter_context(self.soft.shown(shown, places.to(ids.device, non_blocking=True)))
             found = self._ours(ids, shown, asked, part) if self.is_ours else self._foreign(shown, asked, part)
         self.view.done(asked, part)
         if self.soft is not None:
@@ -124,10 +124,16 @@ class CanvasDenoiser(Denoise):
             begin = {"inputs_embeds": lower, "start_layer": first}
         elif self.compiled is not None:
             width = queries.shape[1]
-            hidden = self.compiled.hidden(shown, queries.to(shown.device), window, masks)
-            return self._network().predict(hidden[:, :width].flatten(0, 1).index_select(0, places.to(shown.device)))
+            hidden = self.compiled.hidden(shown, queries.to(shown.device, non_blocking=True), window, masks)
+            return self._network().predict(
+                hidden[:, :width].flatten(0, 1).index_select(0, places.to(shown.device, non_blocking=True))
+            )
         out = self.model(
-            **begin, queries=queries.to(shown.device), positions=places.to(shown.device), window=window, **masks
+            **begin,
+            queries=queries.to(shown.device, non_blocking=True),
+            positions=places.to(shown.device, non_blocking=True),
+            window=window,
+            **masks,
         )
         logits: Logits = out.logits
         return logits
@@ -145,14 +151,14 @@ class CanvasDenoiser(Denoise):
             right_shift_logits=self.right_shift_logits,
         )
         places = asked.row_of * shown.shape[1] + asked.columns - part.first[asked.row_of]
-        return denoise.logits(shown, places.to(shown.device))
+        return denoise.logits(shown, places.to(shown.device, non_blocking=True))
 
     @staticmethod
     def _keep(part: Pass, shown: Ids) -> Tensor | None:
         """Return [R, W] bool, or None where nothing is padding: a mask would only cost the fast attention path."""
         if part.start is not None:
             return None
-        return (part.columns < part.last[:, None]).to(shown.device)
+        return (part.columns < part.last[:, None]).to(shown.device, non_blocking=True)
 
 
 def lengths_of(is_there: Tensor) -> Tensor:

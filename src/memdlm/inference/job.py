@@ -128,10 +128,11 @@ class Job:
         """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
         device = self.canvas.ids.device
         ids, lengths = pad(self.rows, self.special.eos)
-        ids, lengths = ids.to(device), lengths.to(device)
-        is_real = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
         labels = ids.masked_fill(~is_real | (ids == self.special.mask), IGNORE_INDEX)
-        return memory.write(ids, labels, None if bool(is_real.all()) else is_real, self.randomness)
+        is_whole = bool(is_real.all())
+        ids, labels, is_real = (each.to(device, non_blocking=True) for each in (ids, labels, is_real))
+        return memory.write(ids, labels, None if is_whole else is_real, self.randomness)
 
 
 def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
@@ -145,9 +146,7 @@ def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
                 "cache='approximate' is for LLaDA and LLaDA-MoE with full attention and without right_shift_logits, "
                 f"not for {type(network).__name__} with {pattern}; leave cache out (LLaDA2.x has an exact one)."
             )
-        return Approximate(
-            canvas.lengths, length, refresh=config.cache_refresh or 8, scope=config.cache_scope or "dual"
-        )
+        return Approximate(canvas.lengths, length, refresh=config.cache_refresh, scope=config.cache_scope or "dual")
     if not is_cacheable:
         return Whole(canvas.lengths)
     if isinstance(pattern, BlockCausal):

@@ -49,7 +49,8 @@ def score(
     check_places(model, prompt_ids.numel() + target_ids.numel(), "the text")
     generator = derive("memdlm.score", 0) if generator is None else generator
     device = next(model.parameters()).device
-    prompt_ids, target_ids = prompt_ids.to(device, torch.int64), target_ids.to(device)
+    prompt_ids = prompt_ids.to(device, torch.int64, non_blocking=True)
+    target_ids = target_ids.to(device, non_blocking=True)
     writes = memory is not None and prompt_ids.numel() > 0
     with (
         memory.write(prompt_ids[None], generator=generator) if memory is not None and writes else nullcontext(),

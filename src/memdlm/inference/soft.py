@@ -21,22 +21,24 @@ class SoftFeedback:
         self._tokens = torch.zeros(count, soft.top_k, dtype=torch.int64, device=device)
         self._weights = torch.zeros(count, soft.top_k, device=device)
         self._share = torch.zeros(count, device=device)
+        self._has_learned = False
 
     def shown(self, ids: Ids, places: Tensor) -> AbstractContextManager[None]:
         """Let the network see, in place of the mask tokens of `ids` [R, W], what was predicted there.
 
         `places` [R, W] says which position of the canvas each of them is.
         """
-        flat = places.flatten()
-        is_soft = (ids.flatten() == self.soft.mask_token_id) & (self._share[flat] > 0)
-        where = is_soft.nonzero().squeeze(1)
-        if where.numel() == 0:
+        if not self._has_learned:
             return nullcontext()
-        known = flat[where]
-        return blended_inputs(self.model, where, self._tokens[known], self._weights[known], self._share[known])
+        flat = places.flatten()
+        # All positions, most of them with a share of 0: to choose would be to wait for the device.
+        share = self._share[flat] * (ids.flatten() == self.soft.mask_token_id)
+        everywhere = torch.arange(flat.numel(), device=flat.device)
+        return blended_inputs(self.model, everywhere, self._tokens[flat], self._weights[flat], share)
 
     def learn(self, logits: Logits, positions: Positions) -> None:
         """Keep what was predicted at `positions` [N] of the canvas."""
+        positions, self._has_learned = positions.to(logits.device, non_blocking=True), True
         found = self.soft.feedback(logits, positions)
         self._tokens[positions] = found.tokens
         self._weights[positions] = found.weights.to(self._weights.dtype)

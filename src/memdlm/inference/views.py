@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memdlm.models.key_values import KeyValues, KeyValueWindow
+from memdlm.models.masks import SEGMENT, Segments
 from memdlm.types import Positions
 
 
@@ -140,14 +141,16 @@ class FinishedBlocks(View):
     def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow:
         """See one's own block and those before it."""
         columns, end = part.columns, int(part.last.max())
-        visible = None
-        if part.start is None or part.width > self.block:
+        visible: Tensor | Segments | None = None
+        if part.start is not None and part.width > SEGMENT:
+            visible = Segments(self.block, part.start, part.width, end)
+        elif part.start is None or part.width > self.block:
             own = columns if part.start is None else columns[:1]
             seen = torch.arange(end, device=device)
-            visible = (seen // self.block) <= (own.to(device)[:, :, None] // self.block)
+            earlier = (seen // self.block) <= (own.to(device, non_blocking=True)[:, :, None] // self.block)
             if part.start is None:
-                visible &= seen < part.last.to(device)[:, None, None]
-            visible = visible[:, None]
+                earlier &= seen < part.last.to(device, non_blocking=True)[:, None, None]
+            visible = earlier[:, None]
         return _window(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
@@ -157,11 +160,12 @@ class FinishedBlocks(View):
 
 @final
 class Approximate(View):
-    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps. In between
-    only the current block ("dual"), or all from its start on ("prefix"), is recomputed. Not exact: in a bidirectional
-    network the other positions' states change a little with every token."""
+    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps (None: at
+    new blocks alone, as in Fast-dLLM, arXiv 2505.22618). In between only the current block ("dual"), or all from its
+    start on ("prefix"), is recomputed. Not exact: in a bidirectional network the other positions' states change a
+    little with every token."""
 
-    def __init__(self, lengths: Tensor, length: int, *, refresh: int, scope: str) -> None:
+    def __init__(self, lengths: Tensor, length: int, *, refresh: int | None, scope: str) -> None:
         self.lengths, self.refresh, self.scope = lengths, refresh, scope
         self.cache = KeyValues(lengths.numel(), length)
         self._first, self._last = torch.zeros_like(lengths), torch.zeros_like(lengths)
@@ -172,7 +176,8 @@ class Approximate(View):
         first, last = asked.per_row("amin"), asked.per_row("amax") + 1
         is_new = (first < self._first[asked.rows]) | (last > self._last[asked.rows])
         ends = self.lengths[asked.rows]
-        if bool(is_new.any()) or self._age >= self.refresh:
+        is_old = self.refresh is not None and self._age >= self.refresh
+        if is_old or bool(is_new.any()):
             self._first[asked.rows] = torch.where(is_new, first, self._first[asked.rows])
             self._last[asked.rows] = torch.where(is_new, last, self._last[asked.rows])
             self._age = 0
@@ -186,7 +191,7 @@ class Approximate(View):
         is_even = bool((ends == end).all())
         visible = None
         if not is_even:
-            visible = (torch.arange(end, device=device) < ends.to(device)[:, None])[:, None, None, :]
+            visible = (torch.arange(end, device=device) < ends.to(device, non_blocking=True)[:, None])[:, None, None, :]
         return _window(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
@@ -195,14 +200,16 @@ class Approximate(View):
 
 
 def _window(
-    cache: KeyValues, rows: Tensor, part: Pass, end: int, visible: Tensor | None, device: torch.device
+    cache: KeyValues, rows: Tensor, part: Pass, end: int, visible: Tensor | Segments | None, device: torch.device
 ) -> KeyValueWindow:
     columns = part.columns
     columns = columns.where(columns < part.last[:, None], torch.tensor(cache.length))
-    return KeyValueWindow(cache, contiguous(rows, device), columns.to(device), part.start, end, visible)
+    return KeyValueWindow(
+        cache, contiguous(rows, device), columns.to(device, non_blocking=True), part.start, end, visible
+    )
 
 
 def contiguous(rows: Tensor, device: torch.device) -> slice | Tensor:
     """Return `rows` [R] as a slice if they follow each other, else as an index on `device`."""
     first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == rows.numel() else rows.to(device)
+    return slice(first, last + 1) if last - first + 1 == rows.numel() else rows.to(device, non_blocking=True)

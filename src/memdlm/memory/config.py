@@ -73,6 +73,13 @@ class MemoryConfig:
     distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", minimum=1e-4, maximum=1e4)
     distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
     inner_loss_mask_mode: str = option("student_masked", "Which masked positions count.", choices=SCORED)
+    inner_score_fraction: float = option(
+        1.0,
+        "Share of each state's scored positions, drawn per row and update, that the inner loss is estimated from; 1: "
+        "all.",
+        above=0,
+        maximum=1,
+    )
     loss_weight_type: str | None = option(
         None,
         "Weight of the inner loss; unset: uniform, and in training the outer loss's.",
@@ -262,6 +269,12 @@ class MemoryConfig:
             raise ConfigError(
                 f"mem_inner_clip_scope={self.inner_clip_scope!r} has no effect with mem_inner_grad_clip=0; set a norm, "
                 "or leave it out."
+            )
+        if self.inner_score_fraction != 1 and self.inner_loss_type == "distill_hidden":
+            raise ConfigError(
+                f"mem_inner_score_fraction={self.inner_score_fraction!r} has no effect with "
+                "mem_inner_loss_type='distill_hidden', which predicts no tokens; leave it out, or set "
+                "mem_inner_loss_type to ce, distill or distill_reverse."
             )
         tables: tuple[tuple[str, dict[str, type]], ...] = (
             ("masking_strategy", STRATEGIES),

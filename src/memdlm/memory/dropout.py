@@ -1,12 +1,10 @@
 """Dropout on what fast weights read, while a state is learned."""
 
-from collections.abc import Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
-from memdlm.randomness import derive
+from memdlm.randomness import branched, number_of, numbers
 
 
 @final
@@ -17,16 +15,15 @@ class InputDropout:
     same ones, and a sample gets in a padded batch what it gets alone.
     """
 
-    def __init__(self, rate: float, seeds: Sequence[int]) -> None:
-        self.rate, self.seeds = rate, tuple(seeds)
+    def __init__(self, rate: float, seeds: Tensor) -> None:
+        self.rate, self.seeds = rate, seeds
         self.update = 0
 
-    def factors(self, path: str, count: int, x: Tensor) -> Tensor:
-        """Return [S, count, width] factors (0 or 1 / (1 - rate)) for the inputs of site `path`; `x` [..., width]."""
-        kept = []
-        for seed in self.seeds:
-            generator = torch.Generator(device=x.device)
-            generator.manual_seed(derive(seed, "dropout", self.update, path).initial_seed())
-            drawn = torch.rand(count, x.shape[-1], generator=generator, device=x.device)
-            kept.append(drawn >= self.rate)
-        return torch.stack(kept).to(x.dtype) / (1 - self.rate)
+    def factors(self, path: str, count: int, x: Tensor, samples: slice = slice(None)) -> Tensor:
+        """Return [S, count, width] factors (0 or 1 / (1 - rate)) for the inputs of site `path`; `x` [..., width].
+
+        `samples` says whose: all of them, or some.
+        """
+        seeds = branched(self.seeds[samples].to(x.device), number_of("dropout", self.update, path))
+        drawn = numbers(seeds, (len(seeds), count, x.shape[-1]))
+        return (drawn >= self.rate).to(x.dtype) / (1 - self.rate)

@@ -20,7 +20,7 @@ from memdlm.memory.sites import Site
 from memdlm.models.experts import ExpertAdditions, Experts, Routing
 from memdlm.models.patching import copied_bare
 from memdlm.options import shortened
-from memdlm.randomness import Randomness, seeds
+from memdlm.randomness import Randomness, seed_tensor
 
 State: TypeAlias = tuple[int, InputDropout | None]
 """How many samples there are, and what a write drops."""
@@ -58,7 +58,8 @@ class FastWeights:
             start = self.drawn(num_samples, randomness)
         self.replace([self._spread(tensor) for tensor in start])
         if self.adapter.inner_dropout > 0:
-            self._dropout = InputDropout(self.adapter.inner_dropout, seeds(num_samples, randomness))
+            drawn = seed_tensor(num_samples, randomness, self.sites[0].device)
+            self._dropout = InputDropout(self.adapter.inner_dropout, drawn)
 
     def drawn(self, num_samples: int, randomness: Randomness) -> list[Tensor]:
         """Return the adapter's own start, in the order of `tensors()`."""
@@ -87,11 +88,11 @@ class FastWeights:
         finally:
             self._is_dropping = False
 
-    def input_factors(self, path: str, count: int, x: Tensor) -> Tensor | None:
-        """Return what the inputs of site `path` are multiplied by, [S, count, width]; None: nothing."""
+    def input_factors(self, path: str, count: int, x: Tensor, samples: slice = slice(None)) -> Tensor | None:
+        """Return what the inputs of site `path` are multiplied by, [samples, count, width]; None: nothing."""
         if self._dropout is None or not self._is_dropping:
             return None
-        return self._dropout.factors(path, count, x)
+        return self._dropout.factors(path, count, x, samples)
 
     @contextmanager
     def of_samples(self, samples: Tensor) -> Iterator[None]:
@@ -114,7 +115,7 @@ class FastWeights:
             )
         if self._some is None or self._some[0] != key:
             chosen = {
-                path: tuple(tensor.index_select(-3, samples.to(tensor.device)) for tensor in tensors)
+                path: tuple(tensor.index_select(-3, samples.to(tensor.device, non_blocking=True)) for tensor in tensors)
                 for path, tensors in values.items()
             }
             # Decoding asks for the same rows many times in a row.
@@ -296,8 +297,11 @@ class _ExpertReader(ExpertAdditions):
     def add(self, projection: str, out: Tensor, x: Tensor, routing: Routing) -> Tensor:
         if projection not in self.paths:
             return out
-        values = self.fast.read(self.paths[projection])
-        factors = self.fast.input_factors(self.paths[projection], x.shape[0] // self.num_samples, x)
+        path, samples = self.paths[projection], routing.samples
+        values = self.fast.read(path)
+        if routing.num_samples < self.num_samples:
+            values = tuple(tensor[:, samples] for tensor in values)
+        factors = self.fast.input_factors(path, x.shape[0] // routing.num_samples, x, samples)
         if factors is not None:
             # Drawn in the order of the tokens, which does not depend on where the router sent the others.
             x = x * factors.flatten(0, 1)[routing.order]

@@ -1,6 +1,6 @@
 """The inner loop: follow a trajectory, take one gradient step on the fast weights at each state (MemDLM Eq. 6).
 
-Nothing here waits for the device except, once, to learn how many positions the states score.
+Nothing here waits for the device, except to learn how many positions the states score if nobody knows.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Written:
     num_skipped: Tensor
     """[] or [B] int64: updates that were left out because loss or gradient was not finite."""
     num_tokens: int
-    """Supervised positions, summed over the K states."""
+    """Positions that were predicted and scored, summed over the K updates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,16 +89,22 @@ class InnerLoss:
     norm: str
 
     def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int, count: int | None = None) -> Tensor:
-        """Return one loss per sample [S]; `count` is the number of scored positions, if it is known."""
-        positions = positions_of(step.is_scored, count)
+        """Return one loss per sample [S]; `count` is the number of positions read, if it is known."""
+        positions = positions_of(step.is_read, count)
         target = self.objective.target(denoise, step, positions)
         return self.reduce(self.objective.values(denoise, step, positions, target), positions, step, samples)
 
     def reduce(
         self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int, whole: "Whole | None" = None
     ) -> Tensor:
-        """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`."""
+        """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`.
+
+        Sampled positions stand for all that are scored: their sum is scaled up, so its mean over the draws is the sum
+        over all.
+        """
         sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
+        if step.is_sampled is not None:
+            sums = sums * (step.is_scored.sum(-1).to(sums.dtype) / step.is_sampled.sum(-1).clamp_min(1))
         totals = {} if whole is None else {"total_tokens": whole.tokens.clamp_min(1), "total_rows": whole.rows}
         return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples, **totals)
 
@@ -143,25 +149,27 @@ def run_inner_loop(
     epochs: int = 1,
     ranks: Ranks | None = None,
     outer: Outer | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Written:
     """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
 
     With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
     rounding; losses and norms are then the joined batch's too. Unless `outer` tracks them, the values are constants.
+    `counts` are the positions that the steps read; None: the device is waited for, once, to learn them.
     """
     outer = Outer() if outer is None else outer
     losses, norms = [], []
     values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
     if not outer.is_tracked:
         values = [value.detach() for value in values]
-    # The one place where the device is waited for.
-    counts = torch.stack([step.is_scored.sum() for step in steps]).tolist()
+    if counts is None:
+        counts = torch.stack([step.is_read.sum() for step in steps]).tolist()
     states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
     for index, (step, count, whole) in enumerate(states * epochs):
         leaves = [value.detach().requires_grad_() for value in values]
         fast.replace(leaves)
         with torch.enable_grad():
-            losses_of = _prepared(step, positions_of(step.is_scored, count), loss, denoise, fast.num_samples, whole)
+            losses_of = _prepared(step, positions_of(step.is_read, count), loss, denoise, fast.num_samples, whole)
             # The backward pass too: it may run layers again, and they must drop the same inputs.
             with fast.dropping(index):
                 per_sample = losses_of(denoise)

@@ -39,10 +39,12 @@ TRAINING_ONLY = (
     "prompt_mask_ratio",
     "pad_unmask_mode",
     "chunk_length",
+    "inner_score_fraction",
 )
 """Options that may differ between the training of a start and its use: they do not change how a prompt is written.
 
 `chunk_length` does where a text is longer; without it no longer text than those of training could be written at all.
+`inner_score_fraction` leaves the mean of the inner loss and of its gradient as they are.
 """
 
 RATES = "log_rates"

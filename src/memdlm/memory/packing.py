@@ -169,5 +169,5 @@ def unpack(pairs: Mapping[str, Pair], rank: int, fast: FastWeights, network: nn.
             values = [[pair["B"].to(dtype) @ pair["A"].to(dtype) for pair in found]]
         for each in values:
             joined = each[0] if layer.num_experts is None else torch.stack(each)
-            tensors.append(joined.unsqueeze(-3).to(site.device))
+            tensors.append(joined.unsqueeze(-3).to(site.device, non_blocking=True))
     return tensors

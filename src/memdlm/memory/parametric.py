@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from memdlm.memory.outer_gradient import ExactGradient, check_attention
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.saved import SavedMemory
 from memdlm.memory.sites import adapted_blocks, find_sites
-from memdlm.memory.trajectory import Anchor, Draw, trajectory
+from memdlm.memory.trajectory import Anchor, Draw, sampled, scored_sets, trajectory, with_sizes
 from memdlm.models.checking import check_kind
 from memdlm.models.denoiser import ModelDenoiser
 from memdlm.models.families import decoding_pattern
@@ -270,12 +270,17 @@ class ParametricMemory:
         return joined(written)
 
     def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
-        steps = trajectory(
-            self.strategy.path(anchor, draw),
-            anchor,
-            mask_token_id=self.mask_token_id,
-            scored=self.config.inner_loss_mask_mode,
-        )
+        path, scored = self.strategy.path(anchor, draw), self.config.inner_loss_mask_mode
+        chosen, fraction = scored_sets(path, scored), self.config.inner_score_fraction
+        epochs = self.config.num_inner_epochs
+        if fraction < 1:
+            # Every update has a sample of its own, so that epochs see more of the text.
+            chosen, epochs = [sampled(each, fraction, draw) for each in chosen * epochs], 1
+        anchor, counts = with_sizes(anchor, chosen)
+        steps = trajectory(path, anchor, mask_token_id=self.mask_token_id, scored=scored)
+        if fraction < 1:
+            repeated = steps * self.config.num_inner_epochs
+            steps = [replace(step, is_sampled=each) for step, each in zip(repeated, chosen, strict=True)]
         if self.first_block > 0:
             self._prefix = SharedPrefix(
                 self.first_block,
@@ -304,9 +309,10 @@ class ParametricMemory:
                 loss=self.loss,
                 update=self.update,
                 denoise=denoiser(self._prefix, is_constant=True),
-                epochs=self.config.num_inner_epochs,
+                epochs=epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
                 outer=Outer(is_tracked=reading.is_tracked, rates=rates, exact=exact),
+                counts=counts,
             )
         if self._prefix is not None and exact is None:
             self._prefix.keep(anchor.ids)
@@ -319,9 +325,10 @@ class ParametricMemory:
             t = torch.full(clean.shape[:1], ratio, device=clean.device)
             return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
         is_masked = noised.is_masked & is_maskable
-        # Waits for the device, before the loop: a write that leaves out some of the anchor's masks sees another text.
-        ids = noised.ids if bool(is_masked.equal(noised.is_masked)) else None
-        return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=ids)
+        is_same = (is_masked == noised.is_masked).all()
+        return Anchor(
+            clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=noised.ids, is_same=is_same
+        )
 
     @contextmanager
     def _opened(self, kind: str) -> Iterator[None]:

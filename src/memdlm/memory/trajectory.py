@@ -6,7 +6,7 @@ vectorised over the batch: every state is "the n positions of lowest rank", with
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import final
 
@@ -31,6 +31,8 @@ class Anchor:
     """[B] the time the anchor was noised at; at inference the nominal mask ratio."""
     ids: Ids | None = None
     """[B, L] the noised text itself, if there is one: the state with the anchor's masks is then this very tensor."""
+    is_same: Tensor | None = None
+    """[] bool: whether `ids` has the anchor's masks and no others; None: it has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +50,13 @@ class TrajectoryStep:
     """The state one reveal later, which a teacher sees."""
     t: Times
     """Per row, the time that the loss weight uses."""
+    is_sampled: PositionSet | None = None
+    """The scored positions that the objective is estimated from; None: all of them."""
+
+    @property
+    def is_read(self) -> PositionSet:
+        """The positions that are predicted."""
+        return self.is_scored if self.is_sampled is None else self.is_sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +227,41 @@ SCORED = ("student_masked", "newly_revealed")
 """Which masked positions count: all of them, or those that the next state reveals (at the last state: all)."""
 
 
+def scored_sets(path: Path, scored: str) -> list[PositionSet]:
+    """Return the positions of every state that count in the objective."""
+    if scored != "newly_revealed":
+        return list(path.masked)
+    pairs = zip(path.masked, path.teacher, strict=True)
+    return [is_masked if teacher is None else is_masked & ~teacher for is_masked, teacher in pairs]
+
+
+def sampled(is_scored: PositionSet, fraction: float, draw: Draw) -> PositionSet:
+    """Return a random part of every row's scored positions: ceil(fraction * n) of n, in exact arithmetic.
+
+    How many follows from n alone; which ones, from `draw` [B, L]. The views of a text share their numbers.
+    """
+    uniform = draw()
+    uniform = uniform.repeat_interleave(len(is_scored) // len(uniform), dim=0)
+    # A denominator of at most a million: the product stays within 64 bits.
+    exact = Fraction(str(fraction)).limit_denominator(10**6)
+    scored = is_scored.sum(-1)
+    kept = (scored * exact.numerator + exact.denominator - 1).div(exact.denominator, rounding_mode="floor")
+    # No row that scores anything may be left without a position: nothing would stand for it.
+    return rank(is_scored, is_scored, uniform) < kept.clamp_min(1).minimum(scored)[:, None]
+
+
+def with_sizes(anchor: Anchor, chosen: Sequence[PositionSet]) -> tuple[Anchor, list[int]]:
+    """Return the anchor, without its noised text if that has other masks too, and the sizes of the sets `chosen`.
+
+    This is the one place where a write waits for the device.
+    """
+    asked = [each.sum() for each in chosen]
+    if anchor.is_same is None:
+        return anchor, torch.stack(asked).tolist()
+    *counts, is_same = torch.stack([*asked, anchor.is_same.to(asked[0].dtype)]).tolist()
+    return anchor if is_same else replace(anchor, ids=None), counts
+
+
 def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -> list[TrajectoryStep]:
     """Fill a path with tokens. Equal sets give the same tensor of ids: a teacher's text is the next state's."""
     filled = {} if anchor.ids is None else {id(anchor.is_masked): anchor.ids}
@@ -229,17 +273,17 @@ def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -
         return filled[id(is_masked)]
 
     steps = []
-    for is_masked, teacher, t in zip(path.masked, path.teacher, path.t, strict=True):
+    sets = zip(path.masked, path.teacher, path.t, scored_sets(path, scored), strict=True)
+    for is_masked, teacher, t, is_scored in sets:
         rows = len(is_masked)
         if rows not in clean:
             clean[rows] = anchor.clean.repeat_interleave(rows // len(anchor.clean), dim=0)
-        later = torch.zeros_like(is_masked) if teacher is None else teacher
         steps.append(
             TrajectoryStep(
                 clean=clean[rows],
                 ids=fill(is_masked),
                 is_masked=is_masked,
-                is_scored=is_masked & ~later if scored == "newly_revealed" else is_masked,
+                is_scored=is_scored,
                 next_ids=clean[rows] if teacher is None else fill(teacher),
                 t=t,
             )

@@ -7,15 +7,15 @@ or loading fails with the list.
 """
 
 import dataclasses
+import importlib
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from memdlm.files import flush, make_folder, writing
 from memdlm.finite import is_finite
 from memdlm.hub import look_for
 from memdlm.models.outer_adapters import ALL_LINEAR, Target, adapter_config, attach, check_free, find_targets, slots
+from memdlm.models.peft_on_demand import peft
 from memdlm.strict_json import (
     Check,
     check_fields,
@@ -40,6 +41,9 @@ from memdlm.strict_json import (
     optional,
     read_json,
 )
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MADE_BY = {"made_by": "memdlm"}
@@ -156,7 +160,7 @@ def parameter_name(module: str, side: str) -> str:
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
-def write_adapter(folder: str | os.PathLike[str], config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+def write_adapter(folder: str | os.PathLike[str], config: "LoraConfig", tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter's two files; `tensors` are named by `parameter_name`, on the CPU and contiguous."""
     folder = Path(folder)
     make_folder(folder)
@@ -240,7 +244,9 @@ def _has(name: str | Path, file: str, token: str | bool | None) -> bool:
         return False  # no such repository: loading it as a model says why
 
 
-def read_adapter(name: str | Path, token: str | bool | None = None) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
+def read_adapter(
+    name: str | Path, token: str | bool | None = None
+) -> "tuple[LoraConfig, dict[str, dict[str, Tensor]]]":
     """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}, fitted to no model yet.
 
     Raises CheckpointError when files are missing or damaged, or ask for something else than plain LoRA.
@@ -283,7 +289,7 @@ def _check_numbers(name: str | Path, modules: Mapping[str, Mapping[str, Tensor]]
                 )
 
 
-def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
+def _config(name: str | Path, token: str | bool | None) -> "LoraConfig":
     file = _file(name, CONFIG_FILE, token)
     try:
         fields = read_json(file)
@@ -292,7 +298,8 @@ def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":
         kind = fields.get("peft_type") if isinstance(fields, dict) else fields
         raise CheckpointError(f"adapter {str(name)!r}: peft_type {kind!r} is not supported; only LORA is.")
-    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    plain = peft().LoraConfig()
+    defaults = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     for field, value in fields.items():
         asks = bool(value) if field not in defaults else value != defaults[field] and bool(value or defaults[field])
         if field not in HONOURED and asks:
@@ -305,7 +312,7 @@ def _config(name: str | Path, token: str | bool | None) -> LoraConfig:
     honoured = {field: value for field, value in fields.items() if field in HONOURED & set(defaults)}
     try:
         check_fields(honoured, {field: KINDS[field] for field in honoured}, CONFIG_FILE)
-        return LoraConfig(**honoured)
+        return peft().LoraConfig(**honoured)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"adapter {str(name)!r}: {error}") from error
 
@@ -319,13 +326,14 @@ def _file(name: str | Path, file: str, token: str | bool | None) -> str:
         raise CheckpointError(f"adapter {str(name)!r}: {file} could not be found: {error}") from error
 
 
-def _named(config: LoraConfig, model: PreTrainedModel, targets: Mapping[str, Target]) -> list[str]:
+def _named(config: "LoraConfig", model: PreTrainedModel, targets: Mapping[str, Target]) -> list[str]:
     """Return the published names among `targets` that the configuration names, read as PEFT reads it."""
     if not config.target_modules:
         return []
     if config.target_modules == ALL_LINEAR:
         return list(find_targets(model))
-    return [module for module in targets if check_target_module_exists(config, module)]
+    is_named = importlib.import_module("peft.tuners.tuners_utils").check_target_module_exists
+    return [module for module in targets if is_named(config, module)]
 
 
 def _sizes(target: Target) -> tuple[int, int]:

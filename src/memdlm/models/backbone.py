@@ -14,11 +14,11 @@ from memdlm.models.adapter_files import save_outer_adapter
 from memdlm.models.checking import check_ids, check_positions, check_together, is_index, kind_of
 from memdlm.models.key_values import Reading, Window, at
 from memdlm.models.layers import RMSNorm, Rotary, SelfInitialising
-from memdlm.models.masks import AttentionPattern, Full, attention_scores_mask, keep_mask
+from memdlm.models.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
 from memdlm.models.names import NameTable, to_ours, to_published
 from memdlm.models.outer_adapters import adapter_config
 from memdlm.models.quantisation import is_four_bit
-from memdlm.models.readout import read_in_chunks
+from memdlm.models.readout import read_in_chunks, sum_in_chunks
 from memdlm.types import Readout
 
 
@@ -101,16 +101,7 @@ class Backbone(DiffusionPreTrainedModel):
         self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = keep_mask(attention_mask)
-        if window is None:
-            mask = attention_scores_mask(
-                attention_mask,
-                hidden,
-                pattern=Full() if attention_pattern is None else attention_pattern,
-                window=self.window,
-                additive=self.config._attn_implementation == "eager",
-            )
-        else:
-            mask = window.is_visible
+        mask = self._mask(attention_mask, hidden, attention_pattern) if window is None else window.is_visible
         if position_ids is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
             position_ids = places if window is None else window.columns
@@ -156,6 +147,17 @@ class Backbone(DiffusionPreTrainedModel):
         for name, tensor in (("attention_mask", mask), ("position_ids", places)):
             if tensor is not None:
                 check_together(tensor, name, text)
+
+    def _mask(
+        self, attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern | None
+    ) -> Tensor | Segments | None:
+        """Return what the layers' attention takes, for a pass that stands alone."""
+        pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
+        if self.window is None and not is_eager:
+            segments = segments_for(attention_mask, hidden, pattern)
+            if segments is not None:
+                return segments
+        return attention_scores_mask(attention_mask, hidden, pattern=pattern, window=self.window, additive=is_eager)
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):
@@ -222,6 +224,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         project: bool = True,
         readout: Readout | None = None,
         constant_projection: bool = False,
+        readout_weights: Tensor | None = None,
         output_hidden_states: bool = False,
         start_layer: int | None = None,
         stop_layer: int | None = None,
@@ -234,8 +237,9 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
         and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
         With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
-        `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. The other arguments are those of
-        `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
+        `memdlm.models.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N] too,
+        `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
+        those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
         """
         out = self.model(
             input_ids,
@@ -256,6 +260,10 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             hidden = hidden.flatten(0, 1).index_select(0, positions)
         if readout is not None:
             width = self.lm_head.weight.shape[0]
+            if readout_weights is not None:
+                parameters = tuple(self.lm_head.parameters())
+                total, values = sum_in_chunks(readout, hidden, self.predict, width, readout_weights, parameters)
+                return MaskedLMOutput(loss=total, logits=values)
             return MaskedLMOutput(
                 loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
             )

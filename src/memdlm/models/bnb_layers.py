@@ -13,6 +13,7 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
+from memdlm.errors import ConfigError
 from memdlm.models.experts import StackedWeight, grouped_linear
 
 BLOCK = 64
@@ -47,14 +48,14 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         """Apply to the last dimension; bitsandbytes' kernels do so where whole blocks make a row."""
         if self.in_features % BLOCK == 0:
             return super().forward(x)
-        out = _Product.apply(x.to(self.compute_dtype), None, self, False)
+        out = _Product.apply(x.to(self.compute_dtype), None, None, self, False)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
         return out.to(x.dtype)
 
 
 class Stacked4bit(StackedWeight):
-    """The weights [E, out, in] of a layer's experts, nf4; unpacked for the length of one product."""
+    """The weights [E, out, in] of a layer's experts, nf4; those that are needed are unpacked for one product."""
 
     def __init__(self, packed: Any) -> None:
         super().__init__()
@@ -70,30 +71,77 @@ class Stacked4bit(StackedWeight):
         """Return the weights [E, out, in] in the dtype they were quantised from."""
         return unpack(self.packed, self.state)
 
+    def unpacked_some(self, experts: Tensor) -> Tensor:
+        """Return the weights [N, out, in] of `experts` [N] int64: the same bits, without unpacking the others.
+
+        Raises ConfigError unless every expert's weights are whole blocks (`is_divisible`).
+        """
+        if not self.is_divisible:
+            raise ConfigError(f"experts of {tuple(self.state.shape[1:])} weights share blocks of {BLOCK}; unpack all.")
+        count, state, scales = self.state.shape[0], self.state, self.state.state2
+        packed = self.packed.view(count, -1).index_select(0, experts)
+        eighths = state.absmax.view(count, -1).index_select(0, experts)
+        place = experts[:, None] * eighths.shape[1] + torch.arange(eighths.shape[1], device=experts.device)
+        # Double quantisation, undone as bitsandbytes does it.
+        absmax = scales.code[eighths.int()] * scales.absmax[place // scales.blocksize] + state.offset
+        shape = torch.Size([len(experts), *state.shape[1:]])
+        plain = bitsandbytes.functional.QuantState(
+            absmax=absmax.flatten(), shape=shape, dtype=state.dtype, blocksize=BLOCK, code=state.code, quant_type="nf4"
+        )
+        return unpack(packed.view(-1, 1), plain)
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether every expert's weights are whole blocks."""
+        return self.state.shape[1:].numel() % BLOCK == 0
+
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again."""
-        return _Product.apply(x, ends, self, False)
+        """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again.
+
+        Where rows are few, as in decoding, only their experts are unpacked, one for each row. Which they are stays on
+        the device, so an expert of two rows is unpacked twice: with more rows than half of the experts all are cheaper.
+        """
+        rows = x.shape[0]
+        if not 0 < rows <= self.state.shape[0] // 2 or not self.is_divisible:
+            return _Product.apply(x, ends, None, self, False)
+        row = torch.arange(rows, dtype=ends.dtype, device=ends.device)
+        return _Product.apply(x, row + 1, torch.searchsorted(ends, row, right=True), self, False)
 
 
 class _Product(torch.autograd.Function):
-    """x -> x W^T (per group, if there are groups), or x W if `transposed`: each is the other's gradient."""
+    """x -> x W^T (per group, if there are groups), or x W if `transposed`: each is the other's gradient.
+
+    `experts` are those of the groups, all in their order where it is None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor | None, holder: Linear4bit | Stacked4bit, transposed: bool) -> Tensor:
-        ctx.save_for_backward(ends)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ends: Tensor | None,
+        experts: Tensor | None,
+        holder: Linear4bit | Stacked4bit,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(ends, experts)
         ctx.holder, ctx.transposed = holder, transposed
-        weight = holder.unpacked().to(x.dtype)
+        if experts is not None and isinstance(holder, Stacked4bit):
+            weight = holder.unpacked_some(experts).to(x.dtype)
+        else:
+            weight = holder.unpacked().to(x.dtype)
         if transposed:
             weight = weight.transpose(-1, -2)
         return x @ weight.transpose(-1, -2) if ends is None else grouped_linear(x, weight, ends)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (ends,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        ends, experts = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None, None, None, None
         # Applied again rather than computed here, so that the gradient can itself be differentiated.
-        return _Product.apply(gradients[0], ends, ctx.holder, not ctx.transposed), None, None, None
+        # Grouped products take no expanded tensor, which the gradient of a sum is.
+        found = _Product.apply(gradients[0].contiguous(), ends, experts, ctx.holder, not ctx.transposed)
+        return found, None, None, None, None
 
 
 def unpack(packed: Tensor, state: Any) -> Tensor:

@@ -16,7 +16,8 @@ def check_model(model: Any) -> None:
     """Raise ConfigError unless `model` is a network whose weights are there."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch module (memdlm.load_model gives one), got {shortened(model)}.")
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    # A tensor of another class may keep its numbers elsewhere.
+    if any(parameter.is_meta and type(parameter.data) is Tensor for parameter in model.parameters()):
         raise ConfigError("model has no weights (they are on the meta device); load it with memdlm.load_model.")
 
 

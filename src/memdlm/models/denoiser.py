@@ -75,6 +75,13 @@ class ModelDenoiser(Denoise):
         values: Tensor = self._call(ids, positions, readout=readout, constant_projection=self.is_constant).loss
         return values
 
+    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum and the values; of our families without computing a chunk of logits twice."""
+        if not self.is_ours or self.is_constant:
+            return super().read_sum(ids, positions, readout, weights)
+        out = self._call(ids, positions, readout=readout, readout_weights=weights)
+        return out.loss, out.logits
+
     def _call(self, ids: Ids, positions: Positions, **arguments: Any) -> Any:
         arguments |= {"attention_mask": self._mask_for(ids), "positions": self._shifted(ids, positions)}
         if self.attention_pattern is not None:
@@ -106,6 +113,7 @@ class ModelDenoiser(Denoise):
         return self.prefix.hidden(State(ids, self.attention_mask, pattern), lower)
 
     def _shifted(self, ids: Ids, positions: Positions) -> Positions:
+        positions = positions.to(ids.device, non_blocking=True)
         if not self.right_shift_logits:
             return positions
         return torch.where(positions % ids.shape[1] == 0, positions, positions - 1)

@@ -3,6 +3,7 @@
 T tokens, k experts chosen per token, E experts, I expert width, D hidden width, S samples that own a memory.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memdlm.models.layers import SelfInitialising
+
+MAX_GROUPS = 1023
+"""Groups that one grouped product takes on a GPU (torch refuses 1024 and more)."""
+ALIGNED = 16
+"""Bytes, of which the rows of a grouped product's operands must be whole multiples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,13 @@ class Routing:
     ends: Tensor
     """[E*S] int32: where each (expert, sample) group ends, expert-major."""
     num_samples: int
+    first_sample: int = 0
+    """Which of the memory's samples these tokens begin with; they belong to `num_samples` of them."""
+
+    @property
+    def samples(self) -> slice:
+        """Which of the memory's samples these tokens belong to."""
+        return slice(self.first_sample, self.first_sample + self.num_samples)
 
     @property
     def expert_ends(self) -> Tensor:
@@ -40,8 +53,8 @@ class Routing:
         return values[place]
 
 
-def route(expert: Tensor, num_experts: int, num_samples: int = 1) -> Routing:
-    """Sort the choices `expert` [T, k]; token t belongs to sample t // (T / num_samples)."""
+def route(expert: Tensor, num_experts: int, num_samples: int = 1, first_sample: int = 0) -> Routing:
+    """Sort the choices `expert` [T, k]; token t belongs to sample first_sample + t // (T / num_samples)."""
     tokens, chosen = expert.shape
     group = expert.flatten()
     if num_samples > 1:
@@ -50,15 +63,31 @@ def route(expert: Tensor, num_experts: int, num_samples: int = 1) -> Routing:
     order = group.argsort(stable=True)
     sizes = torch.zeros(num_experts * num_samples, dtype=torch.int64, device=expert.device)
     sizes = sizes.scatter_add(0, group, torch.ones_like(group))
-    return Routing(order, order // chosen, sizes.cumsum(0).to(torch.int32), num_samples)
+    return Routing(order, order // chosen, sizes.cumsum(0).to(torch.int32), num_samples, first_sample)
+
+
+def sample_chunks(num_experts: int, num_samples: int) -> list[tuple[int, int]]:
+    """Return (first sample, how many) of parts of nearly equal size that have at most `MAX_GROUPS` groups each.
+
+    The parts follow from the two numbers alone, so nothing waits for the device. A single sample is never divided.
+    """
+    parts = -(-num_samples // max(1, MAX_GROUPS // num_experts))
+    bounds = [part * num_samples // parts for part in range(parts + 1)]
+    return [(start, stop - start) for start, stop in itertools.pairwise(bounds)]
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply every slice of `x` by its own weight: y[a:b] = x[a:b] @ weight[g].T.
 
     `x` [N, in], `weight` [G, out, in], `ends` [G] int32 ascending, the last one N; empty groups are fine.
-    One grouped product where the dtype and the strides allow it, otherwise `looped_linear`.
+    One grouped product where the dtype allows it, otherwise `looped_linear`. Under autocast it is computed in that
+    dtype, as a linear layer is: torch has no rule for grouped products.
     """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.shape[0] == 0:
+        return x @ weight[0].transpose(0, 1)
     product = _one_product if _has_grouped_product(x, weight) else looped_linear
     if not torch.compiler.is_compiling():
         return product(x, weight, ends)
@@ -73,7 +102,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    # The kernels take rows of whole 16 bytes; zeros fill the others up (a low rank, mostly).
+    wide, out = (-size % (ALIGNED // x.element_size()) for size in (x.shape[-1], weight.shape[-2]))
+    if wide or out:
+        x, weight = F.pad(x, (0, wide)), F.pad(weight, (0, wide, 0, out))
+    found = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+    return found[:, : found.shape[-1] - out] if out else found
 
 
 @torch.library.custom_op("memdlm::grouped_product", mutates_args=())
@@ -108,13 +142,12 @@ def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these: no float64, rows of a multiple of 16 bytes, some rows."""
+    """Whether torch's grouped product takes these: no float64, and on a GPU not too many groups."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] < 8:
-        return False
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[-2:])
-    return aligned and x.shape[0] > 0
+    if x.device.type != "cuda":
+        return True
+    return weight.shape[0] <= MAX_GROUPS and torch.cuda.get_device_capability(x.device)[0] >= 8
 
 
 class StackedWeight(nn.Module, ABC):
@@ -172,12 +205,30 @@ class Experts(SelfInitialising):
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Return sum_k weight[t, k] * f_{expert[t, k]}(x[t]): `x` [T, D], `expert` and `weight` [T, k] -> [T, D]."""
+        # The memory is that of the call's beginning, though another thread may open one meanwhile.
         added = self.additions
-        routing = route(expert, self.num_experts, 1 if added is None else added.num_samples)
+        samples = 1 if added is None else added.num_samples
+        chunks = sample_chunks(self.num_experts, samples)
+        if len(chunks) == 1:
+            return self._mixed(added, x, expert, weight, *chunks[0])
+        tokens = [count * (x.shape[0] // samples) for _, count in chunks]
+        parts = zip(x.split(tokens), expert.split(tokens), weight.split(tokens), chunks, strict=True)
+        return torch.cat([self._mixed(added, some, asked, share, *chunk) for some, asked, share, chunk in parts])
+
+    def _mixed(
+        self,
+        added: ExpertAdditions | None,
+        x: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        first_sample: int,
+        num_samples: int,
+    ) -> Tensor:
+        """Do what `forward` does, for the tokens of some samples of the memory `added`."""
+        routing = route(expert, self.num_experts, num_samples, first_sample)
         ends = routing.expert_ends
         inputs = x[routing.token]
         gate, up = _product(inputs, self.gate_up_proj, ends).chunk(2, dim=-1)
-        # The memory is that of the call's beginning, though another thread may open one meanwhile.
         gate = self._with_additions(added, "gate_proj", gate, inputs, routing, ends)
         up = self._with_additions(added, "up_proj", up, inputs, routing, ends)
         inner = F.silu(gate) * up

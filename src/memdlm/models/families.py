@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
 from memdlm.models.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
@@ -20,6 +19,7 @@ from memdlm.models.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModel
 from memdlm.models.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.names import renamings
 from memdlm.models.small import SmallDLM, SmallDLMConfig, SmallDLMModel
+from memdlm.models.stacking import stacked_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,18 +57,6 @@ LLADA_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
-
-
-def stacked_experts() -> tuple[WeightConverter, ...]:
-    """Fuse one tensor per expert into stacked tensors: gate and up side by side, down alone."""
-    return (
-        WeightConverter(
-            ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
-            "mlp.experts.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[MergeModulelist(dim=0)]),
-    )
 
 
 LLADA = Family(

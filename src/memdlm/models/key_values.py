@@ -3,11 +3,14 @@
 B rows of a canvas   T its columns   R rows of one pass   W columns of one pass
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
+
+from memdlm.models.masks import Segments
 
 
 @final
@@ -25,6 +28,11 @@ class KeyValues:
             # Zeros, not whatever is there: a hidden NaN would still reach the output as 0 * NaN.
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Yield all buffers that there are so far."""
+        for pair in self._layers.values():
+            yield from pair
 
     def held(self, layer: int, row: int, end: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first `end` keys and values of a row, [H, end, P]."""
@@ -45,7 +53,7 @@ class KeyValueWindow:
     start: int | None
     """The first column, if the columns are the same consecutive ones in all rows; None: they are not."""
     end: int
-    is_visible: Tensor | None
+    is_visible: Tensor | Segments | None
     """[R or 1, 1, W, end] bool, true where a position of the pass may see a column; None: everywhere."""
 
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +73,8 @@ class KeyValueWindow:
         if self.is_visible is None:
             is_visible = (torch.arange(length, device=device) < self.end)[None, None, None]
         else:
-            is_visible = torch.nn.functional.pad(self.is_visible, (0, length - self.end))
+            seen = self.is_visible.whole(device) if isinstance(self.is_visible, Segments) else self.is_visible
+            is_visible = torch.nn.functional.pad(seen, (0, length - self.end))
         return KeyValueWindow(self.cache, self.rows, self.columns, None, length, is_visible)
 
     def _row_index(self, device: torch.device) -> Tensor:

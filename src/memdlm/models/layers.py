@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memdlm.models.key_values import Reading, at, rows_at
+from memdlm.models.masks import Segments
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -121,10 +122,10 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         reading: Reading | None = None,
     ) -> Tensor:
-        """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` returned.
+        """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` or `segments_for` returned.
 
         With a `reading`, over its window too, and only for its queries.
         """
@@ -144,14 +145,27 @@ class Attention(nn.Module):
         key = rotary.rotate(key, *angles)
         if reading is not None and reading.window is not None:
             key, value = reading.window.join(self.layer_idx, key, value)
-        if mask is not None:
+        if isinstance(mask, Segments) and queries is not None:
+            mask = mask.rows(queries)
+        elif isinstance(mask, Tensor):
             mask = rows_at(mask, queries)
+        if isinstance(mask, Segments):
+            parts = [
+                self._attend(query[:, :, asked], key[:, :, seen], value[:, :, seen], mask.of(asked, seen, x.device))
+                for asked, seen in mask.parts()
+            ]
+            return self.o_proj(torch.cat(parts, dim=1).flatten(2))
+        return self.o_proj(self._attend(query, key, value, mask).flatten(2))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [B, L, H, P] for queries [B, H, L, P]."""
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation,  # type: ignore[attr-defined]
             eager_attention,
         )
-        out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=shape.head_dim**-0.5, is_causal=False)
-        return self.o_proj(out.flatten(2))
+        scaling = self.shape.head_dim**-0.5
+        out, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=scaling, is_causal=False)
+        return out
 
 
 def eager_attention(

@@ -10,6 +10,7 @@ from memdlm.errors import ConfigError
 from memdlm.models.backbone import Backbone, MaskedDiffusionLM
 from memdlm.models.key_values import Reading, at
 from memdlm.models.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary
+from memdlm.models.masks import Segments
 from memdlm.models.published import PublishedConfig
 
 ONLY = {
@@ -143,7 +144,7 @@ class LLaDALayer(GradientCheckpointingLayer):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         keep: Tensor | None,
         reading: Reading | None = None,
     ) -> Tensor:

@@ -21,6 +21,7 @@ from memdlm.models.layers import (
     SelfInitialising,
     accurate,
 )
+from memdlm.models.masks import Segments
 from memdlm.models.published import PublishedConfig
 
 
@@ -200,7 +201,7 @@ class LLaDA2MoeLayer(GradientCheckpointingLayer):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         keep: Tensor | None,
         reading: Reading | None = None,
     ) -> Tensor:

@@ -13,6 +13,7 @@ from memdlm.models.backbone import Backbone, MaskedDiffusionLM
 from memdlm.models.experts import Experts
 from memdlm.models.key_values import Reading, at
 from memdlm.models.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, accurate
+from memdlm.models.masks import Segments
 from memdlm.models.published import PublishedConfig
 
 
@@ -148,7 +149,7 @@ class LLaDAMoELayer(GradientCheckpointingLayer):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         keep: Tensor | None,
         reading: Reading | None = None,
     ) -> Tensor:

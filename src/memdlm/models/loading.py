@@ -1,11 +1,12 @@
 """From a folder or hub name to a model that is ready to use."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,17 +22,28 @@ from memdlm.models.adapter_files import (
     reload_outer_adapter,
 )
 from memdlm.models.checking import check_kind, check_name
-from memdlm.models.devices import check_device
+from memdlm.models.devices import AUTO, check_device, choose_device, choose_dtype, computes_in, job_line, name_of
 from memdlm.models.families import FAMILIES, Family, family_of, register
 from memdlm.models.outer_adapters import adapter_config
+from memdlm.models.peft_on_demand import is_peft_model, peft
 from memdlm.models.plausible import check_sizes
 from memdlm.models.published import config_class_of_tensors
-from memdlm.models.quantisation import four_bit_config
-from memdlm.models.resolution import DAMAGE, SINGLE, resolve_config, tensor_count, tensor_names
-from memdlm.models.wrappers import unwrap_parallel
+from memdlm.models.quantisation import four_bit_config, is_four_bit
+from memdlm.models.resolution import (
+    DAMAGE,
+    SINGLE,
+    published_dtype,
+    resolve_config,
+    tensor_count,
+    tensor_names,
+)
+from memdlm.models.wrappers import unwrap, unwrap_parallel
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 """What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
+
+SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""The environment variable that keeps transformers from reading weights in threads."""
 
 DTYPES = {
     "float64": torch.float64,
@@ -55,8 +67,10 @@ def load_model(
 
     `name_or_path` is a folder or a hub name (at `revision`, with `token`; the hub's cache and offline mode are
     respected). The family is read off the files; a model of no family of ours loads through AutoModelForMaskedLM, or,
-    if its configuration says `is_causal: false`, as a converted decoder. `dtype` "auto" keeps the checkpoint's;
-    `device` None means the CPU, and weights go straight to any other.
+    if its configuration says `is_causal: false`, as a converted decoder. `dtype` "auto" is the checkpoint's
+    where `device` computes in it and is float32 elsewhere, as on CUDA cards before capability 8.0 for bfloat16 (the log
+    says so). `device` None means the CPU; "auto" a CUDA card if there is one (of a distributed launch, this process's),
+    else Apple's MPS if what is needed runs on it, else the CPU (see `choose_device`). Weights go straight there.
 
     `load_in_4bit` quantises the blocks' linear layers and experts (nf4) while reading and computes in `dtype`.
     `adapter` is a folder or hub name with an outer LoRA; it is put on top, trainable, everything else frozen. When
@@ -75,20 +89,21 @@ def load_model(
             check_name(value, what)
     _check_arguments(device, load_in_4bit, attn_implementation, revision)
     register()
-    if device is not None:
+    if device is not None and device != AUTO:
         check_device(device)
     if adapter is None and is_adapter(name_or_path, token=token):
         name_or_path, adapter = base_of_adapter(name_or_path, token=token), name_or_path
     name = str(name_or_path)
     arguments: dict[str, Any] = {"dtype": _dtype(dtype), "revision": revision, "token": token}
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
-    if device is not None:
-        arguments["device_map"] = {"": device}
-    if load_in_4bit:
-        arguments["quantization_config"] = four_bit_config()
     family, config = resolve_config(name, revision=revision, token=token)
     check_sizes(config, name, tensor_count(name, revision=revision, token=token))
+    if device is not None:
+        published = published_dtype(name, config, revision=revision, token=token)
+        arguments |= _placed(device, arguments["dtype"], published, load_in_4bit=load_in_4bit)
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        arguments["quantization_config"] = four_bit_config()
     loader = _foreign_loader(name, config) if family is None else family.lm_class
     model, info = _read(loader, name, config, arguments)
     # Files of foreign models often hold heads of other tasks; transformers reports those.
@@ -110,11 +125,12 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     if adapter_config(network) is not None:
         reload_outer_adapter(network, folder)
         return
-    own = get_peft_model_state_dict(network) if isinstance(network, PeftModel) else network.state_dict()
+    is_wrapped = is_peft_model(network)
+    own = peft().get_peft_model_state_dict(network) if is_wrapped else network.state_dict()
     if isinstance(network, PreTrainedModel):
         found = _read_again(network, own, str(folder))
     else:
-        found = _read_alone(Path(folder) / (WEIGHTS_FILE if isinstance(network, PeftModel) else SINGLE), own)
+        found = _read_alone(Path(folder) / (WEIGHTS_FILE if is_wrapped else SINGLE), own)
     for name, tensor in own.items():
         tensor.copy_(found[name])
 
@@ -154,10 +170,67 @@ def _read_alone(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _placed(
+    device: str | torch.device, dtype: str | torch.dtype, published: torch.dtype | None, *, load_in_4bit: bool
+) -> dict[str, Any]:
+    """Return the arguments that put weights on `device`, in a dtype in which it computes."""
+    wanted = dtype if isinstance(dtype, torch.dtype) else published
+    place = choose_device(device, dtype=wanted or torch.float32, load_in_4bit=load_in_4bit)
+    if device == AUTO and place.type == "cpu":
+        return {}  # where weights go by themselves
+    found: dict[str, Any] = {"device_map": {"": place}}
+    if not isinstance(dtype, torch.dtype) and published is not None and not computes_in(place, published):
+        found["dtype"] = choose_dtype(published, place)
+    return found
+
+
+def dtype_on(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> str | torch.dtype:
+    """Return the dtype of weights that are loaded with `dtype` to compute on `device`, wherever they are loaded first.
+
+    It is "auto" where only reading the weights tells which it is.
+    Raises CheckpointError and ConfigError as `load_model` does.
+    """
+    wanted = _dtype(dtype)
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    name = str(name_or_path)
+    if is_adapter(name, token=token):
+        name = base_of_adapter(name, token=token)
+    _, config = resolve_config(name, revision=revision, token=token)
+    published = published_dtype(name, config, revision=revision, token=token)
+    return AUTO if published is None else choose_dtype(published, device)
+
+
+def base_dtype(name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None) -> str:
+    """Return the name of the dtype in which a model is published, whatever computes it; "auto" as in `dtype_on`."""
+    found = dtype_on(name_or_path, AUTO, torch.device("cpu"), revision, token)
+    return found if isinstance(found, str) else name_of(found)
+
+
+def line_of(model: nn.Module) -> str:
+    """Return the first line of a job with `model`: its device, dtype and attention implementation."""
+    network = unwrap(model)
+    first = next(network.parameters())
+    dtype = network.dtype if isinstance(network, PreTrainedModel) else first.dtype
+    return job_line(first.device, dtype, attention_of(network), is_quantised=is_four_bit(network))
+
+
+def attention_of(network: nn.Module) -> str | None:
+    """Return the name of a network's attention implementation, None for one that has no choice."""
+    found: str | None = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    return found
+
+
 def _check_arguments(device: Any, load_in_4bit: Any, attn_implementation: Any, revision: Any) -> None:
     """Raise ConfigError for an argument of another kind."""
     check_kind(load_in_4bit, bool, "load_in_4bit", "True or False")
-    check_kind(device, (str, torch.device, type(None)), "device", "a device's name, such as cuda, or None")
+    check_kind(device, (str, torch.device, type(None)), "device", "auto, a device's name, such as cuda, or None")
     for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
         check_kind(value, (str, type(None)), name, "a name, or None")
 
@@ -209,15 +282,34 @@ def cast_parameters(model: PreTrainedModel, dtype: str | torch.dtype) -> None:
 
 def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
-        # Wrong sizes come back with the other problems, to be listed together.
-        return loader.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
-        )
+        with _tensor_by_tensor():
+            # Wrong sizes come back with the other problems, to be listed together.
+            return loader.from_pretrained(
+                name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
     except MemDLMError:
         raise
     # A damaged index gives the last ones.
     except (*DAMAGE, AttributeError) as error:
         raise CheckpointError(f"{_damaged_file(name)}: the weights could not be read: {error}") from error
+
+
+@contextmanager
+def _tensor_by_tensor() -> Iterator[None]:
+    """Let transformers read a tensor, or the experts of a layer, when its turn comes.
+
+    Its threads would read, convert and move all of them ahead, beside the stacks that are made of them: another copy of
+    most of the model, on the device too. There is no argument for this, only the process's environment.
+    """
+    earlier = os.environ.get(SYNCHRONOUS)
+    os.environ[SYNCHRONOUS] = "1"
+    try:
+        yield
+    finally:
+        if earlier is None:
+            os.environ.pop(SYNCHRONOUS, None)
+        else:
+            os.environ[SYNCHRONOUS] = earlier
 
 
 def _damaged_file(name: str) -> Path | str:

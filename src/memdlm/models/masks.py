@@ -11,6 +11,7 @@ Anything else raises, because guessing is how a padded batch turns causal in sil
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -71,6 +72,70 @@ class Windowed(AttentionPattern):
         """Return a band along the diagonal."""
         place = torch.arange(length, device=device)
         return (place[:, None] - place[None, :]).abs() <= self.reach
+
+
+SEGMENT = 512
+"""Columns whose queries attend together where a block-causal mask is not formed whole."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """A block-causal mask for `width` queries, the columns from `first` on, that see keys 0 .. end - 1.
+
+    It is not formed whole. The queries are taken in segments; each is shown the keys up to the end of its last block,
+    so that what lies behind is neither computed nor masked.
+    """
+
+    block: int
+    first: int
+    width: int
+    end: int
+    keep: Tensor | None = None
+    """[B, 1, 1, end] bool, true where a key is no padding; None: everywhere."""
+
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """Yield (queries of a segment, keys that some of them see)."""
+        for start in range(0, self.width, SEGMENT):
+            stop = min(start + SEGMENT, self.width)
+            last = self.first + stop
+            yield slice(start, stop), slice(0, min(self.end, -(-last // self.block) * self.block))
+
+    def of(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
+        """Return [B or 1, 1, n, m] bool for queries and keys of a part."""
+        column = torch.arange(self.first + queries.start, self.first + queries.stop, device=device)
+        return self._seen(column, keys.stop, device)[None, None] & self._kept(keys)
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Return [R, 1, n, end] bool for the queries [R, n]."""
+        return self._seen(self.first + queries, self.end, queries.device)[:, None] & self._kept(slice(0, self.end))
+
+    def whole(self, device: torch.device) -> Tensor:
+        """Return [B or 1, 1, width, end] bool: all of it."""
+        return self.of(slice(0, self.width), slice(0, self.end), device)
+
+    def _seen(self, column: Tensor, end: int, device: torch.device) -> Tensor:
+        keys = torch.arange(end, device=device)
+        return (keys // self.block) <= (column[..., None] // self.block)
+
+    def _kept(self, keys: slice) -> Tensor | bool:
+        return True if self.keep is None else self.keep[..., keys]
+
+
+def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern) -> Segments | None:
+    """Return the mask of a block-causal pass over `hidden` [B, L, D] in segments; None where it is to be formed whole.
+
+    That is where it is small, where the pattern is another, and where `attention_mask` is no 2-D one.
+    """
+    batch, length = hidden.shape[:2]
+    if not isinstance(pattern, BlockCausal) or length <= SEGMENT:
+        return None
+    if attention_mask is None:
+        return Segments(pattern.block, 0, length, length)
+    if attention_mask.dim() != 2:
+        return None
+    keep, is_bias = _as_four_dimensional(attention_mask, batch, length)
+    return None if is_bias else Segments(pattern.block, 0, length, length, keep)
 
 
 def keep_mask(attention_mask: Tensor | None) -> Tensor | None:

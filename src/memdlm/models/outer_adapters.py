@@ -7,19 +7,22 @@ Modules are named here as published code names them (one per expert), because th
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.models.expert_lora import ExpertLoRA
 from memdlm.models.experts import Experts
+from memdlm.models.peft_on_demand import is_lora_layer, is_peft_model, peft
 from memdlm.models.quantisation import is_four_bit
 from memdlm.options import option, validate
 from memdlm.randomness import derive, uniform
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"
@@ -63,7 +66,7 @@ class Target:
     expert: int | None = None
 
 
-def adapter_config(model: nn.Module) -> LoraConfig | None:
+def adapter_config(model: nn.Module) -> "LoraConfig | None":
     """Return the configuration of the model's outer adapter, in published names, or None when it has none."""
     return getattr(model, "outer_adapter", None)
 
@@ -120,7 +123,7 @@ def add_outer_lora(
     check_free(model)
     targets = find_targets(model)
     chosen = _chosen(model, targets, options.target_modules)
-    config = LoraConfig(
+    config = peft().LoraConfig(
         r=options.r,
         lora_alpha=_whole(options.lora_alpha),
         lora_dropout=options.lora_dropout,
@@ -142,9 +145,9 @@ def target_patterns(model: PreTrainedModel, modules: Collection[str]) -> list[st
     return _shortest_patterns(modules, _other_names(model, find_targets(model), modules))
 
 
-def plain_config(modules: Collection[str], *, rank: int, alpha: float, base: str) -> LoraConfig:
+def plain_config(modules: Collection[str], *, rank: int, alpha: float, base: str) -> "LoraConfig":
     """Return the configuration of a finished adapter without extras, for `base`."""
-    return LoraConfig(
+    return peft().LoraConfig(
         r=rank,
         lora_alpha=_whole(alpha),
         lora_dropout=0.0,
@@ -159,7 +162,7 @@ def _whole(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def attach(model: PreTrainedModel, chosen: dict[str, Target], config: LoraConfig) -> None:
+def attach(model: PreTrainedModel, chosen: dict[str, Target], config: "LoraConfig") -> None:
     """Put trainable layers on the `chosen` targets; their values are for the caller to set.
 
     All experts of a layer are adapted or none: raises ConfigError otherwise.
@@ -170,7 +173,7 @@ def attach(model: PreTrainedModel, chosen: dict[str, Target], config: LoraConfig
     if linears:
         # PEFT draws starting values from the global generator; they are replaced, and the generator is put back.
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(_for_linears(config, linears), model, adapter_name=ADAPTER)
+            peft().inject_adapter_in_model(_for_linears(config, linears), model, adapter_name=ADAPTER)
     for path, projections in _stacked(model, chosen).items():
         experts = model.get_submodule(path)
         if not isinstance(experts, Experts):
@@ -183,7 +186,7 @@ def attach(model: PreTrainedModel, chosen: dict[str, Target], config: LoraConfig
             tensor.data = tensor.data.to(dtype)
             tensor.requires_grad_(True)
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if is_lora_layer(module):
             module.train(model.training)
     model.outer_adapter = config
     # Tells the Trainer that a quantised base is trained through an adapter.
@@ -196,7 +199,7 @@ def pairs(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
     The name is our path of the linear layer, or that of the experts and the projection.
     """
     for path, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if is_lora_layer(module):
             yield path, module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
         elif isinstance(module, ExpertLoRA):
             for projection, a in module.lora_A.items():
@@ -214,7 +217,7 @@ def slots(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Parameter, i
                 yield published_name(model, f"{experts}.{e}.{projection}"), a, b, e
 
 
-def scale_of(config: LoraConfig) -> float:
+def scale_of(config: "LoraConfig") -> float:
     """Return what B A x is multiplied by."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
@@ -231,7 +234,7 @@ def merge_outer_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if is_four_bit(model):
         raise ConfigError("a 4-bit base cannot take an adapter in; load the base without load_in_4bit to merge.")
     for path, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if is_lora_layer(module):
             base = module.get_base_layer()
             delta: Tensor = module.lora_B[ADAPTER].weight @ module.lora_A[ADAPTER].weight * scale_of(config)
             base.weight.copy_(base.weight.to(delta.dtype) + delta)
@@ -246,7 +249,7 @@ def merge_outer_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 def check_free(model: nn.Module) -> None:
     """Raise ConfigError when `model` has an adapter already."""
-    if isinstance(model, PeftModel):
+    if is_peft_model(model):
         raise ConfigError("the model is wrapped by PEFT already; pass the model that load_model returned.")
     if adapter_config(model) is not None:
         raise ConfigError("the model has an outer adapter already; merge it first, or load the base without one.")
@@ -294,8 +297,8 @@ def _stacked(model: nn.Module, chosen: dict[str, Target]) -> dict[str, list[str]
     return {path: list(projections) for path, projections in counts.items()}
 
 
-def _for_linears(config: LoraConfig, paths: list[str]) -> LoraConfig:
-    return LoraConfig(
+def _for_linears(config: "LoraConfig", paths: list[str]) -> "LoraConfig":
+    return peft().LoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from memdlm.errors import ConfigError
 from memdlm.models.experts import Experts
+from memdlm.models.stacking import give_back
 
 METHOD = "memdlm_nf4"
 ROUTER = "gate"
@@ -117,6 +118,7 @@ class _Quantise(ConversionOps):
             if value.shape != expected:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
             quantised[name] = _layers().quantise(value, module)
+            give_back([value])
         return quantised
 
 

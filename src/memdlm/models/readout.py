@@ -2,10 +2,12 @@
 
 Logits of N positions take N x V numbers, four times over while they are differentiated. Above a size, positions are
 therefore taken in chunks. Where the projection's weights get no gradient (a write), each chunk's derivative by its
-hidden states is taken on the spot and nothing is computed twice; otherwise (training) chunks are recomputed in the
-backward pass.
+hidden states is taken on the spot and nothing is computed twice. So it is where only a sum of the values is wanted
+whose weights are known beforehand (training): the projection's own gradient is then added up chunk by chunk. Otherwise
+chunks are recomputed in the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +18,27 @@ from torch.utils.checkpoint import checkpoint
 from memdlm.types import LogitReadout, Project, Readout
 
 MAX_LOGITS = 2**26
-"""Logits (numbers) up to which nothing is chunked when chunks have to be recomputed."""
+"""Logits (numbers) up to which nothing is chunked when chunks have to be recomputed; on a GPU at least so many."""
 MAX_CONSTANT_LOGITS = 2**23
-"""Logits up to which nothing is chunked when the projection is a constant."""
+"""Logits of a chunk when the projection is a constant; on a GPU at least so many."""
+MAX_SUMMED_LOGITS = 2**23
+"""Logits of a chunk when the projection's gradient is added up: each chunk reads and writes all of that gradient. On a
+GPU at least so many."""
+SHARE = 32
+"""On a GPU, a chunk's logits may fill one part in so many of its memory..."""
+BYTES = 16
+"""...at so many bytes each: four float32 numbers, while they are differentiated."""
+
+
+def at_once(least: int, device: torch.device) -> int:
+    """Return how many logits a chunk has on `device`.
+
+    A GPU reads the projection's weights anew for every chunk, so it gets large ones. They follow from all of its
+    memory, not from what is free at the moment: the same card then adds up in the same order every time.
+    """
+    if device.type != "cuda":
+        return least
+    return max(least, torch.cuda.get_device_properties(device).total_memory // (SHARE * BYTES))
 
 
 def read_in_chunks(
@@ -30,7 +50,7 @@ def read_in_chunks(
     for. Values and gradients are those of one call with all positions, up to rounding.
     """
     count = hidden.shape[0]
-    limit = MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS
+    limit = at_once(MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS, hidden.device)
     is_written = is_constant and torch.is_grad_enabled() and isinstance(readout, LogitReadout) and count > 0
     if count * vocab_size <= limit and not is_written:
         return readout(hidden, slice(0, count), project)
@@ -42,6 +62,91 @@ def read_in_chunks(
         values: Tensor = _RowGradients.apply(hidden, readout, project, chunks)
         return values
     return torch.cat([checkpoint(readout, hidden[each], each, project, use_reentrant=False) for each in chunks])
+
+
+def sum_in_chunks(
+    readout: Readout,
+    hidden: Tensor,
+    project: Project,
+    vocab_size: int,
+    weights: Tensor,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return (the sum [] of `weights` [N] times `readout` of all positions, those values [N] without gradient).
+
+    `parameters` are all that `project` is made of and that may need a gradient. The sum can be differentiated by them
+    and by `hidden` [N, D], once; not by `weights`. Values and gradients are those of one call, up to rounding.
+    """
+    count = hidden.shape[0]
+    trained = [each for each in parameters if each.requires_grad]
+    # A parameter that is elsewhere (sharded to nothing) gets its gradient where its module's own hooks can see it.
+    is_whole = all(each.numel() for each in trained)
+    if not torch.is_grad_enabled() or not isinstance(readout, LogitReadout) or not count or not is_whole:
+        values = read_in_chunks(readout, hidden, project, vocab_size)
+        return (values * weights.to(values.dtype)).sum(), values.detach()
+    rows = max(1, at_once(MAX_SUMMED_LOGITS, hidden.device) // vocab_size)
+    chunks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+    total, values = _Summed.apply(hidden, weights, readout, project, chunks, *trained)
+    return total, values
+
+
+class _Summed(torch.autograd.Function):
+    """Weights are known, so every chunk's part of the gradients is known with its values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weights: Tensor,
+        readout: LogitReadout,
+        project: Project,
+        chunks: list[slice],
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        # In 16 bits, small weights times small probabilities would vanish: the largest weight counts as 1 meanwhile.
+        scale = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
+        relative = weights / scale
+        values, of_rows = [], []
+        of_parameters: list[Tensor | None] = [None] * len(parameters)
+        for chunk in chunks:
+            with torch.enable_grad():
+                rows = hidden[chunk].detach().requires_grad_()
+                # A view, because torch's counters and module trackers refuse a leaf as a module's input here.
+                logits = project(rows.view_as(rows))
+                found, arriving = readout.consume(logits, chunk)
+                arriving = arriving.mul_(relative[chunk, None].to(arriving.dtype))
+                gradient, *more = torch.autograd.grad(logits, (rows, *parameters), arriving, allow_unused=True)
+            del logits, arriving
+            if len(chunks) > 1:
+                # In 16 bits, parts that are small beside the sum so far would be lost.
+                more = [each if each is None or each.itemsize > 2 else each.float() for each in more]
+            values.append(found)
+            of_rows.append(gradient)
+            of_parameters = [_added(*pair) for pair in zip(of_parameters, more, strict=True)]
+        of_parameters = [
+            None if each is None else each.to(own.dtype) for each, own in zip(of_parameters, parameters, strict=True)
+        ]
+        ctx.gradients = [torch.cat(of_rows), *of_parameters]
+        ctx.scale = scale
+        found = torch.cat(values)
+        ctx.mark_non_differentiable(found)
+        return (found * weights.to(found.dtype)).sum(), found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, arriving: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("a sum over chunks is differentiated once: its gradients are no longer kept.")
+        # Scaled where they lie: the projection's gradient may be the largest tensor of all.
+        factor, gradients, ctx.gradients = arriving * ctx.scale, ctx.gradients, None
+        hidden, *parameters = (None if each is None else each.mul_(factor.to(each.dtype)) for each in gradients)
+        return hidden, None, None, None, None, *parameters
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part)
 
 
 class _RowGradients(torch.autograd.Function):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,6 +17,8 @@ from memdlm.models.families import FAMILIES, Family, family_of
 from memdlm.models.published import PublishedConfig, config_class_for, config_class_of_tensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+REAL = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of safetensors in which a model can be whole."""
 DAMAGE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     *(NotImplementedError, StrictDataclassError, SafetensorError),
@@ -110,10 +113,7 @@ def tensor_names(name: str, *, revision: str | None = None, token: str | bool | 
     """
     index = find_file(name, INDEX, revision=revision, token=token)
     if index is not None:
-        try:
-            return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"model: the index {index} could not be read: {error!r}") from error
+        return list(_weight_map(index))
     single = find_file(name, SINGLE, revision=revision, token=token)
     if single is None:
         return []
@@ -122,6 +122,38 @@ def tensor_names(name: str, *, revision: str | None = None, token: str | bool | 
             return list(file.keys())
     except SafetensorError as error:
         raise CheckpointError(f"model: the weights {single} could not be read: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the names of tensors -> the files that hold them."""
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"model: the index {index} could not be read: {error!r}") from error
+
+
+def published_dtype(
+    name: str, config: PreTrainedConfig, *, revision: str | None = None, token: str | bool | None = None
+) -> torch.dtype | None:
+    """Return the dtype that the checkpoint's configuration states, else that of its first tensor of real numbers.
+
+    None when neither tells, because there are no safetensors, or damaged ones: reading them says what is wrong.
+    """
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    path = find_file(name, SINGLE, revision=revision, token=token)
+    if path is None:
+        index = find_file(name, INDEX, revision=revision, token=token)
+        shards = [] if index is None else sorted(str(file) for file in _weight_map(index).values())
+        path = find_file(name, shards[0], revision=revision, token=token) if shards else None
+    if path is None:
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            stated = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118 - not a mapping
+            return next((REAL[each] for each in stated if each in REAL), None)
+    except (SafetensorError, OSError):
+        return None
 
 
 def tensor_count(name: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[int, int] | None:

@@ -1,7 +1,8 @@
 """What may be around a network: data parallelism, torch.compile, an outer adapter."""
 
-from peft import PeftModel
 from torch import nn
+
+from memdlm.models.peft_on_demand import is_peft_model
 
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
@@ -18,4 +19,4 @@ def unwrap_parallel(model: nn.Module) -> nn.Module:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the network itself, inside parallel wrappers and an outer PEFT adapter."""
     model = unwrap_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_peft_model(model) else model  # type: ignore[operator]

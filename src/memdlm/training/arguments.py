@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS, Planner
@@ -14,6 +13,7 @@ from memdlm.diffusion.schedules import SCHEDULES
 from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
+from memdlm.models.devices import trains_on_the_cpu
 from memdlm.options import as_flags, from_flags, option, validate
 from memdlm.training.limits import check_numbers, check_schedule
 
@@ -160,8 +160,8 @@ class TrainingArguments(_Flags):
     )
 
     def __post_init__(self) -> None:
-        # Without any accelerator the CPU is the only choice; transformers would refuse bf16 instead.
-        if not torch.accelerator.is_available():
+        # Where the CPU is the only choice, transformers would refuse bf16 instead.
+        if trains_on_the_cpu():
             self.use_cpu = True
         check_numbers(self)
         try:

@@ -25,12 +25,20 @@ GOLDEN = 0.6180339887498949
 
 
 def add_noise(
-    batches: Sequence[dict[str, Any]], *, seed: int, epoch: int, step: int, stratified: bool, world_size: int = 1
+    batches: Sequence[dict[str, Any]],
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    stratified: bool,
+    world_size: int = 1,
+    hosts: dist.ProcessGroup | None = None,
 ) -> None:
     """Put draws for this rank's `batches` of one optimizer step into them, in place.
 
     `stratified` times are evenly spread over the rows of the whole step, on all ranks: row i of the N (in an order
-    that depends on the step alone) gets U[i/N, (i+1)/N). All ranks must then take part.
+    that depends on the step alone) gets U[i/N, (i+1)/N). All ranks must then take part, over `hosts`, a group that
+    exchanges tensors in the processors' memory (`host_group`; None: the default group is one).
     """
     for batch in batches:
         rows = [derive(seed, "noise", epoch, sample) for sample in batch[SAMPLE]]
@@ -42,15 +50,37 @@ def add_noise(
         batch[SOFT] = torch.cat([torch.rand(1, generator=row) for row in soft])
         batch[WRITE] = tuple(f"{seed}/write/{epoch}/{sample}" for sample in batch[SAMPLE])
     if stratified:
-        _stratify(batches, derive(seed, "strata", step), world_size)
+        _stratify(batches, derive(seed, "strata", step), world_size, hosts)
 
 
-def _stratify(batches: Sequence[dict[str, Any]], generator: torch.Generator, world_size: int) -> None:
+def host_group() -> dist.ProcessGroup | None:
+    """Return a group of all ranks that exchanges tensors in the processors' memory; None: the default group is one.
+
+    All ranks must call it. Through the devices' own group, the rows' numbers would wait for all work queued there.
+    """
+    return None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo")
+
+
+def _gathered(own: Sequence[int], world_size: int, hosts: dist.ProcessGroup | None) -> list[list[int]]:
+    """Return every rank's numbers; ranks may have different amounts."""
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(counts, torch.tensor([len(own)]), group=hosts)
+    sizes = [int(count) for count in counts]
+    padded = torch.zeros(max(sizes), dtype=torch.int64)
+    padded[: len(own)] = torch.tensor(own, dtype=torch.int64)
+    found = [torch.zeros_like(padded) for _ in range(world_size)]
+    dist.all_gather(found, padded, group=hosts)
+    return [numbers[:size].tolist() for numbers, size in zip(found, sizes, strict=True)]
+
+
+def _stratify(
+    batches: Sequence[dict[str, Any]],
+    generator: torch.Generator,
+    world_size: int,
+    hosts: dist.ProcessGroup | None,
+) -> None:
     own = [sample for batch in batches for sample in batch[SAMPLE]]
-    everyone = [own]
-    if world_size > 1:
-        everyone = [[] for _ in range(world_size)]
-        dist.all_gather_object(everyone, own)
+    everyone = [own] if world_size == 1 else _gathered(own, world_size, hosts)
     rank = dist.get_rank() if world_size > 1 else 0
     # Sorted by row, so that it does not matter which rank has which; a row may come twice.
     places = sorted((sample, r, place) for r, samples in enumerate(everyone) for place, sample in enumerate(samples))

@@ -6,6 +6,7 @@ Plain functions on tensors; the Trainer only calls them.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from memdlm.models.masks import AttentionPattern
 from memdlm.models.prefix import Prefix
 from memdlm.models.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
+from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
 
@@ -39,6 +41,8 @@ class Batch:
     """[B, C]: what is written with `mem_write_source=context`, and not shown."""
     is_context: PositionSet | None = None
     """[B, C]: false at its padding."""
+    prompt_width: int | None = None
+    """Columns up to the last prompt's end, where the host knows it."""
 
 
 def learnable(
@@ -50,7 +54,7 @@ def learnable(
 
 
 def noise_batch(
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     times: Tensor,
     uniform: Tensor,
     *,
@@ -79,6 +83,7 @@ def noise_batch(
         noised=noised,
         context=inputs.get("context_ids"),
         is_context=inputs.get("is_context"),
+        prompt_width=inputs.get(PROMPT_WIDTH),
     )
 
 
@@ -88,15 +93,13 @@ def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
     P is the longest prompt. What follows a shorter one is overwritten and hidden, so nothing of a response can be
     written. The first column stays visible in every row, because attention needs something to look at.
     """
-    is_target = batch.labels != IGNORE_INDEX
-    start = torch.where(is_target.any(-1), is_target.int().argmax(-1), batch.labels.shape[1])
-    column = torch.arange(batch.labels.shape[1], device=batch.labels.device)
-    is_prompt = _genuine(batch) & (column < start[:, None])
-    # Waits for the device: a write of the prompts' width instead of the whole text's is worth it.
-    width = max(1, int((is_prompt * (column + 1)).max()))
-    is_prompt = is_prompt[:, :width]
+    parts = batch.labels, batch.attention_mask, batch.is_padding
+    # A write of the prompts' width instead of the whole text's is worth a wait, where the collator did not say it.
+    width = prompt_width(*parts) if batch.prompt_width is None else batch.prompt_width
+    is_prompt = prompt_columns(*parts)[:, :width]
     ids = batch.clean[:, :width].masked_fill(~is_prompt, pad_token_id)
-    return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | (column[:width] == 0)
+    is_first = torch.arange(width, device=ids.device) == 0
+    return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | is_first
 
 
 def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
@@ -186,9 +189,13 @@ def score(
     attention_pattern: AttentionPattern | None = None,
     soft: SoftMask | None = None,
     is_soft: Tensor | None = None,
+    norm: str | None = None,
+    total_tokens: Tensor | float | None = None,
+    total_rows: Tensor | float | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
 
+    With `norm` the result has a normalised `loss`, which is what to differentiate: see `masked_loss`.
     With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
     `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
@@ -209,6 +216,9 @@ def score(
             schedule=schedule,
             weighting=weighting,
             planner=planner,
+            norm=norm,
+            total_tokens=total_tokens,
+            total_rows=total_rows,
         )
 
 

@@ -4,12 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from memdlm.randomness import derive
+from memdlm.types import IGNORE_INDEX, PositionSet
 
 SAMPLE = "sample"
 """Batch entry: a tuple with the number of each row in its dataset. Not a tensor, so reading it waits for no device."""
+PROMPT_WIDTH = "prompt_width"
+"""Batch entry: the columns that hold prompts, see `prompt_width`; a number of the host's, like SAMPLE."""
 POOL = 50
 """Batches that are sorted by length together: longer pools pad less and shuffle less."""
 
@@ -41,7 +45,25 @@ class NumberedCollator:
         if not isinstance(features[0], tuple):
             return self.collate(list(features))
         numbers, rows = zip(*features, strict=True)
-        return {**self.collate(list(rows)), SAMPLE: numbers}
+        batch = self.collate(list(rows))
+        width = prompt_width(batch["labels"], batch.get("attention_mask"), batch.get("is_padding"))
+        return {**batch, SAMPLE: numbers, PROMPT_WIDTH: width}
+
+
+def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> PositionSet:
+    """Return [B, L], true at the tokens before a row's first target that are neither hidden nor padding."""
+    is_target, column = labels != IGNORE_INDEX, torch.arange(labels.shape[1], device=labels.device)
+    start = torch.where(is_target.any(-1), is_target.int().argmax(-1), labels.shape[1])
+    is_prompt = column < start[:, None]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_prompt = is_prompt & attention_mask.bool()
+    return is_prompt if is_padding is None else is_prompt & ~is_padding
+
+
+def prompt_width(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> int:
+    """Return the columns up to the last prompt's end, at least 1. Waits for the device if the tensors are on one."""
+    is_prompt = prompt_columns(labels, attention_mask, is_padding)
+    return max(1, int((is_prompt * torch.arange(1, labels.shape[1] + 1, device=labels.device)).max()))
 
 
 @final

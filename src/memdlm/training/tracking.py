@@ -36,8 +36,9 @@ class Means:
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Count a sum (a scalar) over `count` things."""
-        number = torch.as_tensor(count, dtype=torch.float64, device=total.device)
-        self._add(name, torch.stack([total.detach().double(), number.double()]))
+        # A number is filled in there: copying it over would wait for the device.
+        number = count.double() if isinstance(count, Tensor) else total.new_full((), count, dtype=torch.float64)
+        self._add(name, torch.stack([total.detach().double(), number]))
 
     def add_rows(self, name: str, values: Tensor, counts: Tensor, times: Tensor) -> None:
         """Count `values` [B] over `counts` [B] as `name`, and by time [B] under its bucket names."""

@@ -21,7 +21,7 @@ from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
 from memdlm.training.learned import LearnedTraining
-from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise
+from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise, host_group
 from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
 from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_metrics, safe_exp
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
 """What an optimizer step trains with."""
+BARE_EVERY = 5
+"""Of so many optimizer steps, one at most makes a pass without memory for the log alone, a fifth more work."""
 TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
@@ -41,9 +43,10 @@ class MemDLMTrainer(GuardedTrainer):
     training and evaluation alike; `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on
     the steps of `mem_batch_mix` that see no further than `mem_batch_reach`). With the published
     `mem_write_source=response` the memory has seen the labels it is scored on: compare models by `nll`, never by
-    `nll_memory`. While memory is on, training `nll` is measured on the steps that are logged. Evaluation noise is the
-    same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time. With
-    memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
+    `nll_memory`. While memory is on, training `nll` is measured on steps that are logged, and on one in `BARE_EVERY`
+    steps at most: logged more often, it is in some logs only, each time over all rows of its step. Evaluation noise
+    is the same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time.
+    With memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
     `grad_norm` is of the outer gradient alone. With soft-masking, training's own figure is `nll_soft`: rows that see a
     first pass's predictions are no bound; evaluation's `nll` is, and sees none.
 
@@ -89,6 +92,7 @@ class MemDLMTrainer(GuardedTrainer):
             )
         self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
         self._soft = args.diffusion.soft(self.mask_token_id)
+        self._hosts = host_group() if args.stratified_times and self.args.world_size > 1 else None
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
         self.data_collator = NumberedCollator(self.data_collator)  # type: ignore[has-type]
@@ -166,16 +170,15 @@ class MemDLMTrainer(GuardedTrainer):
             step=self.state.global_step,
             stratified=self.args.stratified_times,
             world_size=self.args.world_size,
+            hosts=self._hosts,
         )
         self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
-        counted = [self._learnable(batch).sum() for batch in batches]
-        totals = torch.stack(
-            [
-                torch.stack(counted).sum().to(device) if counted else torch.zeros((), dtype=torch.int64, device=device),
-                torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=device),
-                self._watch.flag(),
-            ]
-        )
+        for batch in batches:
+            batch.update({name: batch[name].to(device, non_blocking=True) for name in (TIMES, UNIFORM, SOFT)})
+        counted = [self._learnable(batch).sum().to(device, non_blocking=True) for batch in batches]
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        rows = torch.full_like(nothing, sum(len(batch["input_ids"]) for batch in batches))
+        totals = torch.stack([torch.stack([nothing, *counted]).sum(), rows, self._watch.flag()])
         tokens, rows, unsound = self.accelerator.reduce(totals, reduction="sum").unbind()
         self._stop_soon_if(unsound)
         for batch in batches:
@@ -201,40 +204,33 @@ class MemDLMTrainer(GuardedTrainer):
                 "compute_loss(return_outputs=True): outputs of a noised batch mean nothing; use evaluate."
             )
         batch = self._noised(inputs, inputs[TIMES], inputs[UNIFORM])
-        sums, counts = self._outer_sums(model, batch, inputs)
-        loss = normalise(
-            sums,
-            counts,
-            self.args.loss_norm_type,
-            total_tokens=inputs[TOKENS].clamp_min(1),
-            total_rows=inputs[ROWS],
-        )
-        # Data-parallel training averages gradients over ranks; the denominators above are already global.
-        return loss.squeeze(0) * self.args.world_size
+        # Data-parallel training averages gradients over ranks; the denominators are already global.
+        return self._outer_loss(model, batch, inputs) * self.args.world_size
 
-    def _outer_sums(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the weighted nats and the maskable tokens of every row, both [B], with and without memory as told."""
+    def _outer_loss(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> Tensor:
+        """Return this micro-batch's part of the step's loss, [], with and without memory as told."""
         mode, pattern = self._mode()
         mix = 1.0 if self.memory is None or mode == TEXT else self.memory.config.outer_mix
-        sums: Tensor | float = 0.0
-        if mix > 0 or self._is_logged_step():
+        totals = {"total_tokens": inputs[TOKENS].clamp_min(1), "total_rows": inputs[ROWS]}
+        loss: Tensor | float = 0.0
+        if mix > 0 or self._is_bare_step():
             with self._without_trace() if mix == 0 else nullcontext():
                 own = model if self.memory is None or mix > 0 else self.memory.model
-                honest = self._score(own, batch, is_soft=self._softens(inputs))
+                honest = self._score(own, batch, is_soft=self._softens(inputs), totals=totals)
             name = "nll" if self._soft is None else "nll_soft"
             self._means.add_rows(name, honest.bound, honest.counts, batch.noised.t)
-            sums = mix * honest.sums if mix > 0 else 0.0
+            loss = mix * honest.loss if mix > 0 else 0.0
             if mix == 1:
-                return honest.sums, honest.counts
+                return honest.loss
         if self.memory is None:
             raise AssertionError("without memory all of the loss is")
         rows = [derive(key) for key in inputs[WRITE]]
         self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
-        lost = self._score(model, batch, self.memory.prefix, pattern)
+        lost = self._score(model, batch, self.memory.prefix, pattern, totals=totals)
         self._means.add(
             "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
         )
-        return sums + (1 - mix) * lost.sums, lost.counts
+        return loss + (1 - mix) * lost.loss
 
     def _mode(self) -> tuple[str, AttentionPattern | None]:
         """Return what this optimizer step trains with (`mem_batch_mix`; alike on all ranks), and who then sees whom."""
@@ -254,12 +250,16 @@ class MemDLMTrainer(GuardedTrainer):
         with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type="cuda"):
             yield
 
-    def _is_logged_step(self) -> bool:
+    def _is_bare_step(self) -> bool:
+        """Whether this step makes a pass without memory that the log alone needs: alike on all ranks, and resumed."""
         if self.args.logging_strategy == "no":
             return False
-        interval = self.state.logging_steps if self.args.logging_strategy == "steps" else 1
+        interval = max(1, int(self.state.logging_steps)) if self.args.logging_strategy == "steps" else 1
         step = self.state.global_step + 1
-        return step % max(1, interval) == 0 or (step == 1 and self.args.logging_first_step)
+        if step == 1 and self.args.logging_first_step:
+            return True
+        # The first logged step of every BARE_EVERY steps, counted from the first.
+        return step % interval == 0 and (step - 1) // BARE_EVERY > (step - 1 - interval) // BARE_EVERY
 
     # Evaluation -----------------------------------------------------------------------------------------------
 
@@ -318,7 +318,9 @@ class MemDLMTrainer(GuardedTrainer):
         attention_pattern: AttentionPattern | None = None,
         *,
         is_soft: Tensor | None = None,
+        totals: Mapping[str, Tensor] | None = None,
     ) -> Any:
+        """Score a batch; with the `totals` of the optimizer step the result has a loss that can be differentiated."""
         return score(
             model,
             batch,
@@ -330,6 +332,8 @@ class MemDLMTrainer(GuardedTrainer):
             attention_pattern=attention_pattern,
             soft=self._soft,
             is_soft=is_soft,
+            norm=None if totals is None else self.args.loss_norm_type,
+            **(totals or {}),
         )
 
     def _written(

@@ -20,6 +20,7 @@ from memdlm.options import option
 from memdlm.randomness import derive
 from memdlm.templates import check_text
 from memdlm.workflows.decoding import ModelOptions, Setup, Tally, decode, load_parts
+from memdlm.workflows.display import Display
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Asker:
 
 
 @contextmanager
-def asker(options: AskOptions, config: GenerationConfig) -> Iterator[Asker]:
+def asker(options: AskOptions, config: GenerationConfig, display: Display) -> Iterator[Asker]:
     """Load the model and open the memory for the length of the block; nothing is written.
 
     Raises MemoryFileError when the memory is damaged or was written for another model or tokenizer, DataError when
@@ -98,7 +99,7 @@ def asker(options: AskOptions, config: GenerationConfig) -> Iterator[Asker]:
     """
     saved = read_memory(str(options.memory))
     context = _context(options, saved) if options.keep_context else None
-    model, tokenizer = load_parts(options)
+    model, tokenizer = load_parts(options, display)
     memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
     cache = None if context is None else prompt_cache_for(model, memory, config)
     with memory.recall(saved):

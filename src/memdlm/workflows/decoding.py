@@ -21,12 +21,14 @@ from memdlm.inference.trace import Trace
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.models.adapter_files import base_of_adapter, is_adapter
-from memdlm.models.loading import DTYPES
+from memdlm.models.devices import AUTO, DEVICE_HELP, DTYPE_HELP
+from memdlm.models.loading import DTYPES, line_of
 from memdlm.models.resolution import published_fields, table_rows
 from memdlm.options import option, validate
 from memdlm.outputs import is_page, output_file
 from memdlm.terminal import printable
 from memdlm.types import Ids
+from memdlm.workflows.display import Display
 
 OPEN = "\u2591"
 """What stands for a token that is still masked."""
@@ -38,8 +40,8 @@ class ModelOptions:
 
     model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
     adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
-    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
-    device: str | None = option(None, "For example cuda; unset: the CPU.")
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
+    device: str = option(AUTO, DEVICE_HELP)
     load_in_4bit: bool = option(False, "Quantise the model's weights.")
 
     def __post_init__(self) -> None:
@@ -77,8 +79,8 @@ def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
         config.check_vocabulary(rows)
 
 
-def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load model and tokenizer."""
+def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, and say where the model runs."""
     name = str(options.model)
     model = load_model(
         name,
@@ -87,16 +89,18 @@ def load_parts(options: ModelOptions) -> tuple[nn.Module, PreTrainedTokenizerBas
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
     )
-    return model, load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    display.say(line_of(model))
+    return model, tokenizer
 
 
-def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig) -> Setup:
+def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Setup:
     """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
 
     What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
     """
     check_vocabulary(options, config)
-    model, tokenizer = load_parts(options)
+    model, tokenizer = load_parts(options, display)
     return Setup(
         model,
         tokenizer,

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memdlm import __version__
 from memdlm.data.chat import Encoded, encode_chat
 from memdlm.data.collate import Collator
-from memdlm.data.synthetic import KeyValueRecall, Sample
+from memdlm.data.synthetic import Sample
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.errors import ConfigError
 from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.recall import encode_samples, recall
@@ -32,14 +31,16 @@ from memdlm.evaluation.report import write_report
 from memdlm.evaluation.runs import curve_of
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.loading import build_model
+from memdlm.models.devices import job_line, name_of
+from memdlm.models.loading import attention_of, build_model
 from memdlm.models.small import SmallDLMConfig
 from memdlm.outputs import MARKER, Kind, Output, output_folder
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
+from memdlm.workflows.demo_plan import DemoPlan
 from memdlm.workflows.demo_recall import empty_panel, fill_panel, panel_seconds, pass_seconds
 from memdlm.workflows.display import Display, show_steps
-from memdlm.workflows.recall_study import RecallPlan, recall_data
+from memdlm.workflows.recall_study import new_model, on_one_device, recall_data
 
 ARMS: dict[str, dict[str, Any]] = {"MDLM": {}, "MemDLM (published)": {"mem_enabled": True}}
 """Models of the demo, and the training options in which they differ."""
@@ -57,66 +58,6 @@ NOTES = (
 
 INTERRUPTED = "interrupted"
 DEMO = Kind(name="demo", words="a demo", part=INTERRUPTED)
-QUICK_RECALL = RecallPlan(
-    task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
-    train_length=18,
-    times=(1, 4),
-    num_train=1600,
-    num_eval=32,
-    steps=100,
-    batch_size=16,
-    rank=8,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoPlan:
-    """Sizes of a demo. The defaults take a few minutes on two CPU cores."""
-
-    seeds: tuple[int, ...] = (0, 1)
-    task: KeyValueRecall = field(default_factory=lambda: KeyValueRecall(num_pairs=8, num_keys=24))
-    train_length: int = 40
-    """Words of context in training; evaluated at one, two and four times that."""
-    num_train: int = 4000
-    num_eval: int = 64
-    """Conversations per length, and in each evaluation of the loss."""
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    num_evals: int = 8
-    answer_steps: int = 8
-    """Denoising steps in which all answers of a conversation are decoded."""
-    recall: RecallPlan = field(default_factory=lambda: RecallPlan(num_eval=32))
-    """The first panel, with half the conversations of the study per figure."""
-    num_recall_seeds: int = 2
-    is_quick: bool = False
-
-    @classmethod
-    def full(cls, seed: int) -> "DemoPlan":
-        """Return the plan of `memdlm demo`: two seeds, `seed` and the next."""
-        return cls(seeds=(seed, seed + 1))
-
-    @classmethod
-    def quick(cls, seed: int) -> "DemoPlan":
-        """Return the plan of `memdlm demo --quick`: fewer facts, half the steps."""
-        return cls(
-            seeds=(seed, seed + 1),
-            task=KeyValueRecall(num_pairs=4, num_keys=12, num_values=12, num_questions=4),
-            train_length=20,
-            num_train=2000,
-            num_eval=48,
-            steps=300,
-            num_evals=3,
-            answer_steps=4,
-            recall=QUICK_RECALL,
-            num_recall_seeds=1,
-            is_quick=True,
-        )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Evaluated context lengths, in words."""
-        return [self.train_length * times for times in (1, 2, 4)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,8 +109,12 @@ def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str
     report = _empty_report(plan, command)
     try:
         with _single_thread():
-            data, panel_data = _make_data(plan, display), recall_data(plan.recall)
-            estimate = _estimate(plan, data) + panel_seconds(plan.recall, panel_data, plan.num_recall_seeds)
+            panel_data = recall_data(plan.recall)
+            network = new_model(plan.recall, panel_data, plan.seeds[0])
+            display.say(job_line(plan.device, network.dtype, attention_of(network)))
+            data = _make_data(plan, display)
+            estimate = _estimate(plan, data)
+            estimate += panel_seconds(plan.recall, panel_data, plan.num_recall_seeds, plan.device)
             display.say(f"Estimated time: {_minutes(estimate)}, more if the machine is busy.")
             fill_panel(report["recall"], plan.recall, panel_data, out, display)
             for seed in plan.seeds:
@@ -200,6 +145,7 @@ def _empty_report(plan: DemoPlan, command: str) -> dict[str, Any]:
         "quick": plan.is_quick,
         "notes": list(NOTES),
         "machine": {
+            "device": name_of(plan.device),
             "cores": os.cpu_count() or 1,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -321,14 +267,14 @@ def _train(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=plan.device.type == "cpu",
         dataloader_pin_memory=False,
         seed=seed,
         **ARMS[arm],
     )
     trainer = MemDLMTrainer(
         model,
-        arguments,
+        on_one_device(arguments),
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=Collator(data.tokenizer.pad_token_id),
@@ -365,7 +311,7 @@ def checkpoint_name(arm: str, seed: int) -> str:
 def _estimate(plan: DemoPlan, data: DemoData) -> float:
     """Time one training pass, and count how many of them the whole demo costs: seconds."""
     batch = Collator(data.tokenizer.pad_token_id)(data.train[: plan.batch_size])
-    one = pass_seconds(_new_model(data, plan.seeds[0]), batch["input_ids"])
+    one = pass_seconds(_new_model(data, plan.seeds[0]), batch["input_ids"], plan.device)
     # In passes, measured: a step of each arm (network, optimizer and Trainer), and the evaluations of one model.
     training = plan.steps * (STEP_COST["MDLM"] + STEP_COST["MemDLM (published)"])
     evaluation = len(ARMS) * plan.num_eval / plan.batch_size * plan.answer_steps * EVALUATION_COST
@@ -391,10 +337,3 @@ def _single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def plan_for(seed: int, *, quick: bool) -> DemoPlan:
-    """Return the plan that the command line asks for; raises ConfigError for a negative seed."""
-    if seed < 0:
-        raise ConfigError(f"--seed must be at least 0, got {seed}.")
-    return DemoPlan.quick(seed) if quick else DemoPlan.full(seed)

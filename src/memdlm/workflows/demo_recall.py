@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
@@ -116,20 +117,23 @@ def panel_checkpoint(arm: str, seed: int) -> str:
     return f"recall-{arm.lower().replace(' ', '-')}-seed{seed}"
 
 
-def panel_seconds(plan: RecallPlan, data: RecallData, num_seeds: int) -> float:
+def panel_seconds(plan: RecallPlan, data: RecallData, num_seeds: int, device: torch.device) -> float:
     """Time one training pass, and count how many of them the whole panel costs."""
     batch = Collator(data.tokenizer.pad_token_id)(data.train[: plan.batch_size])
-    spent = pass_seconds(new_model(plan, data, seed=0), batch["input_ids"])
+    spent = pass_seconds(new_model(plan, data, seed=0), batch["input_ids"], device)
     training = plan.steps * sum(STEP_COST[arm] for arm in MAIN)
     evaluation = len(MAIN) * plan.num_eval * sum(plan.times) * EVALUATION_COST
     return spent * num_seeds * (training + evaluation)
 
 
-def pass_seconds(model: PreTrainedModel, input_ids: Ids) -> float:
-    """Return the seconds of one forward and backward pass over `input_ids` [B, L], the median of a few."""
-    spent = []
+def pass_seconds(model: PreTrainedModel, input_ids: Ids, device: torch.device) -> float:
+    """Return the seconds of one forward and backward pass over `input_ids` [B, L] on `device`, the median of a few."""
+    model.to(device)
+    input_ids, spent = input_ids.to(device), []
     for _ in range(8):
         start = time.perf_counter()
         model(input_ids).logits.float().logsumexp(-1).mean().backward()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         spent.append(time.perf_counter() - start)
     return sorted(spent)[len(spent) // 2]

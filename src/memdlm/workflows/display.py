@@ -26,7 +26,8 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one message."""
-        self.console.print(printable(text), highlight=False, markup=False, emoji=False)
+        # A line stays a line: rich would break it where it thinks the terminal ends, also in a log file.
+        self.console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, phase: str, description: str, total: int) -> Iterator[Advance]:

@@ -1,5 +1,6 @@
 """Exposure bias of one or two models on a dataset, without and with memory: numbers as JSON, and a picture."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass
@@ -16,7 +17,8 @@ from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.report_figures import BIAS_PANELS, png
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.loading import DTYPES, load_model
+from memdlm.models.devices import AUTO, DEVICE_HELP, DTYPE_HELP
+from memdlm.models.loading import DTYPES, line_of, load_model
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.options import option, validate
 from memdlm.outputs import Kind, Output, output_folder
@@ -49,8 +51,8 @@ class BiasOptions:
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
     batch_size: int = option(8, "Conversations decoded together.", minimum=1, maximum=2**16)
     seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
-    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
-    device: str | None = option(None, "For example cuda; unset: the CPU.")
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
+    device: str = option(AUTO, DEVICE_HELP)
     load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
     mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
 
@@ -82,7 +84,8 @@ def _measured(
     texts = _texts(options, conversations, options.model)
     if options.model2 is not None and _ids(_texts(options, conversations, options.model2)) != _ids(texts):
         raise DataError(f"model2 {options.model2!r} has another tokenizer: its losses per token are not comparable.")
-    rows = [row for name in models for row in _measure(options, name, texts, memory, say)]
+    say_once = functools.cache(say)
+    rows = [row for name in models for row in _measure(options, name, texts, memory, say, say_once)]
     data: dict[str, Any] = {
         "kind": "exposure_bias",
         "version": __version__,
@@ -104,9 +107,15 @@ def _measured(
 
 
 def _measure(
-    options: BiasOptions, name: str, texts: Sequence[Encoded], config: MemoryConfig | None, say: Callable[[str], None]
+    options: BiasOptions,
+    name: str,
+    texts: Sequence[Encoded],
+    config: MemoryConfig | None,
+    say: Callable[[str], None],
+    say_once: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     model = load_model(name, dtype=options.dtype, device=options.device, load_in_4bit=options.load_in_4bit)
+    say_once(line_of(model))
     tokenizer = load_tokenizer(name)
     size = options.batch_size
     batches = [

@@ -82,7 +82,7 @@ def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -
 
 def _memorize(options: MemorizeOptions, config: MemoryConfig, display: Display, output: Output) -> Memorized:
     document = read_document(str(options.file))
-    model, tokenizer = load_parts(options)
+    model, tokenizer = load_parts(options, display)
     ids = document_ids(document, tokenizer, as_message=options.as_message)
     places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
     if config.chunk_length is None and places is not None and len(ids) > places:

@@ -8,6 +8,7 @@ from memdlm.data.encoding import TRUNCATIONS, EncodingOptions
 from memdlm.errors import ConfigError
 from memdlm.files import name_under_base
 from memdlm.memory.config import MemoryConfig
+from memdlm.models.devices import AUTO, DTYPE_HELP
 from memdlm.models.loading import DTYPES
 from memdlm.models.outer_adapters import LoRAOptions
 from memdlm.options import option, validate
@@ -21,7 +22,7 @@ class ModelOptions:
     """What is trained."""
 
     model: str = option(MISSING, "Folder or hub name of the model and its tokenizer.")
-    dtype: str = option("auto", "Number type of the weights.", choices=("auto", *DTYPES))
+    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     attn_implementation: str | None = option(None, "sdpa or eager; unset: sdpa.")
     load_in_4bit: bool = option(False, "Quantise the frozen base model to 4 bits (nf4, double quantisation).")
     adapter: str | None = option(None, "Folder or hub name of an outer LoRA to train on; its own rank and targets.")

@@ -24,7 +24,7 @@ from memdlm.models.experts import Experts
 from memdlm.models.loading import DTYPES, model_skeleton
 from memdlm.models.outer_adapters import LoRAOptions, count_outer_lora
 from memdlm.models.quantisation import linears_of_blocks
-from memdlm.models.readout import MAX_LOGITS
+from memdlm.models.readout import BYTES, MAX_SUMMED_LOGITS, at_once
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
 from memdlm.workflows.datasets import TRAIN, load_data
@@ -139,7 +139,7 @@ def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict
     compute = 2 if arguments.bf16 or arguments.fp16 else width
     per_block = 17 * hidden * tokens * compute
     saved = layers * hidden * tokens * compute + per_block if arguments.gradient_checkpointing else layers * per_block
-    logits = min(tokens * vocabulary, MAX_LOGITS) * 4 * 3
+    logits = min(tokens * vocabulary, at_once(MAX_SUMMED_LOGITS, arguments.device)) * BYTES
     copies = arguments.per_device_train_batch_size if arguments.memory and arguments.memory.per_sample else 1
     return {
         "weights": sizes.quantised * BYTES_4BIT + (sizes.total - sizes.quantised) * width,

@@ -170,7 +170,8 @@ def train_arm(
     trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # With memory, a short run logs the loss without it on some of its logged steps only.
+    history = [entry for entry in trainer.state.log_history if "nll" in entry]
     found = {name: [entry[name] for entry in history if name in entry] for name in CURVES}
     return Trained(
         model=model,
@@ -294,6 +295,13 @@ def new_model(plan: RecallPlan, data: RecallData, seed: int) -> PreTrainedModel:
     return build_model(SmallDLMConfig(**(options | dict(plan.network))), seed=seed)
 
 
+def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """Let a small job use the first card alone where a process sees several; returns `arguments`."""
+    # transformers would split every batch between all of them. There is no public switch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
 def _trainer(
     plan: RecallPlan, data: RecallData, config: MemoryConfig | None, model: PreTrainedModel, seed: int
 ) -> MemDLMTrainer:
@@ -320,7 +328,7 @@ def _trainer(
         "seed": seed,
         "mem_enabled": config is not None,
     }
-    arguments = TrainingArguments(**(options | memory | dict(plan.training)))
+    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
     return MemDLMTrainer(
         model,
         arguments,

@@ -4,13 +4,15 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from memdlm.data.collate import Collator
 from memdlm.data.encoding import Counts
 from memdlm.errors import ConfigError
 from memdlm.files import make_folder, writing
-from memdlm.models.loading import load_model
+from memdlm.models.devices import AUTO, job_line
+from memdlm.models.loading import attention_of, dtype_on, load_model, model_skeleton
 from memdlm.models.outer_adapters import LoRAOptions, add_outer_lora
 from memdlm.models.tokenizers import load_tokenizer
 from memdlm.training.arguments import TrainingArguments
@@ -68,6 +70,9 @@ def _run(
     checkpoint = start_of(run, arguments, out)
     plan = RunPlan(model=model_options, lora=lora, data=data_options, run=run, arguments=arguments)
     changed = [] if checkpoint is None else check_same_run(plan, checkpoint, display)
+    weights = dtype_on(model_options.path, model_options.dtype, arguments.device)
+    if arguments.process_index == 0:
+        display.say(first_line(model_options, arguments, weights))
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
     for split, counts in data.counts.items():
@@ -75,7 +80,7 @@ def _run(
     if checkpoint is not None:
         changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
-        make_model(model_options, lora, arguments.seed),
+        make_model(model_options, lora, arguments.seed, weights, device_of(arguments)),
         arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
@@ -133,11 +138,35 @@ def clear_output(arguments: TrainingArguments, out: Path) -> None:
             prepare_output(out, NEVER, overwrite=True)
 
 
-def make_model(options: ModelOptions, lora: LoRAOptions, seed: int) -> PreTrainedModel:
-    """Load what is trained: the whole model, or its base with an adapter on top."""
+def first_line(options: ModelOptions, arguments: TrainingArguments, weights: str | torch.dtype) -> str:
+    """Return the first line of a run, before data and weights are read."""
+    attention = options.attn_implementation or attention_of(model_skeleton(options.path))
+    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    return job_line(arguments.device, weights, attention, is_quantised=options.load_in_4bit, autocast=autocast)
+
+
+def device_of(arguments: TrainingArguments) -> torch.device | None:
+    """Return where this process is to load the model: its own device; None, the CPU, where weights will be sharded."""
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
+    is_sharded = bool(arguments.fsdp or arguments.deepspeed) or bool({"1", "true", "yes"} & set(launched))
+    return None if is_sharded or arguments.device.type == "cpu" else arguments.device
+
+
+def make_model(
+    options: ModelOptions,
+    lora: LoRAOptions,
+    seed: int,
+    weights: str | torch.dtype = AUTO,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Load what is trained, its weights in the dtype `weights`: the whole model, or its base with an adapter on top.
+
+    It is loaded, and quantised, on `device`; None: the CPU.
+    """
     model = load_model(
         options.path,
-        dtype=options.dtype,
+        dtype=weights,
+        device=device,
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
         attn_implementation=options.attn_implementation,

@@ -1,0 +1,31 @@
+"""PEFT, imported when there is an adapter: its import takes longer than all else that loading a model needs.
+
+What PEFT made can only be met after something has imported it, so the questions here do not import it to say no.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def peft() -> Any:
+    """Return the package `peft`."""
+    return importlib.import_module("peft")
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether `model` is wrapped by PEFT."""
+    return _is_a(model, "peft.peft_model", "PeftModel")
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer with PEFT's LoRA around it."""
+    return _is_a(module, "peft.tuners.lora.layer", "LoraLayer")
+
+
+def _is_a(module: nn.Module, home: str, name: str) -> bool:
+    # Another thread may be in the middle of importing it.
+    kind = getattr(sys.modules.get(home), name, None)
+    return kind is not None and isinstance(module, kind)

@@ -1,0 +1,272 @@
+"""Without a GPU, what would go wrong on one: mixed devices, and waits for the device on hot paths.
+
+Everything runs on the device double of `double.py`, beside the same on the CPU: results must agree, and the waits must
+be those of the tables here, no more.
+"""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import memdlm
+from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.diffusion import Linear
+from memdlm.inference import GenerationConfig, generate
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory.inner_loop import LocalSGD
+from memdlm.randomness import derive
+from memdlm.training.finite import FiniteWatch
+from memdlm.training.outer import memory_of, noise_batch, score
+from memdlm.training.rows import PROMPT_WIDTH, prompt_width
+from memdlm.training.tracking import Means
+from rehearsal.double import DEVICE, OnDevice, counting, to_device
+from tiny import CONFIGS, MASK, V, random_ids, tiny
+
+every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
+IDS = random_ids(2, 16)
+LEARNED = {"inner_target_modules": "up_proj,down_proj", "strides": 3}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+def config_of(preset=MemoryConfig, **options):
+    return preset(**{"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "inner_lr": 1.0, **options})
+
+
+def both(family, dtype, run):
+    """Return what `run(model, put)` gives on the CPU and on the double, and the double's waits."""
+    host = run(tiny(family, dtype), lambda tensor: tensor.clone())
+    with counting() as waits:
+        found = run(to_device(tiny(family, dtype)), lambda tensor: OnDevice(tensor.clone()))
+        found = [each.inner if isinstance(each, OnDevice) else each for each in found]
+    return host, found, dict(waits)
+
+
+def agree(host, found):
+    assert len(host) == len(found) > 0
+    for ours, theirs in zip(found, host, strict=True):
+        # The two devices' attention differs in its last bits: errors count by the largest number, not by each.
+        assert_close(ours, theirs, rtol=0, atol=2e-4 * max(1e-6, theirs.abs().max().item()))
+
+
+# Waits ------------------------------------------------------------------------------------------------------------
+
+WRITE = {("copy to host", "memory/trajectory.py:with_sizes"): 1}
+"""Of a whole write: how many positions its states score."""
+WRITTEN = {**WRITE, ("copy to host", "memory/keeping.py:check_written"): 1}
+"""Of a write that is read outside training: also whether the memory is made of numbers, at its end."""
+SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
+"""Of an outer loss: which positions it scores."""
+LEARN = ("copy to host", "diffusion/sampling.py:fill")
+"""Of decoding: which positions are open, once for a block and once for a step."""
+TEXTS = {("copy to host", "inference/generate.py:responses"): 1}
+"""Of a whole generation: the result."""
+SOUND = ("item", "diffusion/sampling.py:check")
+"""Of decoding: whether all logits were numbers, once for a block and once at the end."""
+BLOCKS = 3
+"""Of a row of at most 4 + 8 tokens in blocks of 4."""
+
+
+@every_family
+def test_a_forward_pass(family, dtype):
+    def run(model, put):
+        mask = torch.ones_like(IDS)
+        mask[1, 12:] = 0
+        with torch.no_grad():
+            return [model(put(IDS)).logits, model(put(IDS), attention_mask=put(mask)).logits]
+
+    host, found, waits = both(family, dtype, run)
+    if dtype == torch.float32:  # in bfloat16 the two devices' attention rounds differently
+        agree(host, found)
+    assert waits == {}
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_sample": False},
+        {"inner_loss_type": "distill"},
+        {"masking_strategy": "strided"},
+        {"masking_strategy": "progressive_memory"},
+        {"inner_clip_scope": "global"},
+        {"inner_adapter_type": "full", "inner_rank": 32, "inner_alpha": 64.0},
+        {"inner_gradient_checkpointing": False},
+    ],
+    ids=str,
+)
+def test_a_write(family, options):
+    def run(model, put):
+        memory = ParametricMemory(model, config_of(**options), mask_token_id=MASK)
+        with memory.write(put(IDS), generator=[derive("row", row) for row in range(2)] if not options else None) as w:
+            with torch.no_grad():
+                logits = model(put(IDS)).logits
+            return [w.losses, w.grad_norms, logits]
+
+    host, found, waits = both(family, torch.float32, run)
+    agree(host, found)
+    assert waits == WRITTEN
+
+
+DECODED = {
+    "plain": {},
+    "sampled": {"temperature": 1.0},
+    "top_p": {"temperature": 1.0, "top_p": 0.5},
+    "threshold": {"threshold": 0.2},
+    "random order": {"remasking": "random"},
+    "guidance": {"cfg_scale": 1.0},
+    "no cache": {"cache": "none"},
+    "approximate": {"cache": "approximate"},
+    "soft": {"soft_mask": True},
+    "editing": {"steps": None, "threshold": 0.2, "editing_threshold": 0.1, "max_post_steps": 2},
+}
+
+
+@every_family
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("has_memory", [False, True], ids=["bare", "memory"])
+def test_decoding(family, name, has_memory):
+    if name == "approximate" and family not in ("llada", "llada_switches", "lladamoe"):
+        pytest.skip("kept states of a whole row are for these families alone")
+    if name == "random order" and family == "llada2":
+        pytest.skip("a block-causal family always commits what is surest")
+    tokenizer = build_word_tokenizer([f"w{index:02}" for index in range(V - 5)])
+
+    def run(model, put):
+        memory = ParametricMemory(model, config_of(), mask_token_id=tokenizer.mask_token_id) if has_memory else None
+        config = GenerationConfig(**{"max_new_tokens": 8, "steps": 4, "block_size": 4, **DECODED[name]})
+        done = generate(model, tokenizer, [[5, 6, 7], [8, 9, 10, 11]], config, memory=memory)
+        steps.append(done.num_forward_passes // (2 if name == "guidance" else 1))
+        return [row.cpu() for row in done.sequences]
+
+    steps: list[int] = []
+    host, found, waits = both(family, torch.float32, run)
+    for ours, theirs in zip(found, host, strict=True):
+        assert ours.equal(theirs)
+    assert steps[0] == steps[1] > 0
+    assert waits.pop(LEARN) <= steps[1] + BLOCKS
+    assert waits.pop(SOUND) <= BLOCKS + 1
+    assert waits == {**TEXTS, **(WRITTEN if has_memory else {})}
+
+
+@every_family
+def test_scoring(family):
+    def run(model, put):
+        found = memdlm.score(model, put(IDS)[0], put(IDS)[1][:4], num_samples=4, mask_token_id=MASK)
+        return [torch.tensor(float(found))]
+
+    host, found, waits = both(family, torch.float32, run)
+    agree(host, found)
+    assert waits == {**SCORE, ("item", "diffusion/likelihood.py:monte_carlo_nll"): 1}
+
+
+@every_family
+@pytest.mark.parametrize("preset", ["first_order", "exact", "response"])
+def test_a_training_step(family, preset):
+    def run(model, put):
+        model.train()
+        options = {
+            "first_order": {"write_source": "prompt"},
+            "exact": {},
+            "response": {"write_source": "response", "per_sample": False},
+        }
+        make = MemoryConfig.recall if preset == "exact" else MemoryConfig
+        more = LEARNED if preset == "exact" else {}
+        memory = ParametricMemory(model, config_of(make, **more, **options[preset]), mask_token_id=MASK)
+        labels = IDS.masked_fill(torch.arange(16) < 6, -100)
+        inputs = {"input_ids": put(IDS), "labels": put(labels), PROMPT_WIDTH: prompt_width(labels, None, None)}
+        batch = noise_batch(
+            inputs,
+            put(torch.tensor([0.4, 0.8])),
+            put(torch.rand(IDS.shape, generator=derive("noise"))),
+            schedule=Linear(),
+            epsilon=1e-3,
+            mask_token_id=MASK,
+            spare_padding=False,
+        )
+        with memory_of(memory, batch, pad_token_id=0, randomness=[derive("row", row) for row in range(2)]):
+            lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix)
+            lost.sums.sum().backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        learned = [] if memory.learned is None else [each.grad for each in memory.learned.parameters()]
+        return [lost.sums.detach(), *found, *(each for each in learned if each is not None)]
+
+    host, found, waits = both(family, torch.float32, run)
+    agree(host, found)
+    assert waits == {**WRITE, **SCORE}
+
+
+def test_figures_of_a_training_run_are_waited_for_when_they_are_read():
+    with counting() as waits:
+        means, watch = Means(), FiniteWatch(("loss",), torch.device(DEVICE))
+        values, times = (OnDevice(torch.tensor(each)) for each in ([1.0, 3.0], [0.1, 0.7]))
+        for step in range(3):
+            means.add("one", values.sum(), 2)
+            means.add("counted", values.sum(), OnDevice(torch.tensor(4)))
+            means.add_rows("nll", values, OnDevice(torch.tensor([1, 2])), times)
+            watch.note("loss", values.sum(), step)
+            watch.flag()
+        assert waits == {}
+        found = means.read(lambda sums: sums)
+        assert waits == {("copy to host", "training/tracking.py:read"): 1}
+    assert found["one"] == 2
+    assert found["counted"] == 1
+    assert found["nll_t0.8"] == 1.5
+
+
+def test_a_wait_in_a_hot_path_is_noticed(monkeypatch):
+    """What this file is for: somebody puts an `.item()` into the update rule, or makes a tensor on the host."""
+
+    def clip(self, gradients):
+        assert all(gradient.norm().item() < 1e9 for gradient in gradients)
+        return gradients
+
+    def run(model, put):
+        with ParametricMemory(model, config_of(), mask_token_id=MASK).write(put(IDS)) as written:
+            return [written.losses]
+
+    monkeypatch.setattr(LocalSGD, "clip", clip)
+    _, _, waits = both("llada", torch.float32, run)
+    assert waits.pop(("item", "memory/inner_loop.py:step")) > 1
+    assert waits == WRITTEN
+    monkeypatch.setattr(LocalSGD, "clip", lambda self, gradients: [g * torch.ones(g.shape) for g in gradients])
+    with pytest.raises(RuntimeError, match="same device"):
+        both("llada", torch.float32, run)
+
+
+# The double itself ------------------------------------------------------------------------------------------------
+
+
+def test_two_devices_do_not_mix():
+    with counting():
+        there = OnDevice(torch.ones(3))
+        with pytest.raises(RuntimeError, match="same device"):
+            there + torch.ones(3)
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, device=there.device, generator=torch.Generator())
+        assert (there + torch.tensor(1.0)).inner.tolist() == [2, 2, 2], "a number may come from the host"
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.equal(x),
+        lambda x: x.unique(),
+        lambda x: torch.zeros(3).copy_(x),
+        lambda x: int(x.long().max()),
+    ],
+)
+def test_every_kind_of_wait_is_counted(wait):
+    with counting() as waits:
+        wait(OnDevice(torch.ones(3)))
+        assert sum(waits.values()) == 1
