@@ -180,19 +180,19 @@ def test_training_logs_the_bound_without_memory_beside_the_one_with(tmp_path):
 @pytest.mark.parametrize(
     ("interval", "expected"),
     [
-        ({"logging_steps": 1}, [1, 6, 11]),
-        ({"logging_steps": 2}, [2, 6, 12]),
-        ({"logging_steps": 3}, [3, 6, 12]),
-        ({"logging_steps": 4}, [4, 8, 12]),
-        ({"logging_steps": 6}, [6, 12]),
-        ({"logging_steps": 6, "logging_first_step": True}, [1, 6, 12]),
-        ({"logging_strategy": "epoch"}, [1, 6, 11]),
+        ({"logging_steps": 1}, [1, 9, 17]),
+        ({"logging_steps": 2}, [2, 10, 18]),
+        ({"logging_steps": 3}, [3, 9, 18]),
+        ({"logging_steps": 4}, [4, 12]),
+        ({"logging_steps": 9}, [9, 18]),
+        ({"logging_steps": 9, "logging_first_step": True}, [1, 9, 18]),
+        ({"logging_strategy": "epoch"}, [1, 9, 17]),
         ({"logging_strategy": "no"}, []),
     ],
     ids=str,
 )
-def test_the_log_s_pass_without_memory_is_made_on_one_step_in_five_at_most(interval, expected, tmp_path):
-    trainer = trainer_of(tmp_path, tiny("small"), rows_of(8), mem_enabled=True, max_steps=12, **interval)
+def test_the_log_s_pass_without_memory_is_made_on_one_step_in_eight_at_most(interval, expected, tmp_path):
+    trainer = trainer_of(tmp_path, tiny("small"), rows_of(8), mem_enabled=True, max_steps=18, **interval)
     passes, own = [], trainer._without_trace
 
     def counted():
@@ -206,12 +206,12 @@ def test_the_log_s_pass_without_memory_is_made_on_one_step_in_five_at_most(inter
 
 
 def test_what_is_logged_without_memory_is_the_loss_of_the_very_step(tmp_path):
-    """Logged at every step, the figure of step 6 is that of the same step logged alone."""
-    rows, options = rows_of(8), {"mem_enabled": True, "max_steps": 6}
-    often, alone = (trained(tmp_path, tiny("small"), rows, logging_steps=n, **options) for n in (1, 6))
+    """Logged at every step, the figure of step 9 is that of the same step logged alone."""
+    rows, options = rows_of(8), {"mem_enabled": True, "max_steps": 9}
+    often, alone = (trained(tmp_path, tiny("small"), rows, logging_steps=n, **options) for n in (1, 9))
     found = {entry["step"]: entry["nll"] for entry in history_of(often) if "nll" in entry}
-    assert sorted(found) == [1, 6]
-    assert found[6] == history_of(alone)[0]["nll"]
+    assert sorted(found) == [1, 9]
+    assert found[9] == history_of(alone)[0]["nll"]
     without = trained(tmp_path, tiny("small"), rows, max_steps=6)
     assert all("nll" in entry for entry in history_of(without)), "without memory it costs nothing"
 

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
 """What an optimizer step trains with."""
-BARE_EVERY = 5
-"""Of so many optimizer steps, one at most makes a pass without memory for the log alone, a fifth more work."""
+BARE_EVERY = 8
+"""Of so many optimizer steps, one at most makes a pass without memory for the log alone, which is a fifth more work."""
 TOKENS, ROWS = "step_tokens", "step_rows"
 """Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
 
