@@ -114,6 +114,7 @@ def test_a_write(family, options):
 
 DECODED = {
     "plain": {},
+    "all known": {"eos_early_stop": False},
     "sampled": {"temperature": 1.0},
     "top_p": {"temperature": 1.0, "top_p": 0.5},
     "threshold": {"threshold": 0.2},
@@ -148,7 +149,10 @@ def test_decoding(family, name, has_memory):
     for ours, theirs in zip(found, host, strict=True):
         assert ours.equal(theirs)
     assert steps[0] == steps[1] > 0
-    assert waits.pop(LEARN) <= steps[1] + BLOCKS
+    # Where a block's steps are known when it begins, there is nothing to wait for in it. LLaDA2.x looks at confidences.
+    is_known = name == "all known" and family != "llada2"
+    assert waits.pop(LEARN) <= BLOCKS + (0 if is_known else steps[1])
+    assert not is_known or steps[1] > BLOCKS
     assert waits.pop(SOUND) <= BLOCKS + 1
     assert waits == {**TEXTS, **(WRITTEN if has_memory else {})}
 

@@ -4,7 +4,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias, final
+from typing import ClassVar, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ Draw: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 class Commit(ABC):
     """How sure a prediction is; the surest are committed first."""
+
+    draws: ClassVar[bool] = False
+    """Whether random numbers decide."""
 
     @abstractmethod
     def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
@@ -40,6 +43,8 @@ class LowConfidence(Commit):
 @dataclass(frozen=True, slots=True)
 class RandomOrder(Commit):
     """Uniform noise: tokens are committed in random order."""
+
+    draws: ClassVar[bool] = True
 
     def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
         """Return U[0, 1) draws."""
@@ -76,6 +81,11 @@ class Rule:
     """Tokens whose confidence counts as 0: they are committed only when nothing else is left."""
     is_tempered: bool = False
     """Confidences are read at the sampling temperature (LLaDA2.x) instead of at 1 (LLaDA)."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers decide over tokens or over their order."""
+        return self.temperature > 0 or self.commit.draws
 
     def choose(
         self, logits: Logits, generator: Randomness | None = None, rows: Tensor | None = None

@@ -22,6 +22,11 @@ class Reveal(ABC):
         S bounds the steps; the quotas of a row add up to `num_open` or more.
         """
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the quotas alone say how many are committed."""
+        return type(self).count is Reveal.count
+
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
         """Return [B]: how many to commit, given `confidence` [B, W] in falling order, -inf where nothing is open."""
         return quota

@@ -106,7 +106,9 @@ class _Loop:
         region = is_open & block
         # Waits for the device to learn which positions, once per step: its work depends on what the last one decided.
         known = (region & self.seen.are_finite).cpu()
-        quotas = self.reveal.quotas(known.sum(-1), self.generator)
+        num_open = known.sum(-1)
+        quotas = self.reveal.quotas(num_open, self.generator)
+        is_foreseen = self._is_foreseen(ids.device)
         there = quotas.to(ids.device, non_blocking=True)
         zero = torch.zeros_like(ids[:, 0])
         extra = 0 if self.edit is None else 1 + self.edit.max_post_steps
@@ -115,7 +117,12 @@ class _Loop:
         for index in range(quotas.shape[1] + extra):
             in_block = is_open & block
             is_scored = in_block if self.edit is None else review.scored(in_block)
-            positions = positions_of(known if index == 0 else (is_scored & self.seen.are_finite).cpu())
+            if index > 0 and is_foreseen:
+                # Of the rows that go on, all positions of the block: predictions for filled ones are not looked at.
+                known = known & (num_open > quotas[:, :index].sum(1))[:, None]
+            elif index > 0:
+                known = (is_scored & self.seen.are_finite).cpu()
+            positions = positions_of(known)
             if positions.numel() == 0:
                 self.seen.check()
                 return
@@ -126,6 +133,16 @@ class _Loop:
             if self.stop is not None and self.edit is None:
                 is_open = is_open & ~self.stop.finished(ids, is_open)[:, None]
             yield step, is_open
+
+    def _is_foreseen(self, device: torch.device) -> bool:
+        """Whether how many tokens each step of a block commits is known when it begins.
+
+        A device is then not waited for between the steps. On the CPU that would only cost predictions; and draws would
+        be other ones.
+        """
+        ends = (self.stop, self.edit, self.stable)
+        is_fixed = self.reveal.is_fixed and not self.rule.draws and all(each is None for each in ends)
+        return is_fixed and device.type != "cpu"
 
     @torch.no_grad()
     def _step(
@@ -144,6 +161,7 @@ class _Loop:
         positions = positions.to(ids.device, non_blocking=True)
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
+        sure = sure.masked_fill(~is_scored, float("-inf"))
         candidates = sure.masked_fill(~in_block, float("-inf"))
         # The stable sort settles ties by column, whatever the device and whoever else is in the batch.
         ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
