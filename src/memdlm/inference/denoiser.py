@@ -161,9 +161,4 @@ class CanvasDenoiser(Denoise):
         return (part.columns < part.last[:, None]).to(shown.device, non_blocking=True)
 
 
-def lengths_of(is_there: Tensor) -> Tensor:
-    """Return [B] int64 on the CPU: how many columns of each row are there."""
-    return is_there.sum(-1).cpu().to(torch.int64)
-
-
-__all__ = ["CanvasDenoiser", "Meter", "OfRows", "Whole", "lengths_of"]
+__all__ = ["CanvasDenoiser", "Meter", "OfRows", "Whole"]
