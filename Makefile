@@ -22,7 +22,7 @@ demo: $(PACKAGE)  ## train, evaluate and compare small models offline; the repor
 	$(BIN)/memdlm demo --overwrite $(ARGS)
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## what takes minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -30,8 +30,12 @@ def _exact_products():
 
 
 def pytest_collection_modifyitems(items):
-    """Against itself the CPU checks the tests, not the networks: one family is enough for every day."""
+    """Against itself the CPU checks the tests, not the networks: one family is enough for every day.
+
+    Two processes train together in tests/training every day.
+    """
     for item in (item for item in items if Path(__file__).parent in item.path.parents):
         parameters = item.callspec.params if isinstance(item, pytest.Function) and "callspec" in vars(item) else {}
-        if parameters.get("device") == "cpu" and parameters.get("family", ON_THE_CPU) != ON_THE_CPU:
+        is_other = parameters.get("family", ON_THE_CPU) != ON_THE_CPU or item.path.name == "test_two_cards.py"
+        if parameters.get("device") == "cpu" and is_other:
             item.add_marker(pytest.mark.slow)

@@ -63,10 +63,10 @@ def states(memory, ids, draw):
 @pytest.mark.parametrize("objective", ["ce", "distill", "distill_reverse"])
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_the_estimate_s_mean_is_the_whole_loss_and_the_whole_gradient(family, objective, per_sample):
-    """For every norm, with rows that score different numbers of positions."""
+    """For every norm (the network has no part in it), with rows that score different numbers of positions."""
     model, ids = tiny(family, torch.float64), random_ids(2, 9)
     ids[1, 6:] = PAD
-    for norm in ("token", "sequence", "batch"):
+    for norm in ("token", "sequence", "batch") if family == "small" else ("token",):
         options = {"inner_loss_type": objective, "loss_weight_type": "scheduler", "loss_norm_type": norm}
         memory = memory_of(model, per_sample=per_sample, inner_score_fraction=0.4, **options)
         steps, scored = states(memory, ids, lambda: torch.rand(2, 9, generator=rng(2)))
