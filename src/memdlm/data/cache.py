@@ -66,7 +66,7 @@ def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tupl
             continue
         if manifest is None:
             continue
-        # Relative names are relative to where a command runs: another file of the same name is another dataset.
+        # A relative name means another file where a command runs in another folder.
         if _names(manifest["sources"]) != _names(state):
             continue
         words = differences(manifest, {**wanted, "sources": state})

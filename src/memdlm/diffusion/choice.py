@@ -104,7 +104,7 @@ class Rule:
         token = _gumbel(self._filtered(allowed), heat, draw).argmax(-1)
         if self.postpone:
             scaled = scaled.index_fill(-1, ids_on(self.postpone, logits.device), float("-inf"))
-        # The mask token keeps its share of the probability, as published: a prediction beside it is less sure.
+        # Confidences count the mask token's probability, as published: where it is high, no other token is sure.
         return token, self.commit.confidence(self._filtered(scaled), token, draw)
 
     def _filtered(self, logits: Logits) -> Logits:

@@ -45,7 +45,7 @@ class Canvas:
     most_new: int
     """The tokens asked for per row; of an infilling, those of a block."""
     num_shares: int
-    """Among how many blocks `steps` are shared out; of a response, as many as fit it, wherever its prompt ends."""
+    """Among how many blocks `steps` are shared out: as many as the response fills, wherever the prompt ends."""
 
     @property
     def most_asked(self) -> int:

@@ -22,7 +22,10 @@ class KeyValues:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (key, value) buffers [B, H, T + 1, P] of a layer; the last column takes what no one reads."""
+        """Return the (key, value) buffers [B, H, T + 1, P] of a layer.
+
+        The last column is never read. What must not be kept is written there.
+        """
         if layer not in self._layers:
             shape = (self.batch, like.shape[1], self.length + 1, like.shape[3])
             # Zeros, not whatever is there: a hidden NaN would still reach the output as 0 * NaN.

@@ -85,7 +85,7 @@ class AttentionShape:
     head_dim: int
     bias: bool = False
     out_bias: bool | None = None
-    """Of the output projection; None: as `bias`, which the query, key and value projections have."""
+    """Whether the output projection has a bias. None: as the query, key and value projections, see `bias`."""
     fused: bool = False
     """Query, key and value are one projection, `query_key_value`: rows of all query heads, then key, then value."""
     qk_norm_eps: float | None = None

@@ -1,7 +1,7 @@
 """Module names: ours, which are the same for every family, and those of published checkpoints and adapters.
 
 A table pairs fragments of the two, in the order in which a published name is rewritten. A fragment that starts with a
-dot stands right behind a layer's index; any other starts a name or follows a dot.
+dot comes directly after a layer's index. Any other fragment begins a name, or follows a dot.
 """
 
 import re
