@@ -43,8 +43,8 @@ TRAINING_ONLY = (
 )
 """Options that may differ between the training of a start and its use: they do not change how a prompt is written.
 
-`chunk_length` changes how a longer text is written. It may differ all the same, because texts that are longer than those
-of training need it.
+`chunk_length` changes how a longer text is written. It may differ all the same, because texts that are longer than
+those of training need it.
 `inner_score_fraction` changes neither the mean of the inner loss nor that of its gradient.
 """
 
