@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from memdlm.diffusion import (
     Corrupted,
     Linear,
-    Rule,
+    TokenSampler,
     corrupt,
     denoise_canvas,
     masked_loss,
@@ -123,7 +123,12 @@ def test_decoding_is_the_library_s(setting):
     ids = torch.cat((prompt, torch.full((6,), M)))[None]
     is_open = ids == M
     for step in denoise_canvas(
-        ModelDenoiser(Wrapped(network)), ids, is_open, [is_open], steps_per_block=6, rule=Rule(mask_token_id=M)
+        ModelDenoiser(Wrapped(network)),
+        ids,
+        is_open,
+        [is_open],
+        steps_per_block=6,
+        sampler=TokenSampler(mask_token_id=M),
     ):
         final = step.ids
     assert final[0].equal(theirs)

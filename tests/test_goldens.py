@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import goldens
 from goldens import Case, model, must_know, tensors
 from inference import test_golden_sampler as sampler
-from memdlm.diffusion import Rule
+from memdlm.diffusion import TokenSampler
 from memory import test_golden_adapt as adapt
 from models import test_golden_forward as forward
 from ties import Sureness, is_tie
@@ -208,7 +208,7 @@ def stepped(**tokens):
 
 
 def sureness(**rule):
-    return Sureness(torch.tensor([1, 2, 3, 4]), torch.tensor(LINES), Rule(mask_token_id=5, **rule))
+    return Sureness(torch.tensor([1, 2, 3, 4]), torch.tensor(LINES), TokenSampler(mask_token_id=5, **rule))
 
 
 @pytest.mark.parametrize(

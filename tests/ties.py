@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memdlm.diffusion import Rule
+from memdlm.diffusion import TokenSampler
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-7
 """What float32 leaves of a recorded confidence after a forward pass."""
@@ -21,17 +21,17 @@ class Sureness:
 
     positions: Tensor
     logits: Tensor
-    rule: Rule
+    sampler: TokenSampler
 
     def of(self, position: int, token: int) -> tuple[float, float]:
         """How sure `token` is at `position`, and by how much it is less likely than the likeliest that is allowed."""
         line = self.logits[(self.positions == position).nonzero().item()].float()
-        line[list(self.rule.suppress)] = float("-inf")
+        line[list(self.sampler.suppress)] = float("-inf")
         allowed = line.clone()
-        allowed[self.rule.mask_token_id] = float("-inf")
+        allowed[self.sampler.mask_token_id] = float("-inf")
         short = allowed.log_softmax(-1).max() - allowed.log_softmax(-1)[token]
-        line[list(self.rule.postpone)] = float("-inf")
-        return self.rule._filtered(line[None])[0].softmax(-1)[token].item(), short.item()
+        line[list(self.sampler.postpone)] = float("-inf")
+        return self.sampler._filtered(line[None])[0].softmax(-1)[token].item(), short.item()
 
 
 def is_tie(before: Tensor, mine: Tensor, theirs: Tensor, sureness: Sureness) -> bool:

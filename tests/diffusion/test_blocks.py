@@ -15,9 +15,9 @@ from memdlm.diffusion import (
     EosStop,
     Even,
     Factor,
-    Rule,
     Scheduled,
     StableAnswer,
+    TokenSampler,
     absolute_blocks_from,
     denoise_canvas,
     make_schedule,
@@ -25,7 +25,7 @@ from memdlm.diffusion import (
 )
 from memdlm.types import Denoise
 
-RULE = Rule(mask_token_id=MASK)
+RULE = TokenSampler(mask_token_id=MASK)
 
 
 class Sharp(Table):
@@ -103,7 +103,7 @@ def test_token_editing_is_the_published_loop(prompt, new, block, seed, scale, th
             ids,
             is_open,
             blocks,
-            rule=RULE,
+            sampler=RULE,
             reveal=AtLeast(threshold=threshold, num_to_transfer=fewest),
             edit=Edit(threshold=editing, max_post_steps=post_steps),
         )
@@ -125,7 +125,7 @@ def test_edited_rows_do_not_depend_on_each_other(
         ids,
         is_open,
         blocks,
-        rule=RULE,
+        sampler=RULE,
         reveal=AtLeast(threshold=threshold, num_to_transfer=fewest),
         edit=Edit(threshold=editing, max_post_steps=post_steps),
     ):
@@ -172,7 +172,7 @@ def test_block_decoding_is_the_published_loop(prompt, new, block, steps, seed, s
     denoise = Sharp(seed, scale)
     ids, is_open, blocks = canvas_of([prompt], new, block, seed)
     reveal = Above(threshold=threshold, block_size=block, steps=min(steps, new))
-    ours = [s.ids[0].tolist() for s in denoise_canvas(denoise, ids, is_open, blocks, rule=RULE, reveal=reveal)]
+    ours = [s.ids[0].tolist() for s in denoise_canvas(denoise, ids, is_open, blocks, sampler=RULE, reveal=reveal)]
     theirs = thresholded(denoise, ids[0], prompt, new, block, threshold=threshold, steps=steps)
     assert ours == [canvas.tolist() for canvas in theirs]
 
@@ -210,7 +210,7 @@ def test_every_rule_fills_everything_in_bounded_steps(reveal, edit, denoise):
             ids,
             is_open,
             blocks,
-            rule=RULE,
+            sampler=RULE,
             reveal=reveal,
             edit=edit,
             generator=torch.Generator().manual_seed(1),
@@ -250,10 +250,10 @@ def test_the_factor_rule_counts_from_the_surest():
 @given(seed=st.integers(0, 999), k=st.integers(1, 12), p=st.floats(0.05, 1.0))
 def test_filters_keep_what_they_say(seed, k, p):
     logits = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
-    kept = Rule(mask_token_id=MASK, top_k=k)._filtered(logits).isfinite()
+    kept = TokenSampler(mask_token_id=MASK, top_k=k)._filtered(logits).isfinite()
     least = logits.sort(-1, descending=True).values[:, k - 1 : k]
     assert kept.equal(logits >= least)
-    kept = Rule(mask_token_id=MASK, top_p=p)._filtered(logits).isfinite()
+    kept = TokenSampler(mask_token_id=MASK, top_p=p)._filtered(logits).isfinite()
     for row, keep in zip(logits.softmax(-1), kept, strict=True):
         total = 0.0
         for index in row.sort(descending=True, stable=True).indices.tolist():
@@ -275,9 +275,9 @@ def test_a_stable_answer_is_committed_at_once():
             return torch.nn.functional.one_hot(column % MASK, V).float() + column[:, None] / 100
 
     ids, is_open, blocks = canvas_of([2], 8, 10)
-    plain = list(denoise_canvas(Constant(), ids, is_open, blocks, rule=RULE, steps_per_block=8))
+    plain = list(denoise_canvas(Constant(), ids, is_open, blocks, sampler=RULE, steps_per_block=8))
     stable = StableAnswer(2)
-    early = list(denoise_canvas(Constant(), ids, is_open, blocks, rule=RULE, steps_per_block=8, stable=stable))
+    early = list(denoise_canvas(Constant(), ids, is_open, blocks, sampler=RULE, steps_per_block=8, stable=stable))
     assert len(plain) == 8
     assert len(early) == 3
     assert early[-1].ids.equal(plain[-1].ids)

@@ -10,21 +10,21 @@ from test_losses import MASK, Table, V
 from torch.testing import assert_close
 
 from memdlm.diffusion import (
-    COMMITS,
+    CONFIDENCES,
     Above,
     AtLeast,
     ClassifierFree,
-    Commit,
+    Confidence,
     Edit,
     Factor,
     LowConfidence,
-    Rule,
     Scheduled,
+    TokenSampler,
     absolute_blocks,
     blocks_after_prompt,
     denoise_canvas,
     is_greedy,
-    make_commit,
+    make_confidence,
     monte_carlo_nll,
     positions_of,
 )
@@ -44,7 +44,7 @@ def canvas_of(prompts, new):
     return ids.masked_fill(is_open, MASK), is_open
 
 
-@pytest.mark.parametrize("commit", sorted(COMMITS))
+@pytest.mark.parametrize("commit", sorted(CONFIDENCES))
 @settings(max_examples=30)
 @given(
     prompts=st.lists(st.integers(0, 6), min_size=1, max_size=4),
@@ -56,10 +56,10 @@ def canvas_of(prompts, new):
 def test_a_canvas_is_filled_completely_and_only_where_it_is_open(commit, prompts, new, block, steps, temperature):
     ids, is_open = canvas_of(prompts, new)
     blocks = blocks_after_prompt(torch.tensor(prompts), ids.shape[1], new, block)
-    rule = Rule(mask_token_id=MASK, commit=make_commit(commit), temperature=temperature)
+    rule = TokenSampler(mask_token_id=MASK, remasking=make_confidence(commit), temperature=temperature)
     seen = torch.zeros_like(is_open)
     final = ids
-    for step in denoise_canvas(Table(), ids, is_open, blocks, steps_per_block=steps, rule=rule, generator=rng()):
+    for step in denoise_canvas(Table(), ids, is_open, blocks, steps_per_block=steps, sampler=rule, generator=rng()):
         assert not (seen & step.is_new).any(), "a position is committed once"
         assert step.is_new.any()
         seen |= step.is_new
@@ -80,15 +80,19 @@ def test_blocks_are_filled_in_order_and_cover_the_response():
 
 def test_suppressed_tokens_never_appear_and_postponed_ones_come_last():
     ids, is_open = canvas_of([3], 8)
-    rule = Rule(mask_token_id=MASK, suppress=tuple(range(1, V - 1)))
-    steps = list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=4, rule=rule))
+    rule = TokenSampler(mask_token_id=MASK, suppress=tuple(range(1, V - 1)))
+    steps = list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=4, sampler=rule))
     assert (steps[-1].ids[is_open] == 0).all()
 
 
 def test_most_confident_positions_are_committed_first():
     ids, is_open = canvas_of([3, 1], 6)
     first = next(
-        iter(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=3, rule=Rule(mask_token_id=MASK)))
+        iter(
+            denoise_canvas(
+                Table(), ids, is_open, [is_open], steps_per_block=3, sampler=TokenSampler(mask_token_id=MASK)
+            )
+        )
     )
     logits = Table().everywhere(ids)
     allowed = logits.clone()
@@ -102,7 +106,7 @@ def test_most_confident_positions_are_committed_first():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_confidences_are_computed_in_float32_at_least(dtype):
     logits = (3 * torch.randn(64, 500, generator=rng())).to(dtype)
-    token, sure = Rule(mask_token_id=499).choose(logits)
+    token, sure = TokenSampler(mask_token_id=499).choose(logits)
     exact = logits.double().softmax(-1).gather(-1, token[:, None]).squeeze(1)
     assert sure.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(sure.double(), exact, rtol=1e-5, atol=0)
@@ -111,7 +115,7 @@ def test_confidences_are_computed_in_float32_at_least(dtype):
     assert len(coarse.unique()) < len(sure.unique()), "in bfloat16 some of them would tie"
 
 
-class Scripted(Commit):
+class Scripted(Confidence):
     """Confidences that are exactly what is written."""
 
     def __init__(self, *sure):
@@ -133,8 +137,8 @@ class Lines(Table):
 
 def first_step(sure, **options):
     ids, is_open = canvas_of([0], len(sure))
-    rule = Rule(mask_token_id=MASK, commit=Scripted(*sure))
-    return next(iter(denoise_canvas(Table(), ids, is_open, [is_open], rule=rule, **options)))
+    rule = TokenSampler(mask_token_id=MASK, remasking=Scripted(*sure))
+    return next(iter(denoise_canvas(Table(), ids, is_open, [is_open], sampler=rule, **options)))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +174,9 @@ def test_a_token_is_replaced_by_what_is_surer_than_the_threshold_only(sure, is_e
             self.calls += 1
             return torch.nn.functional.one_hot(torch.full_like(ids, min(self.calls, 2)), V).double()
 
-    rule = Rule(mask_token_id=MASK, commit=Scripted(sure, sure))
+    rule = TokenSampler(mask_token_id=MASK, remasking=Scripted(sure, sure))
     reveal, edit = AtLeast(threshold=0.0), Edit(threshold=0.5)
-    steps = list(denoise_canvas(Changing(), ids, is_open, [is_open], rule=rule, reveal=reveal, edit=edit))
+    steps = list(denoise_canvas(Changing(), ids, is_open, [is_open], sampler=rule, reveal=reveal, edit=edit))
     assert steps[0].ids.tolist() == [[1, 1]]
     assert steps[1].is_edited.tolist() == [[is_edited] * 2]
     assert steps[-1].ids.tolist() == [[2, 2] if is_edited else [1, 1]]
@@ -185,19 +189,22 @@ def test_ties_go_to_the_lower_column_and_the_lower_token(postponed):
     lines = torch.zeros(width, V)
     lines[:, [3, 5]] = 4.0
     ids, is_open = canvas_of([0], width)
-    rule = Rule(mask_token_id=MASK, postpone=postponed)
-    steps = list(denoise_canvas(Lines(lines), ids, is_open, [is_open], steps_per_block=8, rule=rule))
+    rule = TokenSampler(mask_token_id=MASK, postpone=postponed)
+    steps = list(denoise_canvas(Lines(lines), ids, is_open, [is_open], steps_per_block=8, sampler=rule))
     order = torch.cat([step.is_new[0].nonzero().squeeze(1) for step in steps])
     assert order.tolist() == list(range(width))
     assert (steps[-1].ids == 3).all()
-    assert isinstance(rule.commit, LowConfidence)
+    assert isinstance(rule.remasking, LowConfidence)
 
 
 def test_drawing_without_a_generator_is_refused():
     ids, is_open = canvas_of([1], 3)
-    for rule in (Rule(mask_token_id=MASK, temperature=1.0), Rule(mask_token_id=MASK, commit=make_commit("random"))):
+    for rule in (
+        TokenSampler(mask_token_id=MASK, temperature=1.0),
+        TokenSampler(mask_token_id=MASK, remasking=make_confidence("random")),
+    ):
         with pytest.raises(ConfigError, match="pass a generator"):
-            list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=2, rule=rule))
+            list(denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=2, sampler=rule))
     with pytest.raises(ConfigError, match="stochastic_transfer"):
         list(
             denoise_canvas(
@@ -206,14 +213,14 @@ def test_drawing_without_a_generator_is_refused():
                 is_open,
                 [is_open],
                 reveal=Scheduled(steps=2, is_stochastic=True),
-                rule=Rule(mask_token_id=MASK),
+                sampler=TokenSampler(mask_token_id=MASK),
             )
         )
 
 
 def test_temperature_samples_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 5.0]).expand(20000, -1)
-    token, _ = Rule(mask_token_id=4, temperature=2.0).choose(logits, rng())
+    token, _ = TokenSampler(mask_token_id=4, temperature=2.0).choose(logits, rng())
     share = token.bincount(minlength=5) / len(token)
     expected = (torch.tensor([0.0, 1.0, 2.0, -1.0]) / 2).softmax(-1)
     assert_close(share[:4], expected, atol=0.02, rtol=0)
@@ -257,7 +264,9 @@ def test_the_estimate_does_not_depend_on_the_batch_size_beyond_its_error():
 
 def test_greedy_check_accepts_what_greedy_decoding_gives():
     ids, is_open = canvas_of([4], 5)
-    for step in denoise_canvas(Table(), ids, is_open, [is_open], steps_per_block=5, rule=Rule(mask_token_id=MASK)):
+    for step in denoise_canvas(
+        Table(), ids, is_open, [is_open], steps_per_block=5, sampler=TokenSampler(mask_token_id=MASK)
+    ):
         final = step.ids
     assert is_greedy(Table(), ids[0, :4], final[0, 4:], mask_token_id=MASK)
     other = final[0, 4:].clone()

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import denoise_canvas
 from memdlm.inference import GenerationConfig, filled, generate, infill, infill_job, response_job, run
-from memdlm.inference.canvas import edit_for, reveal_for, rule_for
-from memdlm.inference.views import Asked, FinishedBlocks, UpToBlock, Whole
+from memdlm.inference.canvas import edit_for, reveal_for, sampler_for
+from memdlm.inference.views import Asked, FinishedBlocks, UpToBlock, WholeRows
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, Full, ModelDenoiser
 from tiny import CONFIGS, V, rng, tiny
@@ -72,7 +72,7 @@ def plain(model, tokenizer, prompts, config, pattern):
             canvas.ids,
             canvas.is_open,
             canvas.blocks,
-            rule=rule_for(canvas, config, job.special),
+            sampler=sampler_for(canvas, config, job.special),
             reveal=reveal_for(canvas, config),
             edit=edit_for(config),
         )
@@ -213,7 +213,7 @@ def test_each_pass_takes_the_columns_it_must():
         return list(zip(part.first.tolist(), part.last.tolist(), strict=True))
 
     first, second = [(0, 9), (0, 10), (1, 4)], [(0, 10)]
-    assert columns(Whole(lengths), *first) == [(0, 24), (0, 16)]
+    assert columns(WholeRows(lengths), *first) == [(0, 24), (0, 16)]
     assert columns(UpToBlock(lengths, 8), *first) == [(0, 16), (0, 8)]
     view = FinishedBlocks(lengths, 8, 24)
     assert columns(view, *first) == [(0, 16), (0, 8)]

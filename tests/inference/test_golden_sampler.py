@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from goldens import ROOT, Case, cannot_replay, cases, folders, model, must_know, read_json, tensors
 from memdlm.diffusion import ClassifierFree, is_greedy, positions_of, weighted_nll
 from memdlm.inference import GenerationConfig, Job, infill_job, response_job
-from memdlm.inference.canvas import rule_for
+from memdlm.inference.canvas import sampler_for
 from memdlm.models import ModelDenoiser, load_tokenizer
 from ties import Sureness, describe, is_tie
 
@@ -63,7 +63,7 @@ def differs_by_a_tie(job: Job, before: torch.Tensor, mine: torch.Tensor, theirs:
     """Whether steps from the same canvas `before` [B, T] chose differently among equally sure predictions."""
     positions = positions_of(before == MASK)
     sureness = Sureness(
-        positions, job._denoiser().logits(before, positions), rule_for(job.canvas, job.config, job.special)
+        positions, job._denoiser().logits(before, positions), sampler_for(job.canvas, job.config, job.special)
     )
     return is_tie(before, mine, theirs, sureness)
 

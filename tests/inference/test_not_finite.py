@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.diffusion.sampling import Rule, denoise_canvas
+from memdlm.diffusion.sampling import TokenSampler, denoise_canvas
 from memdlm.errors import ConfigError, MemoryFileError, NotFiniteError
 from memdlm.evaluation.exposure_bias import exposure_bias
 from memdlm.evaluation.masked_loss import masked_loss, masked_text
@@ -100,7 +100,9 @@ def test_a_step_that_fails_late_is_noticed_in_whatever_step(bad, is_free, monkey
         )
     denoise, seen = Fading(bad), []
     with pytest.raises(NotFiniteError):
-        seen.extend(denoise_canvas(denoise, ids, is_open, blocks, rule=Rule(mask_token_id=MASK), steps_per_block=2))
+        seen.extend(
+            denoise_canvas(denoise, ids, is_open, blocks, sampler=TokenSampler(mask_token_id=MASK), steps_per_block=2)
+        )
     assert denoise.passes == bad
 
 

@@ -5,7 +5,7 @@ import torch
 from test_exactness import network, prompts_of, words
 from torch.testing import assert_close
 
-from memdlm.diffusion.choice import Rule
+from memdlm.diffusion.choice import TokenSampler
 from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig, generate
@@ -84,7 +84,7 @@ def transcribed(model, prompt, count):
         logits = model(ids[None]).logits[0]
         handle.remove()
         open_places = [place for place in range(len(ids)) if ids[place] == MASK]
-        chosen, sure = Rule(mask_token_id=MASK).choose(logits[open_places])
+        chosen, sure = TokenSampler(mask_token_id=MASK).choose(logits[open_places])
         best = int(sure.argmax())
         known = {place: feedback(logits[place]) for place in open_places}
         ids[open_places[best]] = chosen[best]

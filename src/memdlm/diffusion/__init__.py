@@ -1,7 +1,7 @@
 """Masked diffusion on plain tensors and a denoiser: schedules, noising, loss, likelihood, and the reverse loop."""
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
-from memdlm.diffusion.choice import COMMITS, Commit, LowConfidence, RandomOrder, Rule, make_commit
+from memdlm.diffusion.choice import CONFIDENCES, Confidence, LowConfidence, RandomOrder, TokenSampler, make_confidence
 from memdlm.diffusion.guidance import ClassifierFree
 from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll, weighted_nll
 from memdlm.diffusion.losses import (
@@ -22,14 +22,14 @@ from memdlm.diffusion.schedules import SCHEDULES, Cosine, Linear, Schedule, make
 from memdlm.diffusion.stopping import EosStop, StableAnswer
 
 __all__ = [
-    "COMMITS",
+    "CONFIDENCES",
     "NORMS",
     "SCHEDULES",
     "WEIGHTINGS",
     "Above",
     "AtLeast",
     "ClassifierFree",
-    "Commit",
+    "Confidence",
     "Corrupted",
     "Cosine",
     "Edit",
@@ -43,11 +43,11 @@ __all__ = [
     "Planner",
     "RandomOrder",
     "Reveal",
-    "Rule",
     "Schedule",
     "Scheduled",
     "StableAnswer",
     "Step",
+    "TokenSampler",
     "absolute_blocks",
     "absolute_blocks_from",
     "blocks_after_prompt",
@@ -56,7 +56,7 @@ __all__ = [
     "denoise_canvas",
     "draw_times",
     "is_greedy",
-    "make_commit",
+    "make_confidence",
     "make_schedule",
     "maskable_positions",
     "masked_loss",

@@ -17,7 +17,7 @@ Draw: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """(trailing shape, dtype) -> [N, *shape] draws from U[0, 1), one line per scored position."""
 
 
-class Commit(ABC):
+class Confidence(ABC):
     """How sure a prediction is; the surest are committed first."""
 
     draws: ClassVar[bool] = False
@@ -30,7 +30,7 @@ class Commit(ABC):
 
 @final
 @dataclass(frozen=True, slots=True)
-class LowConfidence(Commit):
+class LowConfidence(Confidence):
     """The probability of the predicted token, in float32 so that bf16 ties cannot decide: the unsure stay masked."""
 
     def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
@@ -41,7 +41,7 @@ class LowConfidence(Commit):
 
 @final
 @dataclass(frozen=True, slots=True)
-class RandomOrder(Commit):
+class RandomOrder(Confidence):
     """Uniform noise: tokens are committed in random order."""
 
     draws: ClassVar[bool] = True
@@ -53,22 +53,22 @@ class RandomOrder(Commit):
         return draw((), torch.float32)
 
 
-COMMITS: dict[str, type[Commit]] = {"low_confidence": LowConfidence, "random": RandomOrder}
+CONFIDENCES: dict[str, type[Confidence]] = {"low_confidence": LowConfidence, "random": RandomOrder}
 
 
-def make_commit(name: str) -> Commit:
-    """Return the commit rule called `name` (`remasking`); raises ConfigError with the possible names."""
-    if name not in COMMITS:
-        raise ConfigError(unknown("remasking:", name, COMMITS))
-    return COMMITS[name]()
+def make_confidence(name: str) -> Confidence:
+    """Return what is called `name` (`remasking`); raises ConfigError with the possible names."""
+    if name not in CONFIDENCES:
+        raise ConfigError(unknown("remasking:", name, CONFIDENCES))
+    return CONFIDENCES[name]()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class TokenSampler:
     """How a step turns logits into tokens and confidences. The mask token is never chosen."""
 
     mask_token_id: int
-    commit: Commit = field(default_factory=LowConfidence)
+    remasking: Confidence = field(default_factory=LowConfidence)
     temperature: float = 0.0
     """0: the most likely token; otherwise a sample from softmax(logits / temperature)."""
     top_k: int | None = None
@@ -85,7 +85,7 @@ class Rule:
     @property
     def draws(self) -> bool:
         """Whether random numbers decide over tokens or over their order."""
-        return self.temperature > 0 or self.commit.draws
+        return self.temperature > 0 or self.remasking.draws
 
     def choose(
         self, logits: Logits, generator: Randomness | None = None, rows: Tensor | None = None
@@ -105,7 +105,7 @@ class Rule:
         if self.postpone:
             scaled = scaled.index_fill(-1, ids_on(self.postpone, logits.device), float("-inf"))
         # Confidences count the mask token's probability, as published: where it is high, no other token is sure.
-        return token, self.commit.confidence(self._filtered(scaled), token, draw)
+        return token, self.remasking.confidence(self._filtered(scaled), token, draw)
 
     def _filtered(self, logits: Logits) -> Logits:
         if self.top_k is not None:

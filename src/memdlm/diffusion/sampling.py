@@ -1,7 +1,7 @@
 """The reverse process: one loop that fills the open positions of a canvas, block by block, step by step.
 
-The loop owns the control flow. What varies is a small object: which token and how sure (`Rule`), how many a step
-commits (`Reveal`), whether committed tokens may change (`Edit`), when a row is finished (`EosStop`); or data: the
+The loop owns the control flow. What varies is a small object: which token and how sure (`TokenSampler`), how many a
+step commits (`Reveal`), whether committed tokens may change (`Edit`), when a row is finished (`EosStop`); or data: the
 blocks. A step sees the whole canvas but predicts only positions of its block; the mask token is never predicted, so
 nothing is left open, and every block takes a bounded number of steps.
 
@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.diffusion.choice import Rule
+from memdlm.diffusion.choice import TokenSampler
 from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.reveal import Reveal, Scheduled
 from memdlm.diffusion.stopping import EosStop, StableAnswer
@@ -60,7 +60,7 @@ def denoise_canvas(
     is_open: PositionSet,
     blocks: Sequence[PositionSet],
     *,
-    rule: Rule,
+    sampler: TokenSampler,
     steps_per_block: int | None = None,
     reveal: Reveal | None = None,
     edit: Edit | None = None,
@@ -79,7 +79,7 @@ def denoise_canvas(
     if (reveal is None) == (steps_per_block is None):
         raise ConfigError("pass exactly one of reveal and steps_per_block.")
     reveal = Scheduled(steps=steps_per_block or 1) if reveal is None else reveal
-    loop = _Loop(denoise, rule, reveal, edit, stop, stable, generator, _Logits(ids.device))
+    loop = _Loop(denoise, sampler, reveal, edit, stop, stable, generator, _Logits(ids.device))
     left = is_open
     for block in blocks:
         for step, still_open in loop.fill(ids, left, block):
@@ -93,7 +93,7 @@ def denoise_canvas(
 @dataclass(frozen=True, slots=True)
 class _Loop:
     denoise: Denoise
-    rule: Rule
+    sampler: TokenSampler
     reveal: Reveal
     edit: Edit | None
     stop: EosStop | None
@@ -141,7 +141,7 @@ class _Loop:
         be other ones.
         """
         ends = (self.stop, self.edit, self.stable)
-        is_fixed = self.reveal.is_fixed and not self.rule.draws and all(each is None for each in ends)
+        is_fixed = self.reveal.is_fixed and not self.sampler.draws and all(each is None for each in ends)
         return is_fixed and device.type != "cpu"
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class _Loop:
         rows = positions // ids.shape[1]
         logits = self.denoise.logits(ids, positions)
         self.seen.see(logits)
-        token, confidence = self.rule.choose(logits, self.generator, rows)
+        token, confidence = self.sampler.choose(logits, self.generator, rows)
         positions = positions.to(ids.device, non_blocking=True)
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from memdlm.diffusion.likelihood import finite
 from memdlm.diffusion.losses import cross_entropy
 from memdlm.diffusion.masking import positions_of
-from memdlm.diffusion.sampling import Rule, denoise_canvas
+from memdlm.diffusion.sampling import TokenSampler, denoise_canvas
 from memdlm.errors import DataError
 from memdlm.evaluation.prompts import PaddedBatch
 from memdlm.memory.parametric import ParametricMemory
@@ -106,7 +106,7 @@ def _measure(
             is_target,
             [is_target],
             steps_per_block=steps,
-            rule=Rule(mask_token_id=mask_token_id),
+            sampler=TokenSampler(mask_token_id=mask_token_id),
         )
     ]
     for step, canvas in enumerate(canvases[:-1]):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from memdlm.data.chat import Encoded, encode_chat
 from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import Sample, exact_match
-from memdlm.diffusion.sampling import Rule, denoise_canvas
+from memdlm.diffusion.sampling import TokenSampler, denoise_canvas
 from memdlm.errors import DataError, unknown
 from memdlm.evaluation.prompts import EncodedText, PaddedBatch, answer_spans, pad_texts
 from memdlm.memory.parametric import ParametricMemory
@@ -131,7 +131,7 @@ def _fill(
         batch.is_target,
         [batch.is_target],
         steps_per_block=steps,
-        rule=Rule(mask_token_id=mask_token_id),
+        sampler=TokenSampler(mask_token_id=mask_token_id),
     ):
         ids = step.ids
     return ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
-from memdlm.diffusion.choice import Rule, make_commit
+from memdlm.diffusion.choice import TokenSampler, make_confidence
 from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled
 from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
@@ -200,13 +200,13 @@ def _refuse_unread(config: GenerationConfig) -> None:
             )
 
 
-def rule_for(canvas: Canvas, config: GenerationConfig, special: SpecialIds) -> Rule:
+def sampler_for(canvas: Canvas, config: GenerationConfig, special: SpecialIds) -> TokenSampler:
     """Return how logits become tokens."""
     forbids = config.begin_suppress == "forbid"
     begin = config.begin_suppress_tokens or ()
-    return Rule(
+    return TokenSampler(
         mask_token_id=special.mask,
-        commit=make_commit(config.remasking or "low_confidence"),
+        remasking=make_confidence(config.remasking or "low_confidence"),
         temperature=config.temperature or 0.0,
         top_k=config.top_k,
         top_p=config.top_p,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from memdlm.diffusion.choice import COMMITS
+from memdlm.diffusion.choice import CONFIDENCES
 from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of
 from memdlm.errors import ConfigError, unknown
 from memdlm.options import option, validate
@@ -45,7 +45,7 @@ class GenerationConfig:
     )
     top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
     top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
-    remasking: str | None = option("low_confidence", "Which predictions are kept.", choices=tuple(COMMITS))
+    remasking: str | None = option("low_confidence", "Which predictions are kept.", choices=tuple(CONFIDENCES))
     threshold: float | None = option(
         None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
     )

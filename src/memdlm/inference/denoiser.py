@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.prompt_cache import Prefill
 from memdlm.inference.soft import SoftFeedback
-from memdlm.inference.views import Asked, Pass, View, Whole, contiguous
+from memdlm.inference.views import Asked, Pass, View, WholeRows, contiguous
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.lora.wrappers import unwrap
@@ -161,4 +161,4 @@ class CanvasDenoiser(Denoise):
         return (part.columns < part.last[:, None]).to(shown.device, non_blocking=True)
 
 
-__all__ = ["CanvasDenoiser", "Meter", "OfRows", "Whole"]
+__all__ = ["CanvasDenoiser", "Meter", "OfRows", "WholeRows"]

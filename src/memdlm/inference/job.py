@@ -20,7 +20,7 @@ from memdlm.inference.canvas import (
     pattern_for,
     response_canvas,
     reveal_for,
-    rule_for,
+    sampler_for,
 )
 from memdlm.inference.checking import check_parts, check_tokens
 from memdlm.inference.compiled import CompiledSteps
@@ -29,7 +29,7 @@ from memdlm.inference.denoiser import CanvasDenoiser, Meter
 from memdlm.inference.prompt_cache import Prefill, PromptCache
 from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, pad, special_ids
 from memdlm.inference.soft import SoftFeedback
-from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, Whole
+from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, WholeRows
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
@@ -75,7 +75,7 @@ class Job:
                 canvas.ids,
                 canvas.is_open,
                 canvas.blocks,
-                rule=rule_for(canvas, config, self.special),
+                sampler=sampler_for(canvas, config, self.special),
                 reveal=reveal_for(canvas, config),
                 edit=edit_for(config),
                 stop=stop,
@@ -148,12 +148,12 @@ def _view(model: nn.Module, canvas: Canvas, config: GenerationConfig) -> View:
             )
         return Approximate(canvas.lengths, length, refresh=config.cache_refresh, scope=config.cache_scope or "dual")
     if not is_cacheable:
-        return Whole(canvas.lengths)
+        return WholeRows(canvas.lengths)
     if isinstance(pattern, BlockCausal):
         if config.cache == "none":
             return UpToBlock(canvas.lengths, pattern.block)
         return FinishedBlocks(canvas.lengths, pattern.block, length)
-    return Whole(canvas.lengths)
+    return WholeRows(canvas.lengths)
 
 
 def prompt_cache_for(model: nn.Module, memory: ParametricMemory | None, config: GenerationConfig) -> PromptCache | None:

@@ -94,7 +94,7 @@ class View(ABC):
 
 
 @final
-class Whole(View):
+class WholeRows(View):
     """Every row from its first column to its end, every time: exact for any pattern."""
 
     def __init__(self, lengths: Tensor) -> None:

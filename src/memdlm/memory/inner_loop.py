@@ -95,7 +95,12 @@ class InnerLoss:
         return self.reduce(self.objective.values(denoise, step, positions, target), positions, step, samples)
 
     def reduce(
-        self, values: Tensor, positions: Positions, step: TrajectoryStep, samples: int, whole: "Whole | None" = None
+        self,
+        values: Tensor,
+        positions: Positions,
+        step: TrajectoryStep,
+        samples: int,
+        whole: "JoinedBatch | None" = None,
     ) -> Tensor:
         """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`.
 
@@ -110,7 +115,7 @@ class InnerLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class JoinedBatch:
     """What the batch of all ranks is divided by at one state."""
 
     tokens: Tensor
@@ -119,12 +124,12 @@ class Whole:
     """[] texts."""
 
 
-def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[Whole | None]:
+def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[JoinedBatch | None]:
     if ranks is None:
         return [None] * len(steps)
     rows = torch.tensor(len(steps[0].ids), device=steps[0].ids.device)
     *tokens, rows = ranks.sum([*(step.is_scored.sum() for step in steps), rows])
-    return [Whole(each, rows) for each in tokens]
+    return [JoinedBatch(each, rows) for each in tokens]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +207,7 @@ def _prepared(
     loss: InnerLoss,
     denoise: Denoise,
     samples: int,
-    whole: Whole | None,
+    whole: JoinedBatch | None,
 ) -> LossOf:
     """Fix what one step follows; what is left to say is which network reads it."""
     target = loss.objective.target(denoise, step, positions)

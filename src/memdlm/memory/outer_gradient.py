@@ -23,7 +23,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
-from memdlm.models.networks.patching import kept, patched
+from memdlm.models.networks.patching import patched, without_checkpointing
 from memdlm.models.networks.prefix import GivenPrefix, Prefix, SharedPrefix
 from memdlm.types import Denoise, Ids
 
@@ -75,7 +75,7 @@ class ExactGradient:
             with (
                 autocast(),
                 # A block that runs again in the second backward pass would find another attention than now.
-                kept(self.model),
+                without_checkpointing(self.model),
                 self.fast.holding(phi, state),
                 self.fast.dropping(update),
                 patched({block: partial(_explicitly, block.forward) for block in self.blocks}),

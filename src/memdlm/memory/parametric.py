@@ -31,7 +31,7 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
-from memdlm.models.networks.patching import recomputed
+from memdlm.models.networks.patching import checkpointed
 from memdlm.models.networks.prefix import Prefix, SharedPrefix
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
@@ -85,8 +85,8 @@ class ParametricMemory:
         )
         sites = find_sites(model, self.config.targets, self.config.inner_layer_fraction)
         self.first_block, self._adapted = adapted_blocks(model, self.config.inner_layer_fraction)
-        self.fast = FastWeights(sites, self.config.adapter(), network=unwrap(model), blocks=self._adapted)
         """The first block with fast weights; those below compute the same whatever is written."""
+        self.fast = FastWeights(sites, self.config.adapter(), network=unwrap(model), blocks=self._adapted)
         if self.config.outer_gradient != "first_order":
             check_attention(model)
         self.learned = self._new_learned(0)
@@ -302,7 +302,7 @@ class ParametricMemory:
         exact = None
         if reading.is_tracked and self.config.outer_gradient != "first_order":
             exact = ExactGradient(self.model, self.fast, self._adapted, denoiser, self._prefix)
-        with recomputed(self._adapted if self.config.inner_gradient_checkpointing else ()):
+        with checkpointed(self._adapted if self.config.inner_gradient_checkpointing else ()):
             written = run_inner_loop(
                 steps,
                 fast=self.fast,

@@ -110,7 +110,7 @@ def _twins(module: nn.Module, changed: Mapping[nn.Module, Any], known: dict[nn.M
 
 
 @contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Let no block of `model` checkpoint itself (transformers' gradient checkpointing)."""
     blocks = [block for block in model.modules() if getattr(block, "gradient_checkpointing", False)]
     for block in blocks:
@@ -123,7 +123,7 @@ def kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Keep no activations inside `blocks`: the backward pass computes them again. Needs no training mode.
 
     Blocks that checkpoint themselves (transformers' gradient checkpointing, in training mode) are left alone.
