@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from memdlm.data.collate import Collator
-from memdlm.diffusion import Linear, normalise
+from memdlm.diffusion import Linear
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments, memory_of, noise_batch, score
@@ -114,8 +114,9 @@ def train_sharded(options, *, world=1, rank=0):
             dist.all_reduce(total)
         rows = [derive(key) for key in inputs[WRITE]]
         with memory_of(memory, batch, pad_token_id=PAD, randomness=rows):
-            lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix)
-            loss = normalise(lost.sums, lost.counts, "token", total_tokens=total, total_rows=STEP).squeeze() * world
+            totals = {"norm": "token", "total_tokens": total, "total_rows": STEP}
+            lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix, **totals)
+            loss = lost.loss * world
             loss.backward()
         mean = loss.detach() / world
         if world > 1:

@@ -21,6 +21,7 @@ CASES = {
     "experts-ddp": {"family": "lladamoe", "wrapper": "ddp", "norm": "token"},
     "experts-ddp-checkpointing": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "checkpointing": True},
     "dense-ddp-teacher": {"family": "small", "wrapper": "ddp", "norm": "batch", "objective": "distill"},
+    "experts-ddp-sampled": {"family": "lladamoe", "wrapper": "ddp", "norm": "token", "fraction": 0.5},
     "experts-fsdp": {"family": "lladamoe", "wrapper": "fsdp", "norm": "token"},
     "dense-fsdp-checkpointing": {"family": "small", "wrapper": "fsdp", "norm": "token", "checkpointing": True},
     "off-ddp": {"family": "small", "wrapper": "ddp", "sync": False},

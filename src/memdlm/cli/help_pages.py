@@ -7,15 +7,14 @@ that test; a page is laid out from it for the terminal at hand, by argparse as e
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PAGES = Path(__file__).with_name("help_pages.json")
-DEPENDS = {"train": {"transformers": True, "tensorboard": False}}
-"""Commands with options that other packages declare: their names, and whether the version matters too."""
+DEPENDS = {"train": ("transformers",)}
+"""Commands with options that other packages declare, and those packages."""
 _PARTS = ("option_strings", "dest", "nargs", "default", "choices", "required", "help", "metavar")
 
 
@@ -27,12 +26,9 @@ def page(command: str) -> str | None:
     return laid_out(described)
 
 
-def installed(command: str) -> dict[str, str | bool]:
-    """Return the packages that the command's options depend on: versions, or whether they are there."""
-    found: dict[str, str | bool] = {}
-    for name, is_versioned in DEPENDS.get(command, {}).items():
-        found[name] = importlib.metadata.version(name) if is_versioned else importlib.util.find_spec(name) is not None
-    return found
+def installed(command: str) -> dict[str, str]:
+    """Return the versions of the packages that declare some of the command's options."""
+    return {name: importlib.metadata.version(name) for name in DEPENDS.get(command, ())}
 
 
 def describe(command: str, parser: argparse.ArgumentParser) -> dict[str, Any]:

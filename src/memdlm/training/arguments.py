@@ -13,7 +13,7 @@ from memdlm.diffusion.schedules import SCHEDULES
 from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
-from memdlm.models.hub.devices import trains_on_the_cpu
+from memdlm.models.hub.devices import AUTO, trains_on_the_cpu
 from memdlm.options import as_flags, from_flags, option, validate
 from memdlm.training.limits import check_numbers, check_schedule
 
@@ -116,10 +116,6 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 """Where figures can go: names of packages, and of the extras that install them."""
 
 
-def _trackers() -> str:
-    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-
-
 def _refuse_missing(trackers: Collection[str]) -> None:
     for name in TRACKERS:
         if name in trackers and importlib.util.find_spec(name) is None:
@@ -140,8 +136,10 @@ class TrainingArguments(_Flags):
     learning_rate: float = dataclasses.field(default=2e-5, metadata={"help": "Peak learning rate of the outer AdamW."})
     lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "Learning-rate schedule."})
     report_to: None | str | list[str] = dataclasses.field(  # noqa: RUF036 - HfArgumentParser reads this order only
-        default_factory=_trackers,
-        metadata={"help": "Where figures go: tensorboard (default where it is installed), wandb, trackio, none."},
+        default=AUTO,
+        metadata={
+            "help": "Where figures go: tensorboard, wandb, trackio, none; auto: tensorboard where it is installed."
+        },
     )
     project: str = dataclasses.field(
         default="memdlm",
@@ -164,6 +162,8 @@ class TrainingArguments(_Flags):
         if trains_on_the_cpu():
             self.use_cpu = True
         check_numbers(self)
+        if self.report_to in (AUTO, [AUTO]):
+            self.report_to = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
         try:
             super().__post_init__()
         except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:
