@@ -21,7 +21,7 @@ from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut, parse_request
 from memdlm.evaluation.ledger import Ledger, MeteredMemory
-from memdlm.inference.generate import generate
+from memdlm.inference.decoder import Decoder
 from memdlm.inference.shared_prompt import SharedPrompt, can_share
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
@@ -142,13 +142,8 @@ class Answerer:
         for batch in _batches(order, kinds, self.batch_size):
             request = requests[batch[0]]
             with self.ledger.timed():
-                result = generate(
-                    self.model,
-                    self.tokenizer,
-                    [prompts[index] for index in batch],
-                    request.config,
-                    memory=self.memory,
-                    generator=[self._generator(questions[index]) for index in batch],
+                result = Decoder(self.model, self.tokenizer, request.config, memory=self.memory).generate(
+                    [prompts[index] for index in batch], [self._generator(questions[index]) for index in batch]
                 )
             self.ledger.add(result, len(batch))
             for index, text in zip(batch, result.texts, strict=True):
