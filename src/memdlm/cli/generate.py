@@ -1,6 +1,7 @@
 """`memdlm generate --model MODEL "prompt"`: load, decode, print."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memdlm.cli.decoding import decoding_parser, parse
 from memdlm.cli.output import note, say
@@ -16,7 +17,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
-    decoder = load(options, memory if options.mem_enabled else None, config, Display())
+    decoder = load(options, memory, config, Display())
+    if not options.mem_enabled:
+        decoder = replace(decoder, memory=None)
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]
     job = decoder.prepare(prompts, [derive("memdlm generate", options.seed, index) for index in range(len(prompts))])
     tally = Tally()

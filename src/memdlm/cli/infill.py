@@ -28,7 +28,9 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{name}={parser.given[name]!r} has no effect: an infilling is as long as its text. Leave it out."
             )
-    decoder = load(options, memory if options.mem_enabled else None, config, Display())
+    decoder = load(options, memory, config, Display())
+    if not options.mem_enabled:
+        decoder = replace(decoder, memory=None)
     if given.both_sides:
         decoder = replace(decoder, attention_pattern=Full())
     texts = given.texts

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
 from memdlm.diffusion.choice import TokenSampler, make_confidence
@@ -18,6 +17,7 @@ from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompts import SpecialIds
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.padding import right_padded
 from memdlm.types import Ids, PositionSet
 
 MOST_PLACES = 2**32
@@ -87,8 +87,7 @@ def response_canvas(
     column = torch.arange(int(lengths.max()))
     is_open = (column >= prompts[:, None]) & (column < lengths[:, None])
     masks = [row.new_full((end - len(row),), special.mask) for row, end in zip(rows, lengths.tolist(), strict=True)]
-    open_rows = [torch.cat(pair) for pair in zip(rows, masks, strict=True)]
-    ids = pad_sequence(open_rows, batch_first=True, padding_value=special.eos)
+    ids, _ = right_padded((torch.cat(pair) for pair in zip(rows, masks, strict=True)), special.eos)
     device = next(model.parameters()).device
     return Canvas(
         ids=ids.to(device, non_blocking=True),
@@ -111,8 +110,7 @@ def infill_canvas(
         if not bool((row == special.mask).any()):
             raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
     device = next(model.parameters()).device
-    ids = pad_sequence(list(rows), batch_first=True, padding_value=special.eos)
-    lengths = torch.tensor([row.numel() for row in rows])
+    ids, lengths = right_padded(rows, special.eos)
     _check_room(len(rows), ids.shape[1], config.block_size)
     _warn_if_long(model, ids.shape[1])
     ids = ids.to(device, non_blocking=True)

@@ -8,7 +8,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.choice import TokenSampler
@@ -35,6 +34,7 @@ from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.checking import check_randomness, vocabulary_of
 from memdlm.models.networks.soundness import blaming
 from memdlm.options import Defaulted
+from memdlm.padding import right_padded
 from memdlm.randomness import Randomness, derive
 from memdlm.types import IGNORE_INDEX, Denoise, Ids
 
@@ -288,8 +288,8 @@ class Job:
     def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
         """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
         special, device = self.decoder.special, self.canvas.ids.device
-        ids = pad_sequence(self.rows, batch_first=True, padding_value=special.eos)
-        is_real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in self.rows])[:, None]
+        ids, lengths = right_padded(self.rows, special.eos)
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
         labels = ids.masked_fill(~is_real | (ids == special.mask), IGNORE_INDEX)
         is_whole = bool(is_real.all())
         ids, labels, is_real = (each.to(device, non_blocking=True) for each in (ids, labels, is_real))

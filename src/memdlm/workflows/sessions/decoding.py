@@ -84,15 +84,13 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
     return model, tokenizer
 
 
-def load(options: ModelOptions, memory: MemoryConfig | None, config: GenerationConfig, display: Display) -> Decoder:
-    """Load what decodes, with a memory (which costs nothing until it is written) if its options are given.
+def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Decoder:
+    """Load what decodes, with a memory (which costs nothing until it is written), even where it is off.
 
     What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
     """
     check_vocabulary(options, config)
     model, tokenizer = load_parts(options, display)
-    if memory is None:
-        return Decoder(model, tokenizer, config)
     written = ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
     return Decoder(model, tokenizer, config, memory=written)
 
