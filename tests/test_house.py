@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "memdlm"
 MODULES = sorted(SOURCE.rglob("*.py"))
 FOUNDATION = {
     *("types", "errors", "options", "randomness", "files", "locks", "outputs", "hub", "templates", "terminal"),
-    *("finite", "strict_json", "version"),
+    *("finite", "padding", "strict_json", "version"),
 }
 MAY_IMPORT = {
     "data": set(),

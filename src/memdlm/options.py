@@ -4,11 +4,20 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memdlm.errors import ConfigError, unknown
 
 T = TypeVar("T")
+if TYPE_CHECKING:
+
+    class Defaulted(Generic[T]):
+        """The type of an option that takes None for its default, and never holds it."""
+
+        def __get__(self, instance: object, owner: type) -> T: ...
+        def __set__(self, instance: object, value: T | None) -> None: ...
+else:
+    Defaulted = Optional
 LARGEST = 2**63
 """Whole numbers are smaller: torch takes no larger ones."""
 
@@ -29,6 +38,14 @@ def option(
     """
     limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+
+
+def own_options_first(config_class: type[T]) -> type[T]:
+    """Let a dataclass list its own options before those of a group that it inherits; goes above `dataclass`."""
+    known = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    ordered = sorted(known, key=lambda field: field.name not in config_class.__annotations__)
+    config_class.__dataclass_fields__ = {field.name: field for field in ordered}  # type: ignore[attr-defined]
+    return config_class
 
 
 def validate(config: Any, prefix: str = "") -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from memdlm.cli.main import main
 from memdlm.data.tokenizer import build_word_tokenizer
-from memdlm.inference import GenerationConfig, response_job
+from memdlm.inference import Decoder, GenerationConfig
 from memdlm.report.trace import Trace
 from tiny import V, tiny
 
@@ -70,8 +70,8 @@ def test_bad_flags_end_in_one_line(argv, message, capsys):
 
 def test_a_token_cannot_end_the_script_of_the_page():
     tokenizer = build_word_tokenizer(["</script><b>", *(f"w{index:02}" for index in range(V - 6))])
-    job = response_job(tiny("llada"), tokenizer, ["</script><b> w01"], GenerationConfig(max_new_tokens=3))
-    trace = Trace(job, tokenizer)
+    job = Decoder(tiny("llada"), tokenizer, GenerationConfig(max_new_tokens=3)).prepare(["</script><b> w01"])
+    trace = Trace(job)
     for step in job.steps():
         trace.add(step)
     assert trace.page().count("</script>") == 2

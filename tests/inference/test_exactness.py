@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import denoise_canvas
-from memdlm.inference import GenerationConfig, filled, generate, infill, infill_job, response_job, run
-from memdlm.inference.canvas import edit_for, reveal_for, sampler_for
+from memdlm.inference import Decoder, GenerationConfig, generate, infill
+from memdlm.inference.canvas import edit_for, reveal_for
 from memdlm.inference.views import Asked, FinishedBlocks, UpToBlock, WholeRows
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, Full, ModelDenoiser
@@ -50,7 +50,7 @@ def same(mine, theirs):
 
 def decoded(model, prompts, config, **arguments):
     """Every step of a decoding: canvas, and how sure every prediction was."""
-    return list(response_job(model, words(), prompts, config, **arguments).steps())
+    return list(Decoder(model, words(), config, **arguments).stream(prompts))
 
 
 def as_sure(mine, theirs):
@@ -63,8 +63,8 @@ def as_sure(mine, theirs):
 
 def plain(model, tokenizer, prompts, config, pattern):
     """Recompute every column of every row at every step, to the end."""
-    job = response_job(model, tokenizer, prompts, config, attention_pattern=pattern)
-    canvas = job.canvas
+    decoder = Decoder(model, tokenizer, config, attention_pattern=pattern)
+    canvas = decoder.prepare(prompts).canvas
     denoise = ModelDenoiser(model, attention_mask=canvas.is_there, attention_pattern=pattern)
     steps = list(
         denoise_canvas(
@@ -72,8 +72,8 @@ def plain(model, tokenizer, prompts, config, pattern):
             canvas.ids,
             canvas.is_open,
             canvas.blocks,
-            sampler=sampler_for(canvas, config, job.special),
-            reveal=reveal_for(canvas, config),
+            sampler=decoder.sampler,
+            reveal=reveal_for(canvas, decoder.options),
             edit=edit_for(config),
         )
     )
@@ -196,9 +196,9 @@ def test_infilling_keeps_what_is_given_and_does_not_depend_on_the_batch(pattern,
         assert done[row != mask].equal(row[row != mask])
     singles = [infill(model, words(), [row], config, attention_pattern=pattern).sequences[0] for row in rows]
     same(together.sequences, singles)
-    job = infill_job(model, words(), rows, GenerationConfig(block_size=block, threshold=0.3, cache="none"))
+    decoder = Decoder(model, words(), GenerationConfig(block_size=block, threshold=0.3, cache="none"))
     if isinstance(pattern, BlockCausal):
-        same(together.sequences, filled(job, run(job), words()).sequences)
+        same(together.sequences, decoder.infill(rows).sequences)
 
 
 def test_each_pass_takes_the_columns_it_must():

@@ -8,8 +8,7 @@ from torch.testing import assert_close
 
 from goldens import ROOT, Case, cannot_replay, cases, folders, model, must_know, read_json, tensors
 from memdlm.diffusion import ClassifierFree, is_greedy, positions_of, weighted_nll
-from memdlm.inference import GenerationConfig, Job, infill_job, response_job
-from memdlm.inference.canvas import sampler_for
+from memdlm.inference import Decoder, GenerationConfig, Job
 from memdlm.models import ModelDenoiser, load_tokenizer
 from ties import Sureness, describe, is_tie
 
@@ -38,13 +37,13 @@ def job_of(case: Case, **changes) -> Job:
     config = GenerationConfig(**{"eos_early_stop": False} | record["kwargs"] | changes)
     if config.temperature or config.remasking == "random" or config.stochastic_transfer:
         cannot_replay(case, "its random numbers were not recorded")
-    tokenizer = load_tokenizer(ROOT / case.family / "checkpoint")
+    decoder = Decoder(network, load_tokenizer(ROOT / case.family / "checkpoint"), config)
     if kind == "sample":
-        return response_job(network, tokenizer, numbered(case.family, f"prompt/{record['prompts']}"), config)
+        return decoder.prepare(numbered(case.family, f"prompt/{record['prompts']}"))
     rows = numbered(case.family, f"infill_in/{record['inputs']}")
     if not rows:  # "<set>one" is the first sequence of <set>
         rows = numbered(case.family, f"infill_in/{record['inputs'].removesuffix('one')}")[:1]
-    return infill_job(network, tokenizer, rows, config)
+    return decoder.prepare(rows, infills=True)
 
 
 def asked_for(job: Job) -> int:
@@ -62,9 +61,7 @@ def canvases(case: Case, **changes) -> list[torch.Tensor]:
 def differs_by_a_tie(job: Job, before: torch.Tensor, mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Whether steps from the same canvas `before` [B, T] chose differently among equally sure predictions."""
     positions = positions_of(before == MASK)
-    sureness = Sureness(
-        positions, job._denoiser().logits(before, positions), sampler_for(job.canvas, job.config, job.special)
-    )
+    sureness = Sureness(positions, job._denoiser().logits(before, positions), job.decoder.sampler)
     return is_tie(before, mine, theirs, sureness)
 
 

@@ -8,7 +8,7 @@ from test_exactness import as_sure
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
-from memdlm.inference import GenerationConfig, PromptCache, generate, response_job, stream
+from memdlm.inference import Decoder, GenerationConfig, PromptCache, generate, stream
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
 from tiny import V, rng, tiny
@@ -89,7 +89,7 @@ def test_what_two_prompts_share_is_cut_to_whole_blocks(shared, remembers):
     memory = memory_of(model, 0.5) if remembers else None
     cache, config = PromptCache(model, memory), GenerationConfig(max_new_tokens=5, block_size=4)
     generate(model, WORDS, [first], config, memory=memory, prompt_cache=cache)
-    job = response_job(model, WORDS, [second], config, memory=memory, prompt_cache=cache)
+    job = Decoder(model, WORDS, config, memory=memory, prompt_cache=cache).prepare([second])
     as_sure(list(job.steps()), list(stream(model, WORDS, [second], config, memory=memory)))
     assert job.meter.reused == shared // 4 * 4
     # What was put together of a known beginning and a new end serves the next one.

@@ -10,7 +10,7 @@ from memdlm.cli.main import main
 from memdlm.diffusion import Above
 from memdlm.errors import ConfigError
 from memdlm.evaluation.harness_options import option_names, parse_arguments, parse_request
-from memdlm.inference import GenerationConfig, generate, response_job
+from memdlm.inference import Decoder, GenerationConfig, generate
 from memdlm.inference.canvas import reveal_for
 
 MDLM = (
@@ -42,8 +42,8 @@ def test_others_are_refused_with_what_there_is(name, capsys):
 
 
 def steps_of(new, **options):
-    job = response_job(network("llada2"), words(), prompts_of([3]), GenerationConfig(max_new_tokens=new, **options))
-    reveal = reveal_for(job.canvas, job.config)
+    decoder = Decoder(network("llada2"), words(), GenerationConfig(max_new_tokens=new, **options))
+    reveal = reveal_for(decoder.prepare(prompts_of([3])).canvas, decoder.options)
     assert isinstance(reveal, Above)
     return reveal.steps
 

@@ -62,7 +62,7 @@ SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
 """Of an outer loss: which positions it scores."""
 LEARN = ("copy to host", "diffusion/sampling.py:fill")
 """Of decoding: which positions are open, once for a block and once for a step."""
-TEXTS = {("copy to host", "inference/generate.py:responses"): 1}
+TEXTS = {("copy to host", "inference/decoder.py:result"): 1}
 """Of a whole generation: the result."""
 SOUND = ("item", "diffusion/sampling.py:check")
 """Of decoding: whether all logits were numbers, once for a block and once at the end."""

@@ -14,11 +14,10 @@ def main(argv: Sequence[str]) -> int:
     """Hold a conversation on standard input and output."""
     parser = decoding_parser("chat", f"Answer line by line. Commands: {', '.join(COMMANDS)}.", ChatOptions)
     options, config, memory, (chat_options,) = parse(parser, argv)
-    setup = load(options, memory, config, Display())
+    decoder = load(options, memory, config, Display())
     console = PlainConsole()
     chat = Chat(
-        setup=setup,
-        config=config,
+        decoder=decoder,
         options=chat_options,
         console=console,
         remembers=options.mem_enabled,

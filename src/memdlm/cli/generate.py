@@ -1,10 +1,10 @@
 """`memdlm generate --model MODEL "prompt"`: load, decode, print."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memdlm.cli.decoding import decoding_parser, parse
 from memdlm.cli.output import note, say
-from memdlm.inference import response_job, responses
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
@@ -17,20 +17,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
-    setup = load(options, memory, config, Display())
+    decoder = load(options, memory, config, Display())
+    if not options.mem_enabled:
+        decoder = replace(decoder, memory=None)
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]
-    job = response_job(
-        setup.model,
-        setup.tokenizer,
-        prompts,
-        config,
-        memory=setup.memory if options.mem_enabled else None,
-        generator=[derive("memdlm generate", options.seed, index) for index in range(len(prompts))],
-    )
-    result, seconds = decode(job, responses, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
+    job = decoder.prepare(prompts, [derive("memdlm generate", options.seed, index) for index in range(len(prompts))])
+    tally = Tally()
+    result = decode(job, tally, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
         say(text)
-    tally = Tally()
-    tally.add(result, seconds)
     note(tally.line())
     return 0

@@ -1,11 +1,11 @@
 """`memdlm infill --model MODEL "text with <|mask|> tokens"`: load, fill, print."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memdlm.cli.decoding import decoding_parser, parse
 from memdlm.cli.output import note, say
 from memdlm.errors import ConfigError
-from memdlm.inference import filled, infill_job
 from memdlm.models import Full
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
@@ -28,23 +28,19 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{name}={parser.given[name]!r} has no effect: an infilling is as long as its text. Leave it out."
             )
-    setup = load(options, memory, config, Display())
+    decoder = load(options, memory, config, Display())
+    if not options.mem_enabled:
+        decoder = replace(decoder, memory=None)
+    if given.both_sides:
+        decoder = replace(decoder, attention_pattern=Full())
     texts = given.texts
     if given.blank is not None:
-        texts = [text.replace(given.blank, setup.tokenizer.mask_token) for text in texts]
-    job = infill_job(
-        setup.model,
-        setup.tokenizer,
-        texts,
-        config,
-        memory=setup.memory if options.mem_enabled else None,
-        generator=[derive("memdlm infill", options.seed, index) for index in range(len(texts))],
-        attention_pattern=Full() if given.both_sides else None,
-    )
-    result, seconds = decode(job, filled, setup.tokenizer, console=PlainConsole(stderr=True), trace=options.trace)
+        texts = [text.replace(given.blank, decoder.tokenizer.mask_token) for text in texts]
+    generator = [derive("memdlm infill", options.seed, index) for index in range(len(texts))]
+    job = decoder.prepare(texts, generator, infills=True)
+    tally = Tally()
+    result = decode(job, tally, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
         say(text)
-    tally = Tally()
-    tally.add(result, seconds)
     note(tally.line())
     return 0

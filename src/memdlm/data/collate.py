@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memdlm.errors import DataError, unknown
+from memdlm.padding import right_padded
 from memdlm.types import IGNORE_INDEX
 
 SUPERVISE_PADDING = ("all", "first", "none")
@@ -39,16 +40,18 @@ class Collator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate rows with `input_ids` and `labels`, and perhaps `context_ids`: all of them or none, or DataError."""
-        lengths = [len(row["input_ids"]) for row in features]
-        width = max(lengths) + (self.supervise_padding == "first")
+        ids, lengths = right_padded((row["input_ids"] for row in features), self.pad_token_id)
+        labels, labelled = right_padded((row["labels"] for row in features), IGNORE_INDEX)
+        if not lengths.equal(labelled):
+            raise DataError("the rows of a batch need one label per token: input_ids and labels differ in length.")
+        width = ids.shape[1] + (self.supervise_padding == "first")
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        ids = torch.full((len(features), width), self.pad_token_id, dtype=torch.int64)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        for index, row in enumerate(features):
-            ids[index, : lengths[index]] = torch.as_tensor(row["input_ids"])
-            labels[index, : lengths[index]] = torch.as_tensor(row["labels"])
-        column, length = torch.arange(width), torch.tensor(lengths)[:, None]
+        ids, labels = (
+            nn.functional.pad(each, (0, width - each.shape[1]), value=value)
+            for each, value in ((ids, self.pad_token_id), (labels, IGNORE_INDEX))
+        )
+        column, length = torch.arange(width), lengths[:, None]
         is_padding = column >= length
         batch = {"input_ids": ids, "labels": labels, "is_padding": is_padding, **self._contexts(features)}
         if self.supervise_padding == "all":
@@ -66,9 +69,7 @@ class Collator:
             raise DataError(
                 f"context_ids: {count} of the {len(features)} rows of a batch have a context; give all one, or none."
             )
-        rows = [torch.as_tensor(row["context_ids"], dtype=torch.int64) for row in features]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows])
+        ids, lengths = right_padded((row["context_ids"] for row in features), self.pad_token_id)
         return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}
 
 

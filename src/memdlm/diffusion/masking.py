@@ -30,6 +30,16 @@ def maskable_positions(labels: Tensor, attention_mask: Tensor | None = None) -> 
     return is_maskable
 
 
+def before_targets(is_target: PositionSet, attention_mask: Tensor | None = None) -> PositionSet:
+    """Return [B, L]: the prompt of every row, which is what stands before its first target and may be seen."""
+    column = torch.arange(is_target.shape[1], device=is_target.device)
+    start = torch.where(is_target.any(-1), is_target.int().argmax(-1), is_target.shape[1])
+    is_before = column < start[:, None]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        is_before = is_before & attention_mask.bool()
+    return is_before
+
+
 def draw_times(uniform: Tensor, epsilon: float) -> Times:
     """Map U[0, 1) draws [B] to times in [epsilon, 1); raises ConfigError unless 0 < epsilon < 1."""
     if not 0 < epsilon < 1:

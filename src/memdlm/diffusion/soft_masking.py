@@ -12,12 +12,13 @@ scale, steepness and centre; here they are options, with the values of its autho
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from memdlm.diffusion.choice import ids_on
+from memdlm.options import option
 from memdlm.types import Denoise, Ids, Logits, Positions, Project
 
 
@@ -70,14 +71,25 @@ class SoftMask:
         return Feedback(positions, tokens.long(), weights, share.squeeze(1))
 
 
-_OPTIONS = ("top_k", "scale", "steepness", "centre")
+@dataclass(frozen=True, kw_only=True)
+class SoftMaskOptions:
+    """The options of soft-masking that training and decoding share."""
 
+    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=2**16)
+    soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
+    soft_mask_steepness: float = option(
+        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
+    )
+    soft_mask_centre: float = option(
+        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
+    )
 
-def soft_mask_options(config: Any) -> list[Any]:
-    """Return the values of `config`'s soft_mask_* options (or, of a configuration class, their defaults)."""
-    return [getattr(config, f"soft_mask_{name}") for name in _OPTIONS]
-
-
-def soft_mask_of(config: Any, mask_token_id: int) -> SoftMask:
-    """Build a `SoftMask` from `config`'s soft_mask_* options."""
-    return SoftMask(mask_token_id=mask_token_id, **dict(zip(_OPTIONS, soft_mask_options(config), strict=True)))
+    def soft_masking(self, mask_token_id: int) -> SoftMask:
+        """Build what feeds predictions back."""
+        return SoftMask(
+            mask_token_id=mask_token_id,
+            top_k=self.soft_mask_top_k,
+            scale=self.soft_mask_scale,
+            steepness=self.soft_mask_steepness,
+            centre=self.soft_mask_centre,
+        )

@@ -21,7 +21,8 @@ from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut, parse_request
 from memdlm.evaluation.ledger import Ledger, MeteredMemory
-from memdlm.inference.generate import generate
+from memdlm.inference.config import GenerationConfig
+from memdlm.inference.decoder import Decoder
 from memdlm.inference.shared_prompt import SharedPrompt, can_share
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
@@ -80,7 +81,8 @@ class Answerer:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
         self.ledger.begin(next(self.model.parameters()).device)
-        self.shifted = bool(self.settings.generation.get("right_shift_logits", False))
+        self.config = GenerationConfig(**self.settings.generation)
+        self.shifted = self.config.right_shift_logits
         if self.settings.memory is not None:
             self.memory = MeteredMemory(
                 self.model,
@@ -95,8 +97,7 @@ class Answerer:
         """Who sees whom while a likelihood is estimated; None: everyone sees everyone."""
         if self.settings.options.mc_attention == "full":
             return None
-        block = self.settings.generation.get("block_size")
-        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None), block)
+        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
         if isinstance(pattern, Full):
             raise ConfigError(
                 "mc_attention='decode' has no effect: this model decodes under full attention. Leave it out."
@@ -142,13 +143,8 @@ class Answerer:
         for batch in _batches(order, kinds, self.batch_size):
             request = requests[batch[0]]
             with self.ledger.timed():
-                result = generate(
-                    self.model,
-                    self.tokenizer,
-                    [prompts[index] for index in batch],
-                    request.config,
-                    memory=self.memory,
-                    generator=[self._generator(questions[index]) for index in batch],
+                result = Decoder(self.model, self.tokenizer, request.config, memory=self.memory).generate(
+                    [prompts[index] for index in batch], [self._generator(questions[index]) for index in batch]
                 )
             self.ledger.add(result, len(batch))
             for index, text in zip(batch, result.texts, strict=True):

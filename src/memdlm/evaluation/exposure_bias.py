@@ -12,9 +12,8 @@ same positions and shows what the model's own errors cost.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +62,8 @@ def exposure_bias(
     for batch in batches:
         rows = range(start, start + batch.ids.shape[0])
         start = rows.stop
-        with _memory_of(memory, batch, [derive("exposure bias write", seed, row) for row in rows]), blaming(model):
+        drawn = [derive("exposure bias write", seed, row) for row in rows]
+        with nullcontext() if memory is None else memory.write(*batch.prompt(), drawn), blaming(model):
             randomness = [derive("exposure bias", seed, row) for row in rows]
             for step, sums in _measure(model, batch, mask_token_id, steps, randomness):
                 totals[step] = totals[step] + sums if step in totals else sums
@@ -78,15 +78,6 @@ def exposure_bias(
         sequential=[mean[1] for mean in means],
         matched=[mean[2] for mean in means],
     )
-
-
-def _memory_of(
-    memory: ParametricMemory | None, batch: PaddedBatch, randomness: Randomness
-) -> AbstractContextManager[Any]:
-    if memory is None:
-        return nullcontext()
-    prompt = batch.prompt()
-    return memory.write(prompt.ids, prompt.labels, prompt.attention_mask, randomness)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 
-from memdlm.inference.generate import Generation
+from memdlm.inference.decoder import Generation
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memdlm.diffusion.masking import before_targets
+from memdlm.padding import right_padded
 from memdlm.types import IGNORE_INDEX, Ids, PositionSet
 
 
@@ -23,15 +25,6 @@ class EncodedText(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """The part of a batch that a memory writes."""
-
-    ids: Ids
-    labels: Tensor
-    attention_mask: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PaddedBatch:
     """Right-padded texts, [B, L]."""
 
@@ -41,28 +34,24 @@ class PaddedBatch:
     attention_mask: Tensor
     """[B, L] bool, false at padding."""
 
-    def prompt(self) -> Prompt:
-        """Return what stands before each row's first target, cut to the longest such part."""
-        has_target = self.is_target.any(-1)
-        start = torch.where(has_target, self.is_target.int().argmax(-1), self.attention_mask.sum(-1))
-        width = int(start.max())
-        is_prompt = torch.arange(width, device=start.device) < start[:, None]
-        ids = self.ids[:, :width]
-        return Prompt(ids=ids, labels=ids.masked_fill(~is_prompt, IGNORE_INDEX), attention_mask=is_prompt)
+    def prompt(self) -> tuple[Ids, Tensor, PositionSet]:
+        """Return (ids, labels, attention mask) of what stands before each row's first target, which a memory writes.
+
+        They are cut to the longest such part.
+        """
+        is_prompt = before_targets(self.is_target, self.attention_mask)
+        width = int(is_prompt.sum(-1).max())
+        ids, is_prompt = self.ids[:, :width], is_prompt[:, :width]
+        return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt
 
 
 def pad_texts(texts: Sequence[EncodedText], pad_token_id: int, device: torch.device) -> PaddedBatch:
     """Right-pad `texts` to one batch."""
-    width = max(len(text.input_ids) for text in texts)
-    ids = torch.full((len(texts), width), pad_token_id, dtype=torch.int64)
-    is_target = torch.zeros(len(texts), width, dtype=torch.bool)
-    keep = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        length = len(text.input_ids)
-        ids[row, :length] = torch.tensor(text.input_ids)
-        is_target[row, :length] = torch.tensor(text.labels) != IGNORE_INDEX
-        keep[row, :length] = True
-    return PaddedBatch(ids=ids.to(device), is_target=is_target.to(device), attention_mask=keep.to(device))
+    ids, lengths = right_padded((text.input_ids for text in texts), pad_token_id)
+    labels, _ = right_padded((text.labels for text in texts), IGNORE_INDEX)
+    is_there = torch.arange(ids.shape[1]) < lengths[:, None]
+    ids, is_target, is_there = (each.to(device) for each in (ids, labels != IGNORE_INDEX, is_there))
+    return PaddedBatch(ids=ids, is_target=is_target, attention_mask=is_there)
 
 
 def answer_spans(labels: Sequence[int]) -> list[tuple[int, int]]:

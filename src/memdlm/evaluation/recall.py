@@ -91,16 +91,10 @@ def recall(
     for start in range(0, len(texts), batch_size):
         part, golden = texts[start : start + batch_size], samples[start : start + batch_size]
         batch = pad_texts(part, tokenizer.pad_token_id, device)
-        prompt = pad_texts(written[start : start + batch_size], tokenizer.pad_token_id, device).prompt()
         writes: AbstractContextManager[object] = nullcontext()
         if memory is not None:
-            writes = memory.write(
-                prompt.ids,
-                prompt.labels,
-                prompt.attention_mask,
-                derive("recall", seed, start),
-                attention_pattern=attention_pattern,
-            )
+            prompts = pad_texts(written[start : start + batch_size], tokenizer.pad_token_id, device).prompt()
+            writes = memory.write(*prompts, derive("recall", seed, start), attention_pattern=attention_pattern)
         with writes, blaming(model):
             filled = _fill(model, batch, tokenizer.mask_token_id, steps, attention_pattern)
         for row, text, sample in zip(filled.cpu(), part, golden, strict=True):

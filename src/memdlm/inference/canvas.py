@@ -14,14 +14,12 @@ from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Schedu
 from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
-from memdlm.inference.prompts import SpecialIds, pad
+from memdlm.inference.prompts import SpecialIds
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
-from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.padding import right_padded
 from memdlm.types import Ids, PositionSet
 
-THRESHOLD = 0.95
-"""What block-causal families are decoded with by default."""
 MOST_PLACES = 2**32
 
 
@@ -36,7 +34,6 @@ class Canvas:
     is_open: PositionSet
     blocks: list[PositionSet]
     block_size: int
-    pattern: AttentionPattern
     prompt_lengths: Tensor
     """[B] int64 on the CPU."""
     response_ends: Tensor
@@ -70,52 +67,34 @@ class Canvas:
         return (column >= first) & (column < last)
 
 
-def pattern_for(model: nn.Module, config: GenerationConfig, asked: AttentionPattern | None) -> AttentionPattern:
-    """Return who sees whom while decoding: what the caller says, else the family's way.
-
-    Raises ConfigError when a block-causal pattern and `block_size` disagree.
-    """
-    if asked is None:
-        return decoding_pattern(getattr(unwrap(model), "config", None), config.block_size)
-    if isinstance(asked, BlockCausal) and config.block_size not in (None, asked.block):
-        raise ConfigError(
-            f"block_size {config.block_size} and attention_pattern {asked} disagree; tokens that are decoded together "
-            "are those of one block. Leave block_size out."
-        )
-    return asked
-
-
 def response_canvas(
     rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
 ) -> Canvas:
     """Lay out prompts with room for their responses. Raises ConfigError when `max_length` leaves no room."""
-    longest = max(row.numel() for row in rows)
-    block_size = pattern.block if isinstance(pattern, BlockCausal) else config.block_size
-    _check_room(len(rows), longest + (config.max_new_tokens or config.max_length or 0), block_size)
-    new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 0) - longest
-    if new < 1:
-        raise ConfigError(f"max_length {config.max_length} leaves no room after a prompt of {longest} tokens.")
     prompts = torch.tensor([row.numel() for row in rows])
+    longest = int(prompts.max())
+    new = config.response_length(longest)
+    _check_room(len(rows), longest + new, config.block_size)
     ends = prompts + new
-    block = pattern.block if isinstance(pattern, BlockCausal) else min(config.block_size or new, new)
-    lengths = -(-ends // block) * block if isinstance(pattern, BlockCausal) else ends
-    length = int(lengths.max())
     _warn_if_long(model, int(ends.max()))
-    ids, _ = pad(rows, special.eos, length)
-    column = torch.arange(length)
-    is_open = (column >= prompts[:, None]) & (column < lengths[:, None])
     if isinstance(pattern, BlockCausal):
-        blocks = absolute_blocks_from(prompts, length, new, block)
+        block = pattern.block
+        lengths = -(-ends // block) * block
+        blocks = absolute_blocks_from(prompts, int(lengths.max()), new, block)
     else:
-        blocks = blocks_after_prompt(prompts, length, new, block)
+        block, lengths = min(config.block_size or new, new), ends
+        blocks = blocks_after_prompt(prompts, int(lengths.max()), new, block)
+    column = torch.arange(int(lengths.max()))
+    is_open = (column >= prompts[:, None]) & (column < lengths[:, None])
+    masks = [row.new_full((end - len(row),), special.mask) for row, end in zip(rows, lengths.tolist(), strict=True)]
+    ids, _ = right_padded((torch.cat(pair) for pair in zip(rows, masks, strict=True)), special.eos)
     device = next(model.parameters()).device
     return Canvas(
-        ids=ids.masked_fill(is_open, special.mask).to(device, non_blocking=True),
+        ids=ids.to(device, non_blocking=True),
         lengths=lengths,
         is_open=is_open.to(device, non_blocking=True),
         blocks=[each.to(device, non_blocking=True) for each in blocks],
         block_size=block,
-        pattern=pattern,
         prompt_lengths=prompts,
         response_ends=ends,
         most_new=new,
@@ -131,11 +110,11 @@ def infill_canvas(
         if not bool((row == special.mask).any()):
             raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
     device = next(model.parameters()).device
-    ids, lengths = pad(rows, special.eos)
-    _check_room(len(rows), ids.shape[1], pattern.block if isinstance(pattern, BlockCausal) else config.block_size)
+    ids, lengths = right_padded(rows, special.eos)
+    _check_room(len(rows), ids.shape[1], config.block_size)
     _warn_if_long(model, ids.shape[1])
     ids = ids.to(device, non_blocking=True)
-    block = pattern.block if isinstance(pattern, BlockCausal) else config.block_size or ids.shape[1]
+    block = config.block_size or ids.shape[1]
     blocks = absolute_blocks(ids.shape[0], ids.shape[1], block, device)
     return Canvas(
         ids=ids,
@@ -143,7 +122,6 @@ def infill_canvas(
         is_open=ids == special.mask,
         blocks=blocks,
         block_size=block,
-        pattern=pattern,
         prompt_lengths=torch.zeros_like(lengths),
         response_ends=lengths,
         most_new=block,
@@ -153,22 +131,27 @@ def infill_canvas(
 
 def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
     """Return how many tokens a step commits. `steps` are shared out among the blocks; unset: one a token."""
-    is_block_causal = isinstance(canvas.pattern, BlockCausal)
-    threshold = THRESHOLD if config.threshold is None and is_block_causal else config.threshold
+    threshold, fewest = config.threshold, config.num_to_transfer
     if config.factor is not None:
         return Factor(factor=config.factor)
-    if config.editing_threshold is not None or config.num_to_transfer is not None:
+    if config.editing_threshold is not None or fewest is not None:
         if threshold is None:
             raise ConfigError(
                 "editing_threshold and num_to_transfer need to know what is sure enough to be committed; set threshold."
             )
-        return AtLeast(threshold=threshold, num_to_transfer=config.num_to_transfer or 1)
+        return AtLeast(threshold=threshold, num_to_transfer=1 if fewest is None else fewest)
     steps = config.steps_per_block
     if steps is None:
         steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
     if threshold is not None:
-        _refuse_unread(config)
-        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, _most_steps(canvas, config)))
+        # As published: so few that each commits `minimal_topk` tokens.
+        most = canvas.most_new // config.minimal_topk
+        if most == 0:
+            raise ConfigError(
+                f"minimal_topk={config.minimal_topk} is more than the {canvas.most_new} tokens asked for, which leaves "
+                "no step to decode them; lower it."
+            )
+        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, most))
     if config.minimal_topk != 1:
         raise ConfigError(
             f"minimal_topk={config.minimal_topk} has no effect on this model without a threshold; set threshold, or "
@@ -176,51 +159,29 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
         )
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
-    return Scheduled(steps=steps, is_stochastic=bool(config.stochastic_transfer))
-
-
-def _most_steps(canvas: Canvas, config: GenerationConfig) -> int:
-    """Return how many steps a block may take, as published: so few that each commits `minimal_topk` tokens."""
-    most = canvas.most_new // (config.minimal_topk or 1)
-    if most == 0:
-        raise ConfigError(
-            f"minimal_topk={config.minimal_topk} is more than the {canvas.most_new} tokens asked for, which leaves no "
-            "step to decode them; lower it."
-        )
-    return most
-
-
-def _refuse_unread(config: GenerationConfig) -> None:
-    """Raise ConfigError for what a block-causal family does not read: it always looks at confidences."""
-    for name, plain in (("transfer_schedule", "dllm"), ("stochastic_transfer", False), ("remasking", "low_confidence")):
-        if getattr(config, name) != plain:
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} has no effect on this model: what is surer than a threshold is "
-                f"committed, {THRESHOLD} where none is set. Leave {name} out."
-            )
-
-
-def sampler_for(canvas: Canvas, config: GenerationConfig, special: SpecialIds) -> TokenSampler:
-    """Return how logits become tokens."""
-    forbids = config.begin_suppress == "forbid"
-    begin = config.begin_suppress_tokens or ()
-    return TokenSampler(
-        mask_token_id=special.mask,
-        remasking=make_confidence(config.remasking or "low_confidence"),
-        temperature=config.temperature or 0.0,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        suppress=(*(config.suppress_tokens or ()), *(begin if forbids else ())),
-        postpone=() if forbids else begin,
-        is_tempered=isinstance(canvas.pattern, BlockCausal),
-    )
+    return Scheduled(steps=steps, is_stochastic=config.stochastic_transfer)
 
 
 def edit_for(config: GenerationConfig) -> Edit | None:
     """Return whether committed tokens may change."""
     if config.editing_threshold is None:
         return None
-    return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps or 0)
+    return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
+
+
+def sampler_for(config: GenerationConfig, pattern: AttentionPattern, special: SpecialIds) -> TokenSampler:
+    """Return how logits become tokens."""
+    forbids = config.begin_suppress == "forbid"
+    return TokenSampler(
+        mask_token_id=special.mask,
+        remasking=make_confidence(config.remasking),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        suppress=(*config.suppress_tokens, *(config.begin_suppress_tokens if forbids else ())),
+        postpone=() if forbids else config.begin_suppress_tokens,
+        is_tempered=isinstance(pattern, BlockCausal),
+    )
 
 
 def _check_room(rows: int, length: int, block_size: int | None) -> None:
@@ -238,5 +199,5 @@ def _warn_if_long(model: nn.Module, length: int) -> None:
         warnings.warn(
             f"prompt and response have {length} tokens, but the model was trained on {places} positions "
             "(max_position_embeddings): those beyond are extrapolated. Shorten the prompt or max_new_tokens.",
-            stacklevel=5,
+            stacklevel=6,
         )

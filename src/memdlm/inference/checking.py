@@ -51,9 +51,9 @@ def check_tokens(
     if known is None:
         return
     config.check_vocabulary(known)
-    forbidden = set(config.suppress_tokens or ())
+    forbidden = set(config.suppress_tokens)
     if config.begin_suppress == "forbid":
-        forbidden |= set(config.begin_suppress_tokens or ())
+        forbidden |= set(config.begin_suppress_tokens)
     if len(forbidden | {special.mask}) >= known:
         raise ConfigError(f"suppress_tokens leaves none of the model's {known} tokens to predict; name fewer.")
 

@@ -1,13 +1,14 @@
 """The options of generation and infilling, under the names users know; None is the family's default."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from memdlm.diffusion.choice import CONFIDENCES
-from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of
+from memdlm.diffusion.soft_masking import SoftMaskOptions
 from memdlm.errors import ConfigError, unknown
-from memdlm.options import option, validate
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
+from memdlm.options import Defaulted, option, own_options_first, validate
 
 CACHES = ("exact", "none", "approximate")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -17,10 +18,13 @@ MOST = 2**16
 """Of tokens and steps: more than any model of this kind can use, and as much as a mistyped number may cost."""
 COLDEST = 1e-4
 """Below it, logits divided by the temperature leave the range of their numbers."""
+THRESHOLD = 0.95
+"""What block-causal families are decoded with by default."""
 
 
+@own_options_first
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(SoftMaskOptions):
     """How a response is decoded.
 
     LLaDA and LLaDA-MoE: the response is cut into blocks of `block_size` from the end of the prompt, filled one after
@@ -40,17 +44,17 @@ class GenerationConfig:
     )
     steps: int | None = option(None, "Denoising steps in all; unset: one per token.", minimum=1, maximum=MOST)
     steps_per_block: int | None = option(None, "Denoising steps of a block, instead of steps.", minimum=1, maximum=MOST)
-    temperature: float | None = option(
+    temperature: Defaulted[float] = option(
         0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0, maximum=1e4
     )
     top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
     top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
-    remasking: str | None = option("low_confidence", "Which predictions are kept.", choices=tuple(CONFIDENCES))
+    remasking: Defaulted[str] = option("low_confidence", "Which predictions are kept.", choices=tuple(CONFIDENCES))
     threshold: float | None = option(
         None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
     )
     factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0, maximum=1e6)
-    minimal_topk: int | None = option(
+    minimal_topk: Defaulted[int] = option(
         1, "With threshold: so few steps that each commits this many tokens on average.", minimum=1, maximum=MOST
     )
     num_to_transfer: int | None = option(
@@ -59,39 +63,34 @@ class GenerationConfig:
     editing_threshold: float | None = option(
         None, "Replace committed tokens by predictions surer than this (LLaDA2.1).", minimum=0, maximum=1
     )
-    max_post_steps: int | None = option(
+    max_post_steps: Defaulted[int] = option(
         16, "With editing: how often a full block is looked at again.", minimum=0, maximum=MOST
     )
-    transfer_schedule: str | None = option("dllm", "Fixed numbers: where what is left over goes.", choices=SCHEDULES)
-    stochastic_transfer: bool | None = option(False, "Draw how many tokens a step commits instead of spreading evenly.")
+    transfer_schedule: Defaulted[str] = option(
+        "dllm", "Fixed numbers: where what is left over goes.", choices=SCHEDULES
+    )
+    stochastic_transfer: Defaulted[bool] = option(
+        False, "Draw how many tokens a step commits instead of spreading evenly."
+    )
     stable_steps: int | None = option(
         None, "Commit the rest of a block once predictions are the same for so many steps.", minimum=1, maximum=MOST
     )
-    cfg_scale: float | None = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0, maximum=1e4)
-    cfg_keep_tokens: tuple[int, ...] | None = option((), "Prompt tokens that guidance never masks.")
-    suppress_tokens: tuple[int, ...] | None = option((), "Tokens that are never predicted.")
-    begin_suppress_tokens: tuple[int, ...] | None = option(
+    cfg_scale: Defaulted[float] = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0, maximum=1e4)
+    cfg_keep_tokens: Defaulted[tuple[int, ...]] = option((), "Prompt tokens that guidance never masks.")
+    suppress_tokens: Defaulted[tuple[int, ...]] = option((), "Tokens that are never predicted.")
+    begin_suppress_tokens: Defaulted[tuple[int, ...]] = option(
         (), "Tokens that are committed only when nothing else is left."
     )
-    begin_suppress: str | None = option(
+    begin_suppress: Defaulted[str] = option(
         "postpone", "forbid: begin_suppress_tokens are never predicted.", choices=("postpone", "forbid")
     )
-    right_shift_logits: bool | None = option(False, "The network predicts position i at i - 1.")
-    eos_early_stop: bool | None = option(True, "Stop a row once it is known up to its first EOS; the text is the same.")
-    soft_mask: bool | None = option(
-        False, "Soft-masking: masked positions are shown as what was last predicted there; for models trained with it."
+    right_shift_logits: Defaulted[bool] = option(False, "The network predicts position i at i - 1.")
+    eos_early_stop: Defaulted[bool] = option(
+        True, "Stop a row once it is known up to its first EOS; the text is the same."
     )
-    soft_mask_top_k: int | None = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=MOST)
-    soft_mask_scale: float | None = option(
-        0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1
+    cache: Defaulted[str] = option(
+        "exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES
     )
-    soft_mask_steepness: float | None = option(
-        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
-    )
-    soft_mask_centre: float | None = option(
-        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
-    )
-    cache: str | None = option("exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES)
     compile: str | None = option(
         None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
     )
@@ -101,8 +100,11 @@ class GenerationConfig:
         minimum=1,
         maximum=MOST,
     )
-    cache_scope: str | None = option(
+    cache_scope: Defaulted[str] = option(
         "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
+    )
+    soft_mask: Defaulted[bool] = option(
+        False, "Soft-masking: masked positions are shown as what was last predicted there; for models trained with it."
     )
 
     def __post_init__(self) -> None:
@@ -135,9 +137,9 @@ class GenerationConfig:
             for token in getattr(self, name):
                 if token >= rows:
                     raise ConfigError(f"{name}: token {token} is not one of the vocabulary, 0 to {rows - 1}.")
-        if self.soft_mask and (self.soft_mask_top_k or 0) > rows:
+        if self.soft_mask and self.soft_mask_top_k > rows:
             raise ConfigError(f"soft_mask_top_k={self.soft_mask_top_k} is more than the {rows} tokens there are.")
-        if (self.top_k or 0) > rows:
+        if self.top_k is not None and self.top_k > rows:
             raise ConfigError(f"top_k={self.top_k} is more than the {rows} tokens there are; leave it out.")
 
     def _check_tokens(self) -> None:
@@ -148,14 +150,14 @@ class GenerationConfig:
 
     def _read_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
         """Options that only count beside others: their names, whether they do, and if not, why and what to set."""
-        soft = tuple(field.name for field in fields(self) if field.name.startswith("soft_mask_"))
+        soft = tuple(field.name for field in fields(SoftMaskOptions))
         draws_order = self.remasking == "random"
         return [
             (("max_length",), self.max_new_tokens is None, "beside max_new_tokens; set that to None"),
             (("cfg_keep_tokens",), self.cfg_scale != 0, "without guidance; set cfg_scale above 0"),
             (("max_post_steps",), self.editing_threshold is not None, "without editing_threshold; set it"),
             (("cache_refresh", "cache_scope"), self.cache == "approximate", "without cache='approximate'; set that"),
-            (soft, bool(self.soft_mask), "without soft_mask=True; add it"),
+            (soft, self.soft_mask, "without soft_mask=True; add it"),
             (("begin_suppress",), bool(self.begin_suppress_tokens), "without begin_suppress_tokens; name some"),
             (
                 ("begin_suppress_tokens",),
@@ -170,10 +172,6 @@ class GenerationConfig:
             ),
         ]
 
-    def soft(self, mask_token_id: int) -> SoftMask | None:
-        """Return how predictions are fed back; None: not at all."""
-        return soft_mask_of(self, mask_token_id) if self.soft_mask else None
-
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Options that cannot take effect beside each other."""
         is_paced = self.steps is not None or self.steps_per_block is not None
@@ -181,7 +179,7 @@ class GenerationConfig:
         looks = self.threshold is not None or is_free
         return [
             (
-                0 < (self.temperature or 0) < COLDEST,
+                0 < self.temperature < COLDEST,
                 f"temperature must be 0 (the likeliest token) or at least {COLDEST}, got {self.temperature}.",
             ),
             (
@@ -203,7 +201,7 @@ class GenerationConfig:
                 "factor replaces threshold and num_to_transfer; leave one side out.",
             ),
             (
-                looks and (bool(self.stochastic_transfer) or self.transfer_schedule != "dllm"),
+                looks and (self.stochastic_transfer or self.transfer_schedule != "dllm"),
                 "stochastic_transfer and transfer_schedule have no effect where confidences decide how many tokens "
                 "are committed (threshold, factor, editing_threshold, num_to_transfer); leave them out.",
             ),
@@ -213,18 +211,49 @@ class GenerationConfig:
                 "use low_confidence with them.",
             ),
             (
-                bool(self.stochastic_transfer) and self.transfer_schedule == "llada",
+                self.stochastic_transfer and self.transfer_schedule == "llada",
                 "stochastic_transfer belongs to transfer_schedule 'dllm'; leave one of them out.",
             ),
             (
-                bool(self.soft_mask) and self.compile is not None,
+                self.soft_mask and self.compile is not None,
                 "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
             ),
             (
-                bool(self.soft_mask) and self.cfg_scale != 0,
+                self.soft_mask and self.cfg_scale != 0,
                 "soft_mask and cfg_scale: which of guidance's two predictions to feed back is not defined; use one.",
             ),
         ]
+
+    def resolved(self, pattern: AttentionPattern) -> "GenerationConfig":
+        """Return the options with the defaults of a family that decodes under `pattern` filled in.
+
+        Raises ConfigError for options that it does not read, and where `block_size` is not that of the pattern.
+        """
+        if not isinstance(pattern, BlockCausal):
+            return self
+        if self.block_size not in (None, pattern.block):
+            raise ConfigError(
+                f"block_size {self.block_size} and attention_pattern {pattern} disagree; tokens that are decoded "
+                "together are those of one block. Leave block_size out."
+            )
+        if self.threshold is not None or self.factor is not None:
+            return replace(self, block_size=pattern.block)
+        plain = type(self)()
+        for name in ("transfer_schedule", "stochastic_transfer", "remasking"):
+            if getattr(self, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect on this model: what is surer than a threshold is "
+                    f"committed, {THRESHOLD} where none is set. Leave {name} out."
+                )
+        return replace(self, block_size=pattern.block, threshold=THRESHOLD)
+
+    def response_length(self, longest: int) -> int:
+        """Return the tokens of a response, after prompts of at most `longest`. Raises ConfigError for no room."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None or self.max_length <= longest:
+            raise ConfigError(f"max_length {self.max_length} leaves no room after a prompt of {longest} tokens.")
+        return self.max_length - longest
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GenerationConfig":

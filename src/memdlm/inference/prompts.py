@@ -1,4 +1,4 @@
-"""Prompts as users give them -> right-padded ids, and ids -> text."""
+"""Prompts as users give them -> ids, and what of a response is its text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,16 +82,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
     if items is not None and all(type(item) is int and abs(item) < 2**62 for item in items):
         return torch.tensor(items, dtype=torch.int64)
     raise DataError(f"{shortened(prompt)} is none; give text, messages, or a list of ids.")
-
-
-def pad(rows: Sequence[Tensor], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Right-pad 1-D tensors to [B, L]; returns (ids, lengths [B])."""
-    lengths = torch.tensor([row.numel() for row in rows])
-    width = int(lengths.max()) if length is None else length
-    ids = torch.full((len(rows), width), value, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, : row.numel()] = row
-    return ids, lengths
 
 
 def visible(text_ids: Tensor, ends: Sequence[int]) -> Tensor:

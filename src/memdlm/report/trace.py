@@ -5,10 +5,9 @@ from html import escape
 from typing import final
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.sampling import Step
-from memdlm.inference.job import Job
+from memdlm.inference import Job
 from memdlm.outputs import GENERATOR
 
 _STYLE = """
@@ -98,8 +97,8 @@ show(location.hash ? Math.min(+location.hash.slice(1) || 0, last) : last);
 class Trace:
     """Collects the steps of a job; `page` writes them down."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.job, self.tokenizer = job, tokenizer
+    def __init__(self, job: Job) -> None:
+        self.job, self.tokenizer = job, job.decoder.tokenizer
         self.ends = job.canvas.response_ends.tolist()
         self.steps: list[list[tuple[int, int, str, float, int]]] = []
 

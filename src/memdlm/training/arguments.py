@@ -10,16 +10,17 @@ import transformers
 
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS, Planner
 from memdlm.diffusion.schedules import SCHEDULES
-from memdlm.diffusion.soft_masking import SoftMask, soft_mask_of, soft_mask_options
+from memdlm.diffusion.soft_masking import SoftMask, SoftMaskOptions
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.hub.devices import AUTO, trains_on_the_cpu
-from memdlm.options import as_flags, from_flags, option, validate
+from memdlm.options import as_flags, from_flags, option, own_options_first, validate
 from memdlm.training.limits import check_numbers, check_schedule
 
 
+@own_options_first
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(SoftMaskOptions):
     """The outer loss (spec of MDLM training as in the LLaDA recipes)."""
 
     time_epsilon: float = option(1e-3, "Times are drawn from [epsilon, 1).", above=0, maximum=0.999)
@@ -48,18 +49,10 @@ class DiffusionConfig:
         minimum=0,
         maximum=1,
     )
-    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=2**16)
-    soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
-    soft_mask_steepness: float = option(
-        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
-    )
-    soft_mask_centre: float = option(
-        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
-    )
 
     def __post_init__(self) -> None:
         validate(self)
-        if self.soft_mask_prob == 0 and soft_mask_options(self) != soft_mask_options(type(self)):
+        if self.soft_mask_prob == 0 and self.soft_masking(0) != SoftMaskOptions().soft_masking(0):
             raise ConfigError(
                 "soft_mask_top_k, soft_mask_scale, soft_mask_steepness and soft_mask_centre have no effect without "
                 "soft_mask_prob; set soft_mask_prob above 0, or leave them out."
@@ -76,7 +69,7 @@ class DiffusionConfig:
 
     def soft(self, mask_token_id: int) -> SoftMask | None:
         """Build what feeds predictions back (soft-masking); None: nothing does."""
-        return soft_mask_of(self, mask_token_id) if self.soft_mask_prob > 0 else None
+        return self.soft_masking(mask_token_id) if self.soft_mask_prob > 0 else None
 
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from memdlm.diffusion.masking import before_targets
 from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX, PositionSet
 
@@ -52,11 +53,7 @@ class NumberedCollator:
 
 def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> PositionSet:
     """Return [B, L], true at the tokens before a row's first target that are neither hidden nor padding."""
-    is_target, column = labels != IGNORE_INDEX, torch.arange(labels.shape[1], device=labels.device)
-    start = torch.where(is_target.any(-1), is_target.int().argmax(-1), labels.shape[1])
-    is_prompt = column < start[:, None]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        is_prompt = is_prompt & attention_mask.bool()
+    is_prompt = before_targets(labels != IGNORE_INDEX, attention_mask)
     return is_prompt if is_padding is None else is_prompt & ~is_padding
 
 

@@ -13,14 +13,14 @@ from memdlm.data.documents import read_document
 from memdlm.data.records import read_file
 from memdlm.data.synthetic import exact_match
 from memdlm.errors import ConfigError, DataError
-from memdlm.inference import GenerationConfig, PromptCache, prompt_cache_for, response_job, responses
+from memdlm.inference import Decoder, GenerationConfig
 from memdlm.inference.prompts import Prompt
 from memdlm.memory import ParametricMemory, SavedMemory, read_memory
 from memdlm.options import option
 from memdlm.randomness import derive
 from memdlm.templates import check_text
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import ModelOptions, Setup, Tally, decode, load_parts
+from memdlm.workflows.sessions.decoding import ModelOptions, Tally, decode, load_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,35 +57,27 @@ class AskOptions(ModelOptions):
 class Asker:
     """A model with one memory open, and what its answers took so far."""
 
-    setup: Setup
-    config: GenerationConfig
+    decoder: Decoder
     context: str | None = None
     """Shown in front of every question; None: nothing is."""
     chat: bool = True
     seed: int = 0
     tally: Tally = field(default_factory=Tally)
     count: int = 0
-    prompt_cache: PromptCache | None = None
-    """What is known of the document shown."""
 
     def answer(self, questions: Sequence[str], console: Console) -> list[str]:
         """Answer a batch of questions, each by itself. The memory must be open."""
-        job = response_job(
-            self.setup.model,
-            self.setup.tokenizer,
+        job = self.decoder.prepare(
             [self._prompt(question) for question in questions],
-            self.config,
-            generator=[derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
-            prompt_cache=self.prompt_cache,
+            [derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
         )
-        result, seconds = decode(job, responses, self.setup.tokenizer, console=console)
-        self.tally.add(result, seconds)
+        result = decode(job, self.tally, console=console)
         self.count += len(questions)
         return [text.strip() for text in result.texts]
 
     def _prompt(self, question: str) -> Prompt:
         text = question if self.context is None else f"{self.context}\n\n{question}"
-        if self.chat and self.setup.tokenizer.chat_template is not None:
+        if self.chat and self.decoder.tokenizer.chat_template is not None:
             return [{"role": "user", "content": text}]
         return text
 
@@ -101,9 +93,9 @@ def asker(options: AskOptions, config: GenerationConfig, display: Display) -> It
     context = _context(options, saved) if options.keep_context else None
     model, tokenizer = load_parts(options, display)
     memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
-    cache = None if context is None else prompt_cache_for(model, memory, config)
+    decoder = Decoder(model, tokenizer, config)
     with memory.recall(saved):
-        yield Asker(Setup(model, tokenizer, memory), config, context, options.chat, options.seed, prompt_cache=cache)
+        yield Asker(decoder if context is None else decoder.caching(memory), context, options.chat, options.seed)
 
 
 def _context(options: AskOptions, saved: SavedMemory) -> str:

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
 from memdlm.files import resolved
-from memdlm.inference import GenerationConfig, PromptCache, encode_prompts, prompt_cache_for, response_job, responses
+from memdlm.inference import Decoder, encode_prompts
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.options import option, validate
 from memdlm.outputs import output_file
 from memdlm.randomness import derive
 from memdlm.terminal import printable
-from memdlm.workflows.sessions.decoding import Setup, Tally, decode
+from memdlm.workflows.sessions.decoding import Tally, decode
 
 Message = dict[str, str]
 SAVED_BY, SAVER = "saved_by", "memdlm chat"
@@ -41,8 +41,7 @@ class ChatOptions:
 class Chat:
     """One conversation, and what it took so far."""
 
-    setup: Setup
-    config: GenerationConfig
+    decoder: Decoder
     options: ChatOptions
     console: Console
     remembers: bool = False
@@ -54,11 +53,9 @@ class Chat:
     answers: int = 0
     saved: set[Path] = field(default_factory=set)
     """Where this conversation was saved: there it may be saved again."""
-    prompt_cache: PromptCache | None = field(init=False)
-    """What is known of the history, with memory on or off."""
 
     def __post_init__(self) -> None:
-        self.prompt_cache = prompt_cache_for(self.setup.model, self.setup.memory, self.config)
+        self.decoder = self.decoder.caching(self.decoder.memory)
 
     def hold(self, lines: Iterator[str]) -> None:
         """Answer `lines` until they end or one of them is /exit, then say what it took."""
@@ -84,20 +81,12 @@ class Chat:
         """Answer one message; both become part of the history."""
         self.turns.append({"role": "user", "content": text})
         messages = self._fitting()
-        job = response_job(
-            self.setup.model,
-            self.setup.tokenizer,
-            [messages],
-            self.config,
-            memory=self.setup.memory if self.remembers else None,
-            generator=[derive("memdlm chat", self.seed, self.answers)],
-            prompt_cache=self.prompt_cache,
-        )
-        result, seconds = decode(job, responses, self.setup.tokenizer, console=self.console, trace=self.trace)
+        decoder = self.decoder if self.remembers else dataclasses.replace(self.decoder, memory=None)
+        job = decoder.prepare([messages], [derive("memdlm chat", self.seed, self.answers)])
+        result = decode(job, self.tally, console=self.console, trace=self.trace)
         reply = result.texts[0].strip()
         self.turns.append({"role": "assistant", "content": reply})
         self.answers += 1
-        self.tally.add(result, seconds)
         # As it is: wrapping would destroy line ends and code.
         self._say(reply or "(empty)")
         return reply
@@ -105,11 +94,11 @@ class Chat:
     def _fitting(self) -> list[Message]:
         """Return the history, with its oldest exchanges dropped until answer and history fit."""
         system = [] if self.options.system is None else [{"role": "system", "content": self.options.system}]
-        room, new = self._room(), self.config.max_new_tokens or 0
+        room, new = self._room(), self.decoder.config.max_new_tokens or 0
         dropped = 0
         while True:
             messages = [*system, *self.turns]
-            length = encode_prompts(self.setup.tokenizer, [messages])[0].numel()
+            length = encode_prompts(self.decoder.tokenizer, [messages])[0].numel()
             if room is None or length + new <= room:
                 break
             if len(self.turns) <= 1:
@@ -126,7 +115,7 @@ class Chat:
     def _room(self) -> int | None:
         if self.options.max_context is not None:
             return self.options.max_context
-        return getattr(getattr(unwrap(self.setup.model), "config", None), "max_position_embeddings", None)
+        return getattr(getattr(unwrap(self.decoder.model), "config", None), "max_position_embeddings", None)
 
     def _command(self, text: str) -> bool:
         """Obey a command; returns whether the conversation goes on."""
@@ -161,7 +150,8 @@ def _memory(chat: Chat, argument: str) -> str:
 def _steps(chat: Chat, argument: str) -> str:
     if not argument.isdigit():
         raise ConfigError(f"/steps takes a number, got {argument!r}.")
-    chat.config = dataclasses.replace(chat.config, steps=int(argument), steps_per_block=None)
+    config = dataclasses.replace(chat.decoder.config, steps=int(argument), steps_per_block=None)
+    chat.decoder = dataclasses.replace(chat.decoder, config=config)
     return f"{argument} denoising steps per answer"
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
-from memdlm.inference import Generation, GenerationConfig, Job
+from memdlm.inference import Decoder, Generation, GenerationConfig, Job
 from memdlm.inference.prompts import visible
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import load_model, load_tokenizer
@@ -27,7 +27,6 @@ from memdlm.options import option, validate
 from memdlm.outputs import is_page, output_file
 from memdlm.report.trace import Trace
 from memdlm.terminal import printable
-from memdlm.types import Ids
 from memdlm.workflows.display import Display
 
 OPEN = "\u2591"
@@ -60,15 +59,6 @@ class DecodingOptions(ModelOptions):
     trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What the options name, loaded."""
-
-    model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    memory: ParametricMemory
-
-
 def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
     """Raise ConfigError where `config` names tokens that the model, by its configuration alone, does not have."""
     name = str(options.model)
@@ -94,18 +84,15 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
     return model, tokenizer
 
 
-def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Setup:
-    """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
+def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Decoder:
+    """Load what decodes, with a memory (which costs nothing until it is written), even where it is off.
 
     What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
     """
     check_vocabulary(options, config)
     model, tokenizer = load_parts(options, display)
-    return Setup(
-        model,
-        tokenizer,
-        ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer),
-    )
+    written = ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    return Decoder(model, tokenizer, config, memory=written)
 
 
 @dataclass(slots=True)
@@ -128,15 +115,9 @@ class Tally:
         return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s, {self.passes} forward passes"
 
 
-Cut = Callable[[Job, Ids, PreTrainedTokenizerBase], Generation]
-"""`memdlm.inference.responses` or `filled`."""
-
-
-def decode(
-    job: Job, cut: Cut, tokenizer: PreTrainedTokenizerBase, *, console: Console, trace: str | None = None
-) -> tuple[Generation, float]:
-    """Run `job`, showing its first row as its tokens settle if `console` is a terminal; returns (result, seconds)."""
-    record = None if trace is None else Trace(job, tokenizer)
+def decode(job: Job, tally: Tally, *, console: Console, trace: str | None = None) -> Generation:
+    """Run `job`, showing its first row as its tokens settle if `console` is a terminal, and count it in `tally`."""
+    record = None if trace is None else Trace(job)
     start, ids = time.perf_counter(), job.canvas.ids
     with _shown(console) as show:
         for step in job.steps():
@@ -144,13 +125,14 @@ def decode(
             if record is not None:
                 record.add(step)
             if show is not None:
-                show(live_text(job, step, tokenizer))
+                show(live_text(job, step))
     seconds = time.perf_counter() - start
-    result = cut(job, ids, tokenizer)
+    result = job.result(ids)
+    tally.add(result, seconds)
     if record is not None and trace is not None:
         with page_at(trace) as write:
             write(record.page().encode())
-    return result, seconds
+    return result
 
 
 def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
@@ -163,10 +145,11 @@ def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
     return output_file(trace, is_page, "page", option="trace")
 
 
-def live_text(job: Job, step: Step, tokenizer: PreTrainedTokenizerBase) -> Text:
+def live_text(job: Job, step: Step) -> Text:
     """Return the first row's response as it stands, with blanks for what is still masked."""
+    tokenizer = job.decoder.tokenizer
     first, last = int(job.canvas.prompt_lengths[0]), int(job.canvas.response_ends[0])
-    row = visible(step.ids[0, first:last].cpu(), job.special.ends)
+    row = visible(step.ids[0, first:last].cpu(), job.decoder.special.ends)
     text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
     for token in tokenizer.all_special_tokens:
         text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")

@@ -255,19 +255,19 @@ def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict
     sample = data.by_length[plan.train_length][:1]
     shown = encode_samples(tokenizer, sample, plan.context)
     texts = written_texts(tokenizer, sample, plan.context, shown)
-    prompt = pad_texts(texts, tokenizer.pad_token_id, model.device).prompt()
-    places = torch.arange(prompt.ids.shape[1], device=model.device)
-    views = prompt.ids.repeat(len(places), 1)
+    ids, labels, is_prompt = pad_texts(texts, tokenizer.pad_token_id, model.device).prompt()
+    places = torch.arange(ids.shape[1], device=model.device)
+    views = ids.repeat(len(places), 1)
     views[places, places] = tokenizer.mask_token_id
 
     def losses() -> list[float]:
         logits = model(input_ids=views).logits[places, places]
-        return torch.nn.functional.cross_entropy(logits, prompt.ids[0], reduction="none").tolist()
+        return torch.nn.functional.cross_entropy(logits, ids[0], reduction="none").tolist()
 
     before = losses()
-    with trained.memory.write(prompt.ids, prompt.labels, prompt.attention_mask):
+    with trained.memory.write(ids, labels, is_prompt):
         after = losses()
-    words = tokenizer.convert_ids_to_tokens(prompt.ids[0].tolist())
+    words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
     asked = {word for answer in sample[0].answers for word in answer.split()}
     is_value = [word in asked for word in words]
     return {"words": words, "before": before, "after": after, "is_value": is_value}

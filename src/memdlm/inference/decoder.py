@@ -1,0 +1,296 @@
+"""A model with all that a decoding needs, and one decoding: a canvas, and the memory open while it is filled."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.diffusion.choice import TokenSampler
+from memdlm.diffusion.guidance import ClassifierFree
+from memdlm.diffusion.sampling import Step, denoise_canvas
+from memdlm.diffusion.stopping import EosStop, StableAnswer
+from memdlm.errors import ConfigError
+from memdlm.inference.canvas import Canvas, edit_for, infill_canvas, response_canvas, reveal_for, sampler_for
+from memdlm.inference.checking import check_parts, check_tokens
+from memdlm.inference.compiled import CompiledSteps
+from memdlm.inference.config import GenerationConfig
+from memdlm.inference.denoiser import CanvasDenoiser, Meter
+from memdlm.inference.prompt_cache import Prefill, PromptCache
+from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, special_ids, visible
+from memdlm.inference.soft import SoftFeedback
+from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, WholeRows
+from memdlm.memory.inner_loop import Written
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.border.foreign import check_places
+from memdlm.models.hub.families import decoding_pattern
+from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.checking import check_randomness, vocabulary_of
+from memdlm.models.networks.soundness import blaming
+from memdlm.options import Defaulted
+from memdlm.padding import right_padded
+from memdlm.randomness import Randomness, derive
+from memdlm.types import IGNORE_INDEX, Denoise, Ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """What came out, and what it cost."""
+
+    sequences: list[Tensor]
+    """Per prompt, a 1-D int64 tensor: the prompt and its response, which ends with the first EOS, if any."""
+    texts: list[str]
+    """The responses alone, without special tokens."""
+    num_forward_passes: int
+    num_token_positions: int
+    """Positions that went through the network, summed over passes."""
+    num_reused_positions: int
+    """Positions of prompts that a `prompt_cache` held: only the blocks that a memory changes ran on them."""
+    num_tokens: int
+    """Tokens generated, up to each response's end."""
+    unresolved: int
+    """Positions of the responses that still hold [MASK]; 0 unless something is wrong."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A model and how it decodes; `generate`, `stream` and `infill` do what the functions of these names say.
+
+    Raises ConfigError for parts that do not fit together.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    config: Defaulted[GenerationConfig] = None  # type: ignore[assignment]
+    _: KW_ONLY
+    memory: ParametricMemory | None = None
+    """Written on every prompt before it is decoded."""
+    attention_pattern: AttentionPattern | None = None
+    """None: the family's way."""
+    prompt_cache: PromptCache | None = None
+
+    def __post_init__(self) -> None:
+        check_parts(self.model, self.tokenizer, self.config, self.memory, self.attention_pattern, self.prompt_cache)
+        if self.config is None:
+            object.__setattr__(self, "config", GenerationConfig())
+        check_tokens(self.model, self.special, self.config, self.memory)
+
+    def generate(self, prompts: Sequence[Prompt], generator: Randomness | None = None) -> Generation:
+        """Decode a response to each of `prompts`."""
+        return self.prepare(prompts, generator).run()
+
+    def stream(self, prompts: Sequence[Prompt], generator: Randomness | None = None) -> Iterator[Step]:
+        """Decode like `generate`, but yield after every denoising step."""
+        return self.prepare(prompts, generator).steps()
+
+    def infill(self, sequences: Sequence[Prompt], generator: Randomness | None = None) -> Generation:
+        """Fill the mask tokens inside `sequences`."""
+        return self.prepare(sequences, generator, infills=True).run()
+
+    def prepare(
+        self, prompts: Sequence[Prompt], generator: Randomness | None = None, *, infills: bool = False
+    ) -> "Job":
+        """Prepare responses to `prompts`, or with `infills` the filling of their mask tokens."""
+        if infills and self.prompt_cache is not None:
+            raise ConfigError("prompt_cache has no effect on an infilling; leave it out.")
+        rows = encode_prompts(self.tokenizer, prompts, vocabulary_of(self.model))
+        lay_out = infill_canvas if infills else response_canvas
+        canvas = lay_out(rows, self.options, self.special, self.pattern, self.model)
+        check_randomness(generator, len(rows))
+        check_places(self.model, canvas.ids.shape[1], "prompt and response")
+        # One per row, all alike: every row gets the numbers it would get alone.
+        randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
+        return Job(decoder=self, rows=rows, canvas=canvas, randomness=randomness, infills=infills)
+
+    def caching(self, memory: ParametricMemory | None) -> "Decoder":
+        """Return this decoder with a cache of prompts, with `memory` or without; itself where none can be used."""
+        is_usable = self.is_cacheable and isinstance(self.pattern, BlockCausal) and self.options.cache == "exact"
+        if not is_usable or (memory is not None and memory.first_block == 0):
+            return self
+        return replace(self, prompt_cache=PromptCache(self.model, memory))
+
+    @cached_property
+    def special(self) -> SpecialIds:
+        """The tokens that decoding needs to know."""
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def pattern(self) -> AttentionPattern:
+        """Who sees whom."""
+        if self.attention_pattern is not None:
+            return self.attention_pattern
+        return decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
+
+    @cached_property
+    def options(self) -> GenerationConfig:
+        """The configuration with the family's defaults filled in."""
+        return self.config.resolved(self.pattern)
+
+    @cached_property
+    def sampler(self) -> TokenSampler:
+        """How logits become tokens."""
+        return sampler_for(self.options, self.pattern, self.special)
+
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether keys and values of earlier passes can be used again."""
+        network = unwrap(self.model)
+        is_ours = isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
+        return is_ours and not self.options.right_shift_logits
+
+    def view(self, canvas: Canvas) -> View:
+        """Return how much each pass recomputes: as little as gives the same tokens, unless asked to approximate."""
+        options, pattern, length = self.options, self.pattern, canvas.ids.shape[1]
+        if options.cache == "approximate":
+            if not self.is_cacheable or not isinstance(pattern, Full):
+                raise ConfigError(
+                    "cache='approximate' is for LLaDA and LLaDA-MoE with full attention and without "
+                    f"right_shift_logits, not for {type(unwrap(self.model)).__name__} with {pattern}; leave cache out "
+                    "(LLaDA2.x has an exact one)."
+                )
+            return Approximate(canvas.lengths, length, refresh=options.cache_refresh, scope=options.cache_scope)
+        if not self.is_cacheable or not isinstance(pattern, BlockCausal):
+            return WholeRows(canvas.lengths)
+        if options.cache == "none":
+            return UpToBlock(canvas.lengths, pattern.block)
+        return FinishedBlocks(canvas.lengths, pattern.block, length)
+
+    def prefill(self, view: View) -> Prefill | None:
+        """Return what continues from earlier prompts, if there is a cache of them."""
+        if self.prompt_cache is None:
+            return None
+        self.prompt_cache.check(self.model, self.memory)
+        if not isinstance(view, FinishedBlocks):
+            raise ConfigError(
+                "prompt_cache continues from finished blocks, which only a block-causal pattern with cache='exact' "
+                "(and no right_shift_logits) has; leave prompt_cache out."
+            )
+        return Prefill(self.prompt_cache, view)
+
+    def compiled(self, canvas: Canvas) -> CompiledSteps | None:
+        """Return what runs repeated passes through torch.compile, if that is asked for."""
+        mode, network = self.options.compile, unwrap(self.model)
+        if mode is None:
+            return None
+        if not isinstance(network, MaskedDiffusionLM) or self.options.right_shift_logits:
+            raise ConfigError(
+                f"compile {mode!r} covers our families without right_shift_logits; {type(network).__name__} can be "
+                "passed through torch.compile before generate."
+            )
+        return CompiledSteps(network.model, mode, canvas.most_asked)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One decoding, prepared; `meter` counts while `steps` runs."""
+
+    decoder: Decoder
+    rows: list[Tensor]
+    """What was given, [P] ids each."""
+    canvas: Canvas
+    randomness: Randomness
+    infills: bool
+    """Whether mask tokens of the texts are filled; otherwise responses are decoded, which end tokens finish."""
+    meter: Meter = field(default_factory=Meter)
+
+    def run(self) -> Generation:
+        """Run all steps."""
+        ids = self.canvas.ids
+        for step in self.steps():
+            ids = step.ids
+        return self.result(ids)
+
+    def steps(self) -> Iterator[Step]:
+        """Write the memory, if there is one, and fill the canvas; yields after every denoising step.
+
+        Between the steps the model is bare, and held: no other memory can be opened. Raises NotFiniteError when the
+        model computes NaN or infinity.
+        """
+        decoder, canvas, options = self.decoder, self.canvas, self.decoder.options
+        memory, stops = decoder.memory, options.eos_early_stop and not self.infills
+        with nullcontext() if memory is None else self._written(memory), blaming(decoder.model):
+            for step in denoise_canvas(
+                self._denoiser(),
+                canvas.ids,
+                canvas.is_open,
+                canvas.blocks,
+                sampler=decoder.sampler,
+                reveal=reveal_for(canvas, options),
+                edit=edit_for(options),
+                stop=EosStop((decoder.special.eos,), canvas.is_response) if stops else None,
+                stable=None if options.stable_steps is None else StableAnswer(options.stable_steps),
+                generator=self.randomness,
+            ):
+                # Whoever looks at the step may call the model too, and opened no memory.
+                with nullcontext() if memory is None else memory.set_aside():
+                    yield step
+
+    def result(self, ids: Ids) -> Generation:
+        """Cut the responses, or the filled texts, out of a final canvas [B, T]."""
+        special, decode = self.decoder.special, self.decoder.tokenizer.decode
+        starts, ends = self.canvas.prompt_lengths.tolist(), self.canvas.response_ends.tolist()
+        sequences, texts, tokens, unresolved = [], [], 0, 0
+        for row, start, end in zip(ids.cpu(), starts, ends, strict=True):
+            response = row[start:end]
+            is_eos = response == special.eos
+            if not self.infills and bool(is_eos.any()):
+                response = response[: int(is_eos.int().argmax()) + 1]
+            sequences.append(torch.cat((row[:start], response)))
+            shown = response if self.infills else visible(response, special.ends)
+            texts.append(decode(shown, skip_special_tokens=True))
+            tokens += response.numel()
+            unresolved += int((response == special.mask).sum())
+        return Generation(
+            sequences=sequences,
+            texts=texts,
+            num_forward_passes=self.meter.passes,
+            num_token_positions=self.meter.positions,
+            num_reused_positions=self.meter.reused,
+            num_tokens=int(self.canvas.is_open.sum()) if self.infills else tokens,
+            unresolved=unresolved,
+        )
+
+    def _denoiser(self) -> Denoise:
+        canvas, options = self.canvas, self.decoder.options
+        if not options.cfg_scale:
+            return self._unguided()
+        is_given = canvas.is_there & ~canvas.is_open
+        if options.cfg_keep_tokens:
+            is_given &= ~torch.isin(canvas.ids, torch.tensor(options.cfg_keep_tokens, device=canvas.ids.device))
+        mask = self.decoder.special.mask
+        return ClassifierFree(
+            self._unguided(), is_given, mask_token_id=mask, scale=options.cfg_scale, free=self._unguided()
+        )
+
+    def _unguided(self) -> CanvasDenoiser:
+        decoder, canvas, options = self.decoder, self.canvas, self.decoder.options
+        view, soft = decoder.view(canvas), options.soft_masking(decoder.special.mask)
+        return CanvasDenoiser(
+            decoder.model,
+            view,
+            pattern=decoder.pattern if isinstance(unwrap(decoder.model), MaskedDiffusionLM) else None,
+            right_shift_logits=options.right_shift_logits,
+            meter=self.meter,
+            of_rows=None if decoder.memory is None else decoder.memory.of_rows,
+            prefill=decoder.prefill(view),
+            compiled=decoder.compiled(canvas),
+            soft=SoftFeedback(soft, decoder.model, canvas.ids.shape, canvas.ids.device) if options.soft_mask else None,
+        )
+
+    def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
+        """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
+        special, device = self.decoder.special, self.canvas.ids.device
+        ids, lengths = right_padded(self.rows, special.eos)
+        is_real = torch.arange(ids.shape[1]) < lengths[:, None]
+        labels = ids.masked_fill(~is_real | (ids == special.mask), IGNORE_INDEX)
+        is_whole = bool(is_real.all())
+        ids, labels, is_real = (each.to(device, non_blocking=True) for each in (ids, labels, is_real))
+        return memory.write(ids, labels, None if is_whole else is_real, self.randomness)
