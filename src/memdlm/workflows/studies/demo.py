@@ -33,6 +33,7 @@ from memdlm.models.hub.loading import attention_of, build_model
 from memdlm.models.networks.small import SmallDLMConfig
 from memdlm.outputs import MARKER, Kind, Output, output_folder
 from memdlm.report.build import write_report
+from memdlm.report.records import plain
 from memdlm.report.runs import curve_of
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
@@ -298,7 +299,7 @@ def _train(
         "steps": plan.steps,
         "seconds": seconds,
         "config": {"network": model.config.to_diff_dict(), "training": options, **memory},
-        "curve": curve_of(trainer.state.log_history),
+        "curve": plain(curve_of(trainer.state.log_history)),
     }
     return model, row
 
