@@ -91,7 +91,7 @@ class BiasRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """What training a model took; all None where it was not measured."""
+    """What training a model took; all empty where it was not measured."""
 
     model: str
     parameters: Sequence[int]

@@ -233,7 +233,40 @@ def trained(
 
     A `model` that was loaded from such a folder goes on with the start and the rates that lie there.
     """
-    trainer = _trainer(plan, data, config, new_model(plan, data, seed) if model is None else model, seed)
+    memory: dict[str, Any] = {}
+    if config is not None:
+        memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
+    options: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": plan.steps // 4,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, plan.steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "mem_enabled": config is not None,
+    }
+    if plan.num_evals:
+        options |= {"eval_strategy": "steps", "eval_steps": plan.steps // plan.num_evals, "eval_on_start": True}
+        options["per_device_eval_batch_size"] = plan.num_eval
+    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
+    trainer = MemDLMTrainer(
+        new_model(plan, data, seed) if model is None else model,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=Collator(data.tokenizer.pad_token_id),
+        processing_class=data.tokenizer,
+    )
     show_steps(trainer, on_step)
     trainer.train()
     return trainer
@@ -320,43 +353,3 @@ def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
     # transformers would split every batch between all of them. There is no public switch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _trainer(
-    plan: RecallPlan, data: RecallData, config: MemoryConfig | None, model: PreTrainedModel, seed: int
-) -> MemDLMTrainer:
-    tokenizer = data.tokenizer
-    memory: dict[str, Any] = {}
-    if config is not None:
-        memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    options: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": plan.batch_size,
-        "learning_rate": plan.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": plan.steps // 4,
-        "weight_decay": 0.05,
-        "adam_beta2": 0.95,
-        "logging_steps": max(1, plan.steps // 20),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": seed,
-        "mem_enabled": config is not None,
-    }
-    if plan.num_evals:
-        options |= {"eval_strategy": "steps", "eval_steps": plan.steps // plan.num_evals, "eval_on_start": True}
-        options["per_device_eval_batch_size"] = plan.num_eval
-    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
-    return MemDLMTrainer(
-        model,
-        arguments,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
