@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 
 from long import measured, plan_of, smoke
 
-from memdlm.workflows.studies.recall_study import MAIN, RecallPlan, recall_data
+from memdlm.workflows.studies.plans import MAIN, RecallPlan
+from memdlm.workflows.studies.recall_study import recall_data
 
 SIZES = ("12M", "80M")
 

@@ -22,7 +22,8 @@ from recall_suite import EVEN
 from memdlm import ParametricMemory, load_model
 from memdlm.data.synthetic import Sample
 from memdlm.evaluation import recall
-from memdlm.workflows.studies.recall_study import OURS, RecallData, arms, closed_book, recall_data, trained
+from memdlm.workflows.studies.plans import OURS, arms, closed_book
+from memdlm.workflows.studies.recall_study import RecallData, recall_data, trained
 
 CHUNK, TIMES = 36, (1, 2, 4, 8, 16)
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from memdlm.data.synthetic import KeyValueRecall
-from memdlm.workflows.studies.recall_study import MAIN, RecallPlan, arms, recall_data, run_arm
+from memdlm.workflows.studies.plans import MAIN, RecallPlan, arms
+from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 GPU = {"use_cpu": False, "bf16": True}
 SIZES = {

@@ -24,7 +24,8 @@ from memdlm.evaluation.masked_loss import interference
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import ParametricMemory, SavedMemory, average, compress, concatenate
 from memdlm.models import load_model, load_tokenizer
-from memdlm.workflows.studies.recall_study import OURS, arms, closed_book, recall_data, trained
+from memdlm.workflows.studies.plans import OURS, arms, closed_book
+from memdlm.workflows.studies.recall_study import recall_data, trained
 
 DOCUMENTS = 64
 

@@ -19,7 +19,8 @@ from recall_suite import EVEN
 
 from memdlm.evaluation import recall
 from memdlm.models.blocks.masks import Windowed
-from memdlm.workflows.studies.recall_study import OURS, RecallPlan, arms, recall_data, train_arm
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
+from memdlm.workflows.studies.recall_study import recall_data, train_arm
 
 REACH, STEPS_PER_KIND = 4, 300
 SKILLS = {"memory alone": (True, Windowed(REACH)), "text alone": (False, None), "both": (True, None)}

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from memdlm.evaluation.recall import CONTEXTS
-from memdlm.workflows.studies.recall_study import MAIN, RecallPlan, arms, closed_book, recall_data, run_arm
+from memdlm.workflows.studies.plans import MAIN, RecallPlan, arms, closed_book
+from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 AIDS = ("token_mixing", "tie_query_key_init")
 """What makes retrieval learnable for a small network within a minute."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from memdlm.data.synthetic import FILLER, Facts, KeyValueRecall, Questions, Task, choose, pick
-from memdlm.workflows.studies.recall_study import UNWEIGHTED, RecallPlan
+from memdlm.workflows.studies.plans import UNWEIGHTED, RecallPlan
 
 EVEN = UNWEIGHTED | {"stratified_times": True}
 """Changes of the training arguments under which a step's gradient varies least."""

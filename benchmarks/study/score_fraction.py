@@ -19,7 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from memdlm.memory import ParametricMemory
-from memdlm.workflows.studies.recall_study import OURS, RecallPlan, accuracies, arms, recall_data, train_arm
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
+from memdlm.workflows.studies.recall_study import accuracies, recall_data, train_arm
 
 
 def main() -> None:

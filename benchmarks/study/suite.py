@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from recall_suite import suite
 
-from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
+from memdlm.workflows.studies.plans import OURS, arms
+from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 SOLVED = 0.97
 

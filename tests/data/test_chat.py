@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memdlm.data import build_word_tokenizer, drop_untargeted, encode_chat, encode_records
+from memdlm.data import build_word_tokenizer, encode_chat
+from memdlm.data.chat import ChatEncoder
 from memdlm.errors import DataError
 from memdlm.types import IGNORE_INDEX
 
@@ -65,17 +66,12 @@ def test_a_tokenizer_without_template_and_a_bad_row_are_named():
     tokenizer = build_word_tokenizer(WORDS)
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="row 0: the tokenizer has no chat template"):
-        encode_records([{"messages": conversation([("a", "b")])}], tokenizer)
+        ChatEncoder(tokenizer).encode_rows([{"messages": conversation([("a", "b")])}])
     rows = [{"messages": conversation([("a", "b")])}, {"messages": [{"role": "user", "content": "a"}]}]
     with pytest.raises(DataError, match="row 1: the conversation has no assistant turn"):
-        encode_records(rows, TOKENIZER)
+        ChatEncoder(TOKENIZER).encode_rows(rows)
 
 
 def test_an_unknown_choice_lists_the_choices():
     with pytest.raises(DataError, match=r"train_turns: 'lats' is not known. Possible: last, all.*'last'"):
         encode_chat(TOKENIZER, conversation([("a", "b")]), train_turns="lats")
-
-
-def test_rows_without_targets_are_dropped_and_counted():
-    rows = [{"labels": [IGNORE_INDEX, 3]}, {"labels": [IGNORE_INDEX]}]
-    assert drop_untargeted(rows) == ([rows[0]], 1)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from memdlm.data import EncodingOptions, fit, load_conversations
-from memdlm.data.cache import load_preprocessed
 from memdlm.data.encoding import COLUMNS, encode_all
-from memdlm.data.preprocess import MANIFEST, SUMS, preprocess, read_manifest
+from memdlm.data.manifest import MANIFEST, SUMS, read_manifest
+from memdlm.data.preprocess import load_preprocessed, preprocess
 from memdlm.errors import ConfigError, DataError
 from memdlm.types import IGNORE_INDEX
 

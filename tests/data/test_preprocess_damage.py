@@ -9,8 +9,8 @@ import pytest
 
 from memdlm.cli.main import main
 from memdlm.data import EncodingOptions, load_conversations
-from memdlm.data.cache import load_preprocessed
-from memdlm.data.preprocess import MANIFEST, SUMS, index_folder, preprocess
+from memdlm.data.manifest import MANIFEST, SUMS, index_folder
+from memdlm.data.preprocess import load_preprocessed, preprocess
 from memdlm.errors import ConfigError, DataError
 from memdlm.outputs import MARKER
 from trees import tree
@@ -182,7 +182,7 @@ def test_a_damaged_piece_of_an_interrupted_job_is_made_again(damage, write, load
 
 def test_two_at_once_are_refused_by_the_command(source, write, tmp_path, capsys):
     wait = (
-        "import sys, time; from memdlm.outputs import output_folder; from memdlm.data.preprocess import PREPROCESSED\n"
+        "import sys, time; from memdlm.outputs import output_folder; from memdlm.data.manifest import PREPROCESSED\n"
         "with output_folder(sys.argv[1], PREPROCESSED, overwrite=True): print('holding', flush=True); time.sleep(600)"
     )
     first = subprocess.Popen([sys.executable, "-c", wait, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)

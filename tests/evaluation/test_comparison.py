@@ -145,7 +145,7 @@ def test_lengths_that_were_not_measured_are_left_out(tmp_path):
     data = json.loads(path.read_text())
     data["results"]["ruler_vt"]["4096,none"] = -1
     path.write_text(json.dumps(data))
-    assert {row["length"] for row in read_runs([run]).accuracy} == {1024}
+    assert {row.length for row in read_runs([run]).accuracy} == {1024}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_runs_that_cannot_be_read_are_named(tmp_path, make, message):
 
 def test_two_demos_keep_their_models_apart(tmp_path):
     rows = read_runs([demo(tmp_path / "a"), demo(tmp_path / "b")]).accuracy
-    assert {row["model"] for row in rows} == {"a: MDLM", "b: MDLM"}
+    assert {row.model for row in rows} == {"a: MDLM", "b: MDLM"}
 
 
 def test_names_of_runs_and_models(tmp_path):
@@ -192,7 +192,7 @@ def test_of_an_evaluation_that_was_run_again_the_newest_counts(tmp_path, caplog)
         evaluation(folder, score=score)
     evaluation(folder, memory=True, score=0.9)
     measured = read_runs([folder])
-    assert {(row["memory"], row["accuracy"]) for row in measured.accuracy} == {(False, 0.75), (True, 0.9)}
+    assert {(row.memory, row.accuracy) for row in measured.accuracy} == {(False, 0.75), (True, 0.9)}
     assert len(measured.accuracy) == 4
     assert "memdlm_kv was evaluated again with the same options" in caplog.text
 

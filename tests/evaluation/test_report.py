@@ -10,8 +10,8 @@ import re
 import pytest
 
 from memdlm.errors import DataError
-from memdlm.report.build import summary_rows, write_report
-from memdlm.report.recall import TITLE
+from memdlm.report import summary_rows, write_report
+from memdlm.report.pages import RECALL
 
 LENGTHS = (32, 64, 128)
 FILES = {"report.json", "accuracy_by_length.png", "training_curves.png", "exposure_bias.png", "report.html"}
@@ -199,7 +199,7 @@ def test_the_panel_of_recall_comes_first_with_every_seed(written, tmp_path):
     assert {path.name for path in paths} == FILES | {"recall_by_length.png", "recall_losses.png"}
     page, words = (tmp_path / "report.html").read_text(), text_of(tmp_path)
     titles = re.findall(r"<h2>(.*?)</h2>", page)
-    assert titles == [TITLE, *re.findall(r"<h2>(.*?)</h2>", (written[0] / "report.html").read_text())]
+    assert titles == [RECALL, *re.findall(r"<h2>(.*?)</h2>", (written[0] / "report.html").read_text())]
     assert "ours off 60.0 +- 35.0 95.0, 25.0" in words, "failures are in the table, seed by seed"
     assert page.count('class="words"') == 2
     assert page.count("<details open>") == 1
@@ -246,14 +246,14 @@ def test_the_same_report_gives_the_same_bytes(written, tmp_path):
 
 def test_summary_rows_are_the_table_as_data():
     rows = summary_rows(fake_report())
-    assert [(row["model"], row["memory"]) for row in rows] == [
+    assert [(row.model, row.memory) for row in rows] == [
         ("mdlm", False), ("mdlm", True), ("memdlm", False), ("memdlm", True),
     ]  # fmt: skip
-    cell = rows[3]["cells"][2]
-    assert cell["length"] == 128
-    assert cell["mean"] == pytest.approx(0.8625)
-    assert cell["spread"] == pytest.approx(0.0175)
-    assert cell["values"] == [0.88, 0.845]
+    cell = rows[3].cells[2]
+    assert cell.length == 128
+    assert cell.mean == pytest.approx(0.8625)
+    assert cell.spread == pytest.approx(0.0175)
+    assert cell.values == [0.88, 0.845]
 
 
 def test_three_seeds_have_a_standard_deviation_and_one_has_no_spread():
@@ -262,11 +262,11 @@ def test_three_seeds_have_a_standard_deviation_and_one_has_no_spread():
     row = {"model": "mdlm", "memory": False, "length": 32, "questions": 400}
     report["accuracy"] = [{**row, "seed": seed, "accuracy": value} for seed, value in enumerate((0.1, 0.2, 0.6))]
     report["accuracy"].append({**row, "seed": 0, "accuracy": 0.5, "length": 64})
-    three, one, none = summary_rows(report)[0]["cells"]
-    assert three["spread"] == pytest.approx(math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2))
-    assert three["note"] == ""
-    assert (one["spread"], one["note"]) == (None, "1 of 3 seeds")
-    assert (none["mean"], none["note"]) == (None, "not measured")
+    three, one, none = summary_rows(report)[0].cells
+    assert three.spread == pytest.approx(math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2))
+    assert three.note == ""
+    assert (one.spread, one.note) == (None, "1 of 3 seeds")
+    assert (none.mean, none.note) == (None, "not measured")
 
 
 def test_memory_without_a_baseline_is_refused(tmp_path):
@@ -276,10 +276,10 @@ def test_memory_without_a_baseline_is_refused(tmp_path):
         if row["memory"] or not (row["model"] == "memdlm" and (row["length"] == 128 or row["seed"] == 1))
     ]  # fmt: skip
     report["exposure_bias"] = [row for row in report["exposure_bias"] if row["memory"] or row["model"] == "mdlm"]
-    cells = summary_rows(report)[3]["cells"]
-    assert cells[0]["values"] == [1.0]
-    assert cells[0]["note"] == "seed 1: no baseline"
-    assert (cells[2]["values"], cells[2]["mean"], cells[2]["note"]) == ([], None, "no baseline")
+    cells = summary_rows(report)[3].cells
+    assert cells[0].values == [1.0]
+    assert cells[0].note == "seed 1: no baseline"
+    assert (cells[2].values, cells[2].mean, cells[2].note) == ([], None, "no baseline")
 
     write_report(report, tmp_path)
     words = text_of(tmp_path)

@@ -8,10 +8,9 @@ from torch.testing import assert_close
 
 from memdlm.cli.main import main
 from memdlm.data import Collator, EncodingOptions, load_conversations
-from memdlm.data.cache import load_preprocessed
 from memdlm.data.documents import plain_ids
 from memdlm.data.encoding import encode_all
-from memdlm.data.preprocess import preprocess
+from memdlm.data.preprocess import load_preprocessed, preprocess
 from memdlm.data.synthetic import KeyValueRecall
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import Corrupted

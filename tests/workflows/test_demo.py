@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 import memdlm.workflows.studies.demo as demo
-import memdlm.workflows.studies.demo_recall as panel
 from memdlm.data import KeyValueRecall
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation import recall
@@ -18,21 +17,22 @@ from memdlm.memory import ParametricMemory
 from memdlm.models import load_model, load_tokenizer
 from memdlm.outputs import MARKER, output_folder
 from memdlm.workflows.display import Display
-from memdlm.workflows.studies.demo import ARMS, DEMO, checkpoint_name, run_demo
+from memdlm.workflows.studies import recall_study
+from memdlm.workflows.studies.demo import DEMO, run_demo
 from memdlm.workflows.studies.demo_plan import DemoPlan, plan_for
-from memdlm.workflows.studies.demo_recall import panel_checkpoint
-from memdlm.workflows.studies.recall_study import MAIN, OURS, RecallPlan
+from memdlm.workflows.studies.plans import MAIN, OURS, RecallPlan, open_book
 
 PLAN = DemoPlan(
     seeds=(0, 1),
-    task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2),
-    train_length=8,
-    num_train=24,
-    num_eval=6,
-    steps=12,
-    batch_size=4,
-    num_evals=2,
-    answer_steps=2,
+    open_book=open_book(
+        task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2),
+        train_length=8,
+        num_train=24,
+        num_eval=6,
+        steps=12,
+        batch_size=4,
+        num_evals=2,
+    ),
     recall=RecallPlan(
         task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True),
         train_length=8,
@@ -44,6 +44,7 @@ PLAN = DemoPlan(
         rank=2,
     ),
 )
+FIRST, SECOND = PLAN.panels()
 FIGURES = ("accuracy_by_length", "training_curves", "exposure_bias", "recall_by_length", "recall_losses")
 FILES = {"report.json", "report.html", *(f"{name}.png" for name in FIGURES)}
 
@@ -72,9 +73,9 @@ def test_everything_is_left_in_the_folder(finished):
     assert {path.name for path in out.iterdir()} == FILES | {"checkpoints", MARKER}
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     rows = {(row["model"], row["seed"]) for row in report["models"]}
-    assert rows == {(arm, seed) for arm in ARMS for seed in PLAN.seeds}
+    assert rows == {(arm, seed) for arm in SECOND.arms for seed in PLAN.seeds}
     cells = {(row["model"], row["seed"], row["memory"], row["length"]) for row in report["accuracy"]}
-    assert len(cells) == len(report["accuracy"]) == 2 * len(rows) * len(PLAN.lengths)
+    assert len(cells) == len(report["accuracy"]) == 2 * len(rows) * len(PLAN.open_book.lengths)
     assert len(report["exposure_bias"]) == 2 * len(rows)
     assert report["seconds"]["total"] > 0
     panel = report["recall"]
@@ -87,7 +88,7 @@ def test_everything_is_left_in_the_folder(finished):
 
 def test_the_panels_checkpoint_loads_with_the_memory_it_learned(finished):
     out, report = finished
-    folder = out / "checkpoints" / panel_checkpoint(OURS, 0)
+    folder = out / "checkpoints" / FIRST.checkpoint(OURS, 0)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     plan, length = PLAN.recall, PLAN.recall.train_length
     samples = plan.task.records(plan.num_eval, length, seed="recall held out")
@@ -109,14 +110,15 @@ def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
     assert mine != [row["curve"]["loss"] for row in finished[1]["models"]][: len(mine)]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", SECOND.arms)
 def test_checkpoints_load_and_give_the_reported_accuracy(finished, arm):
     out, report = finished
-    folder = out / "checkpoints" / checkpoint_name(arm, 0)
+    folder = out / "checkpoints" / SECOND.checkpoint(arm, 0)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    length = PLAN.lengths[-1]
-    samples = PLAN.task.records(PLAN.num_eval, length, seed="demo test")
-    found = recall(model, tokenizer, samples, steps=PLAN.answer_steps, seed=0).accuracy
+    plan = PLAN.open_book
+    length = plan.lengths[-1]
+    samples = plan.task.records(plan.num_eval, length, seed="demo test")
+    found = recall(model, tokenizer, samples, steps=2, seed=0).accuracy
     keys = {"model": arm, "seed": 0, "memory": False, "length": length}
     row = next(row for row in report["accuracy"] if keys.items() <= row.items())
     assert found == row["accuracy"]
@@ -132,17 +134,23 @@ def test_the_readmes_example_runs_on_the_demos_checkpoint(finished, tmp_path, mo
     assert "tensor" in capsys.readouterr().out
 
 
-def interrupt_second_model(monkeypatch):
-    train, calls = demo._train, []
+def interrupt(monkeypatch, number):
+    """Interrupt the training of one model, counted from 1."""
+    real, calls = recall_study.train_arm, []
 
     def interrupted(*arguments):
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == number:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(demo, "_train", interrupted)
+    monkeypatch.setattr(recall_study, "train_arm", interrupted)
     return calls
+
+
+def interrupt_second_model(monkeypatch):
+    """Of the second panel."""
+    return interrupt(monkeypatch, len(FIRST.arms) * len(FIRST.seeds) + 2)
 
 
 def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch):
@@ -156,15 +164,7 @@ def test_an_interrupt_leaves_what_is_finished(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_in_the_first_panel_leaves_what_is_finished(tmp_path, monkeypatch):
-    real, calls = panel.train_arm, []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(panel, "train_arm", interrupted)
+    interrupt(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
     report = json.loads((tmp_path / "report.json").read_text())
@@ -210,7 +210,7 @@ def test_the_quick_demo_is_reproducible_and_learns_something(tmp_path):
     first, second = (run_demo(plan, tmp_path / name, quiet(), "memdlm demo --quick --seed 0") for name in "ab")
     assert figures(first) == figures(second)
     for row in first["accuracy"]:
-        if row["length"] == plan.train_length:
-            assert row["accuracy"] > 3 * plan.task.chance
+        if row["length"] == plan.open_book.train_length:
+            assert row["accuracy"] > 3 * plan.open_book.task.chance
     found = {row["memory"]: row["accuracy"] for row in first["recall"]["accuracy"] if row["model"] == OURS}
     assert found[True] > found[False]

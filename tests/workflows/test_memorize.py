@@ -17,7 +17,8 @@ from memdlm.errors import DataError
 from memdlm.memory import LocalSGD, inspect_memory, read_memory
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.memorize import MemorizeOptions, Memorizer, document_ids
-from memdlm.workflows.studies.recall_study import OURS, RecallPlan, arms, recall_data, trained
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
+from memdlm.workflows.studies.recall_study import recall_data, trained
 from tiny import V, tiny
 
 WORDS = [f"w{index:02}" for index in range(V - 5)]

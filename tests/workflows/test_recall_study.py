@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from memdlm.data.synthetic import KeyValueRecall
-from memdlm.workflows.studies.recall_study import OURS, RecallPlan, arms, closed_book, recall_data, run_arm
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
+from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 
 @pytest.mark.parametrize("make", [RecallPlan, closed_book], ids=["kept", "dropped"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from memdlm.workflows.studies.recall_study import OURS, arms, recall_data, run_arm
+from memdlm.workflows.studies.plans import OURS, arms
+from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "study"))
 

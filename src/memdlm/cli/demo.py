@@ -10,7 +10,8 @@ from transformers.utils import logging
 from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
 from memdlm.models.hub.devices import AUTO, DEVICE_HELP
-from memdlm.report.data import accuracy_rows
+from memdlm.report.model import Part, check_report
+from memdlm.report.tables import accuracy_rows
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
 from memdlm.workflows.studies.demo import run_demo
@@ -30,23 +31,23 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     display = Display()
-    report = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip(), overwrite=options.overwrite)
-    console = PlainConsole()
-    console.print(_table(report["recall"], "Facts out of attention's reach: accuracy in percent"))
+    found = run_demo(plan, out, display, f"memdlm demo {shlex.join(argv)}".strip(), overwrite=options.overwrite)
+    report, console = check_report(found), PlainConsole()
+    if report.recall is not None:
+        console.print(_table(report.recall, "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))
     say(f"The whole report: {out / 'report.html'}")
     return 0
 
 
-def _table(part: dict, title: str) -> Table:
-    task = part["task"]
-    table = Table(title=f"{title}, mean over seeds (chance {100 * task['chance']:.1f})")
+def _table(part: Part, title: str) -> Table:
+    table = Table(title=f"{title}, mean over seeds (chance {100 * (part.task.chance or 0):.1f})")
     table.add_column("model")
     table.add_column("memory")
     rows = accuracy_rows(part)
-    for cell in rows[0]["cells"]:
-        table.add_column(f"{cell['length']} words", justify="right")
+    for cell in rows[0].cells:
+        table.add_column(f"{cell.length} words", justify="right")
     for row in rows:
-        cells = [f"{100 * cell['mean']:.1f} +- {100 * (cell['spread'] or 0):.1f}" for cell in row["cells"]]
-        table.add_row(row["model"], "on" if row["memory"] else "off", *cells)
+        cells = [f"{100 * (cell.mean or 0):.1f} +- {100 * (cell.spread or 0):.1f}" for cell in row.cells]
+        table.add_row(row.model, "on" if row.memory else "off", *cells)
     return table

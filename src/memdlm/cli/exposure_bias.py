@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from memdlm.cli.decoding import MemoryFlags, memory_of
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.report.data import bias_rows
+from memdlm.report.tables import bias_rows
 from memdlm.workflows.runs.exposure_bias import JSON_NAME, PICTURE_NAME, BiasOptions, measure_exposure_bias
 
 
@@ -20,18 +20,18 @@ def main(argv: Sequence[str]) -> int:
     options, memory_flags = parser.parse({}, argv)
     memory = memory_of(parser, memory_flags, is_on=options.mem_enabled)
     command = f"memdlm exposure-bias {shlex.join(argv)}"
-    data = measure_exposure_bias(options, memory if options.mem_enabled else None, say=note, command=command)
-    for row in bias_rows(data):
-        if row["seeds"]:
+    measured = measure_exposure_bias(options, memory if options.mem_enabled else None, say=note, command=command)
+    for row in bias_rows(measured):
+        if row.seeds:
             figures = "  ".join(
-                f"{words} {row[name][0]:.3f}" if row[name][0] is not None else f"{words} undefined"
-                for words, name in (
-                    ("max ratio", "max_ratio"),
-                    ("max matched ratio", "max_matched"),
-                    ("mean sequential", "sequential"),
-                    ("mean static", "static"),
+                f"{words} undefined" if found.mean is None else f"{words} {found.mean:.3f}"
+                for words, found in (
+                    ("max ratio", row.max_ratio),
+                    ("max matched ratio", row.max_matched),
+                    ("mean sequential", row.sequential),
+                    ("mean static", row.static),
                 )
             )
-            say(f"{row['model']}, memory {'on' if row['memory'] else 'off'}: {figures}")
+            say(f"{row.model}, memory {'on' if row.memory else 'off'}: {figures}")
     say(f"{options.output}: {JSON_NAME}, {PICTURE_NAME}")
     return 0

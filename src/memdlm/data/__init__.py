@@ -1,7 +1,7 @@
 """text -> token batches: records, chat templates, collation, and the synthetic long-context tasks."""
 
-from memdlm.data.chat import Encoded, encode_chat, encode_records
-from memdlm.data.collate import Collator, drop_untargeted
+from memdlm.data.chat import Encoded, encode_chat
+from memdlm.data.collate import Collator
 from memdlm.data.encoding import EncodingOptions, TokenRows, fit
 from memdlm.data.records import read_records, write_jsonl
 from memdlm.data.sources import load_conversations
@@ -20,9 +20,7 @@ __all__ = [
     "Task",
     "TokenRows",
     "build_word_tokenizer",
-    "drop_untargeted",
     "encode_chat",
-    "encode_records",
     "exact_match",
     "fit",
     "load_conversations",

@@ -49,17 +49,6 @@ def encode_chat(
     return encoder.encode([{"messages": messages, "tools": tools}])[0]
 
 
-def encode_records(
-    records: Sequence[Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    train_turns: str = "last",
-    mask_prompt_loss: bool = True,
-) -> list[Encoded]:
-    """Encode rows with `messages` (and `tools`) or `text`; an error names the row."""
-    return ChatEncoder(tokenizer, train_turns=train_turns, mask_prompt_loss=mask_prompt_loss).encode_rows(records)
-
-
 @dataclass(frozen=True, slots=True)
 class _Rendered:
     """A conversation as text, and what of it is learned."""

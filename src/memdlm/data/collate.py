@@ -71,9 +71,3 @@ class Collator:
             )
         ids, lengths = right_padded((row["context_ids"] for row in features), self.pad_token_id)
         return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}
-
-
-def drop_untargeted(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], int]:
-    """Return the rows that have a token to learn, and how many had none."""
-    kept = [row for row in rows if any(label != IGNORE_INDEX for label in row["labels"])]
-    return kept, len(rows) - len(kept)

@@ -1,8 +1,4 @@
-"""The preprocessing cache: a tokenized dataset as a folder that `datasets` opens, with a manifest of how it was made.
-
-    OUT/dataset_dict.json, OUT/<split>/...   columns input_ids, labels (int32 lists), prompt_length, length
-                                             and, with context_column, context_ids (int32 lists)
-    OUT/manifest.json                        what it was made from and with, what came out, and checksums of all files
+"""Preprocessed data: a tokenized dataset as a folder that `datasets` opens, written and read here (see `manifest`).
 
 Finished pieces wait in `.OUT.partial` until all are there; an interrupted job goes on where it stopped. A piece has its
 checksum in its name, so that one that was damaged is made again.
@@ -14,7 +10,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,33 +19,30 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
-from memdlm.data.sources import source_state
+from memdlm.data.manifest import (
+    FORMAT,
+    MANIFEST,
+    PREPROCESSED,
+    SUMS,
+    check_files,
+    differences,
+    known_folders,
+    read_manifest,
+    remember,
+    tokenizer_state,
+)
+from memdlm.data.records import read_directory
+from memdlm.data.sources import limited, source_state
+from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.errors import DataError
-from memdlm.files import cache_folder, make_folder, replace_files, sha256, writing
-from memdlm.outputs import Kind, Output, content, find, output_folder
+from memdlm.files import make_folder, sha256, writing
+from memdlm.outputs import Output, content, find, output_folder
 from memdlm.version import __version__
 
-MANIFEST, FORMAT, WITHOUT_CHECKSUMS = "manifest.json", 2, 1
-SUMS = "files_sha256"
 PIECE = 1024
 """Conversations per file of the partial result: what an interruption costs at most, per worker."""
 HISTOGRAM = tuple(2**power for power in range(5, 18))
 """Upper bounds, in tokens, of the bins of the length histogram; a last bin holds what is longer."""
-
-
-AGAIN = "Preprocess again, with --overwrite if it is the same folder."
-
-
-def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what identifies a tokenizer: hashes of its vocabulary and chat template, and its special ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return {
-        "class": type(tokenizer).__name__,
-        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
-        "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask")},
-    }
 
 
 def preprocess(
@@ -214,114 +207,92 @@ def _statistics(rows: Any) -> dict[str, Any]:
     }
 
 
-def read_manifest(folder: Path, *, optional: bool = False) -> dict[str, Any] | None:
-    """Return a folder's manifest. Raises DataError when there is none (unless `optional`) or it is broken.
+def load_preprocessed(
+    dataset_args: str, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions, root: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ({split: Dataset}, manifests by folder) of a mixture that `memdlm preprocess` has tokenized.
 
-    `optional` forgives as well what another program calls manifest.json.
+    Each part of `dataset_args` is a preprocessed folder (limits apply to it), or the whole is what such a folder was
+    made from: then the folder is looked for below `root` and among those that were noted when they were written.
+    Raises DataError when none is found, when tokenizer, chat template, options or data differ from the manifest's, and
+    when a file is not what was written (its checksum differs).
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        if optional:
-            return None
-        raise DataError(f"{str(folder)!r} has no {MANIFEST}: `memdlm preprocess` did not write it.")
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}. {AGAIN}") from error
-    if not isinstance(manifest, dict) or not {"format", "dataset_args", "tokenizer", "options"} <= set(manifest):
-        if optional:
-            return None
-        raise DataError(f"{path} is damaged, or `memdlm preprocess` did not write it: keys are missing. {AGAIN}")
-    if manifest["format"] not in (WITHOUT_CHECKSUMS, FORMAT):
-        raise DataError(f"{path}: format {manifest['format']!r}, expected {FORMAT}. {AGAIN}")
-    wrong = [name for name, check in _SHAPES.items() if not check(manifest.get(name))]
-    if wrong:
-        raise DataError(f"{path} is damaged: {', '.join(wrong)} does not say what a manifest says. {AGAIN}")
+    wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
+    if options.context_column is None:
+        # A context that the folder has beside its conversations does no harm to a run without one.
+        del wanted["options"]["context_column"]
+    folder, unread = _made_from(dataset_args, wanted, root)
+    if folder is not None:
+        manifest = read_manifest(folder) or {}
+        check_files(folder, manifest)
+        return read_directory(folder), {str(folder): manifest}
+    mixed: dict[str, list[Any]] = {}
+    manifests: dict[str, Any] = {}
+    for spec in parse_specs(dataset_args):
+        path = spec.path
+        find(path, PREPROCESSED)
+        if not path.is_dir() or read_manifest(path, optional=True) is None:
+            raise DataError(_not_found(dataset_args, spec, root) + "".join(f" Passed over: {each}" for each in unread))
+        manifests[str(path)] = _serving(path, wanted)
+        for split, rows in limited(read_directory(path), spec).items():
+            mixed.setdefault(split, []).append(rows)
+    return {split: _joined(parts) for split, parts in mixed.items()}, manifests
+
+
+def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tuple[Path | None, list[str]]:
+    """Return the folder that was made from exactly these datasets and serves, or None when there is none at all.
+
+    Folders whose manifest is damaged stop nobody: the second value says which they are.
+    """
+    state = source_state(dataset_args)
+    close: list[str] = []
+    unread: list[str] = []
+    for folder in known_folders(root):
+        try:
+            manifest = read_manifest(folder, optional=True)
+        except DataError as error:
+            unread.append(str(error))
+            continue
+        if manifest is None:
+            continue
+        # A relative name means another file where a command runs in another folder.
+        if _names(manifest["sources"]) != _names(state):
+            continue
+        words = differences(manifest, {**wanted, "sources": state})
+        if not words:
+            return folder, unread
+        close.append(f"{folder}: {'; '.join(words)}")
+    if close:
+        raise DataError(
+            f"load_preprocessed_data: {dataset_args!r} was preprocessed, but not for this run. {' | '.join(close)}. "
+            "Run memdlm preprocess again with this run's model and options."
+        )
+    return None, unread
+
+
+def _names(sources: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    return [(source["spec"], source.get("path")) for source in sources]
+
+
+def _serving(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(folder) or {}
+    words = differences(manifest, wanted)
+    if words:
+        raise DataError(
+            f"load_preprocessed_data: {str(folder)!r} was made for something else. {'; '.join(words)}. "
+            "Run memdlm preprocess again with this run's model and options."
+        )
+    check_files(folder, manifest)
     return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise DataError unless the files of a folder are those that were written; format 1 has no checksums."""
-    sums = manifest.get(SUMS, {})
-    if manifest["format"] == FORMAT and not sums:
-        raise DataError(f"{folder / MANIFEST} is damaged: it has no checksums. {AGAIN}")
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing. {AGAIN}")
-        if sha256(path) != expected:
-            raise DataError(f"{path} is damaged: its checksum is not that of what was written. {AGAIN}")
+def _not_found(dataset_args: str, spec: DatasetSpec, root: Path) -> str:
+    return (
+        f"load_preprocessed_data: {spec.name!r} is no preprocessed folder, and none below {str(root)!r} or noted "
+        f"elsewhere was made from {dataset_args!r}. Write one: memdlm preprocess --model MODEL --dataset_args "
+        f"{dataset_args!r} --output_dir FOLDER."
+    )
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say where a manifest differs from what is wanted, in words; empty: it serves."""
-    words = []
-    for part in ("dataset_args", "tokenizer", "options", "sources"):
-        if part not in wanted or found.get(part) == wanted[part]:
-            continue
-        if part == "sources":
-            words.append("the data has changed since")
-        elif isinstance(wanted[part], Mapping):
-            for name, value in wanted[part].items():
-                if found.get(part, {}).get(name) != value:
-                    words.append(f"{part} {name}: made with {found.get(part, {}).get(name)}, wanted {value}")
-        else:
-            words.append(f"{part}: made from {found.get(part)!r}, wanted {wanted[part]!r}")
-    return words
-
-
-def index_folder() -> Path:
-    """Where the places of preprocessed folders are noted: MEMDLM_CACHE, or the user's cache folder."""
-    return cache_folder() / "preprocessed"
-
-
-def remember(folder: Path) -> None:
-    """Note where `folder` is, so that training finds it by the name of its dataset."""
-    where = str(folder.absolute())
-    replace_files({index_folder() / hashlib.sha256(where.encode()).hexdigest()[:16]: where.encode()})
-
-
-def known_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders with a manifest below `root`, and those that were noted, each once.
-
-    What cannot be read is passed over: somebody else's file stops no run.
-    """
-    found: dict[Path, None] = {}
-    for parent, names, files in os.walk(root):
-        # Hidden folders are pieces and unfinished results.
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        if MANIFEST in files:
-            found[Path(parent).absolute()] = None
-    index = index_folder()
-    for note in sorted(index.iterdir()) if index.is_dir() else ():
-        # Notes of others, notes that were damaged, and folders that are gone.
-        with suppress(OSError, ValueError):
-            folder = Path(note.read_text())
-            if not note.name.startswith(".") and folder.is_absolute() and (folder / MANIFEST).is_file():
-                found[folder] = None
-    yield from found
-
-
-def _without_marker(folder: Path) -> set[str]:
-    """Return what is preprocessed data's in a folder that has no marker: earlier versions wrote none."""
-    try:
-        splits = (read_manifest(folder, optional=True) or {}).get("splits", {})
-    except DataError:
-        return set()
-    names = {"dataset_dict.json", MANIFEST, *(f"{split}/" for split in splits)}
-    inside = re.compile("|".join(rf"{re.escape(split)}/({_ARROW})" for split in splits) or "(?!)")
-    return {name for name in content(folder) if name in names or inside.fullmatch(name)} if splits else set()
-
-
-_ARROW = r"data-\d{5}-of-\d{5}\.arrow|dataset_info\.json|state\.json"
-PREPROCESSED = Kind(name="preprocessed data", words="preprocessed data", earlier=_without_marker)
-_SHAPES: Mapping[str, Callable[[Any], bool]] = {
-    "sources": lambda found: (
-        isinstance(found, list) and all(isinstance(each, dict) and "spec" in each for each in found)
-    ),
-    "tokenizer": lambda found: isinstance(found, dict),
-    "options": lambda found: isinstance(found, dict),
-    "splits": lambda found: isinstance(found, dict),
-    SUMS: lambda found: found is None or isinstance(found, dict),
-}
-"""What the parts of a manifest are, wherever it comes from."""
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else importlib.import_module("datasets").concatenate_datasets(parts)

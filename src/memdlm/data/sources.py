@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final, overload
@@ -14,10 +14,8 @@ from memdlm.data.layouts import Columns, check_mapped, read_row, to_conversation
 from memdlm.data.records import SUFFIXES, read_directory, read_file, suffix_of
 from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.errors import DataError
-from memdlm.files import under_base
 from memdlm.hub import look_for
 
-BASE_VARIABLE = "BASE_DATASETS_DIR"
 HELD_OUT, SPLIT_SEED = 0.05, 42
 """Share of a hub dataset without a test split that becomes one, and the seed of the draw (as published)."""
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
@@ -118,6 +116,15 @@ class Conversations(Sequence[dict[str, Any]]):
         return unused
 
 
+def unused(splits: Iterable[Conversations]) -> list[str]:
+    """Say which columns of each dataset are not used: one line per dataset, none where all are."""
+    found: dict[str, dict[str, None]] = {}
+    for conversations in splits:
+        for name, columns in conversations.unused_columns().items():
+            found.setdefault(name, {}).update(dict.fromkeys(columns))
+    return [f"{name}: columns that are not used: {', '.join(columns)}" for name, columns in found.items()]
+
+
 def columns_of(rows: Sequence[Any]) -> set[str]:
     """Return the columns that any row has."""
     if isinstance(rows, list):
@@ -158,7 +165,7 @@ def load_conversations(dataset_args: str, columns: Columns | None = None) -> dic
 def load_splits(spec: DatasetSpec) -> Splits:
     """Return the rows of one dataset by split, before limits."""
     known = KNOWN.get(hub_id(spec.name))
-    path = under_base(spec.name, BASE_VARIABLE)
+    path = spec.path
     if "lang" in spec.selectors and not hub_id(spec.name).startswith("OpenCoder-LLM/opc-sft"):
         raise DataError(f"dataset_args: {spec}: lang is known for OpenCoder-LLM/opc-sft-stage1 and -stage2 only.")
     if path.is_file() or suffix_of(path) in SUFFIXES:
@@ -256,7 +263,7 @@ def source_state(dataset_args: str) -> list[dict[str, Any]]:
     """Say of every part what would tell that it has changed: a hash of local files; hub names as they are."""
     states = []
     for spec in parse_specs(dataset_args):
-        path = under_base(spec.name, BASE_VARIABLE)
+        path = spec.path
         state: dict[str, Any] = {"spec": str(spec)}
         if path.exists():
             state["path"] = os.path.abspath(path)

@@ -8,8 +8,12 @@ name  := a hub id or path; in single or double quotes if it holds + | [ ] or quo
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from memdlm.errors import DataError
+from memdlm.files import under_base
+
+BASE_VARIABLE = "BASE_DATASETS_DIR"
 
 SELECTORS = ("name", "lang")
 """Keys whose value is a word: the configuration of a hub dataset, the programming language of opc-sft."""
@@ -27,6 +31,11 @@ class DatasetSpec:
     """Rows wanted per split, in the order written."""
     selectors: dict[str, str] = field(default_factory=dict)
     """`name` and `lang`."""
+
+    @property
+    def path(self) -> Path:
+        """Where the dataset is, if it is local: as named, or below BASE_DATASETS_DIR."""
+        return under_base(self.name, BASE_VARIABLE)
 
     def __str__(self) -> str:
         """Write the spec so that `parse_specs` reads it back."""

@@ -1,6 +1,7 @@
 """Numbers -> pages: a report of runs, and the trace of a decoding."""
 
-from memdlm.report.build import summary_rows, write_report
+from memdlm.report.build import write_report
 from memdlm.report.comparison import write_comparison
+from memdlm.report.tables import summary_rows
 
 __all__ = ["summary_rows", "write_comparison", "write_report"]

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.files import replace_files
-from memdlm.report.data import check_report, summary_rows
-from memdlm.report.figures import BIAS_PANELS, accuracy_by_length, png, training_curves
-from memdlm.report.page import page
-from memdlm.report.recall import training_losses
-
-__all__ = ["summary_rows", "write_report"]
+from memdlm.report.figures import BIAS_PANELS, accuracy_by_length, png, training_curves, training_losses
+from memdlm.report.model import check_report
+from memdlm.report.pages import page
+from memdlm.report.records import plain
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -22,23 +20,20 @@ def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     before the first file is touched, and every file is replaced whole, so that a failure leaves an earlier
     report as it was. The same report gives the same bytes.
     """
-    data = check_report(report)
+    found = check_report(report)
     bias = [(panel.title, panel.draw) for panel in BIAS_PANELS]
     contents = {
-        "report.json": json.dumps(data, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n",
-        "accuracy_by_length.png": png([("Accuracy by length (dots: single seeds)", accuracy_by_length)], data),
-        "training_curves.png": png([("Evaluation loss (thin: single seeds)", training_curves)], data),
-        "exposure_bias.png": png(bias, data, size=(11.5, 3.7)),
+        "report.json": json.dumps(plain(found), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n",
+        "accuracy_by_length.png": png([("Accuracy by length (dots: single seeds)", accuracy_by_length)], found),
+        "training_curves.png": png([("Evaluation loss (thin: single seeds)", training_curves)], found),
+        "exposure_bias.png": png(bias, found, size=(11.5, 3.7)),
     }
-    if "recall" in data:
-        part = data["recall"]
-        contents |= {
-            "recall_by_length.png": png(
-                [("Accuracy from memory alone (dots: single seeds)", accuracy_by_length)], part
-            ),
-            "recall_losses.png": png([("Training loss (thin: single seeds)", training_losses)], part),
-        }
-    contents["report.html"] = page(data).encode()
+    if found.recall is not None:
+        alone = "Accuracy from memory alone (dots: single seeds)"
+        contents["recall_by_length.png"] = png([(alone, accuracy_by_length)], found.recall)
+        losses = "Training loss (thin: single seeds)"
+        contents["recall_losses.png"] = png([(losses, training_losses)], found.recall)
+    contents["report.html"] = page(found).encode()
     paths = [folder / name for name in contents]
     replace_files(dict(zip(paths, contents.values(), strict=True)))
     return paths

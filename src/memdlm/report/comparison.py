@@ -1,21 +1,22 @@
 """Several runs on one page: every figure with its interval, its seeds and its baseline, and what it cost."""
 
+import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from memdlm.outputs import is_page, output_file
-from memdlm.report.data import Row, spread, with_baseline
-from memdlm.report.figures import accuracy_by_length
-from memdlm.report.html import document, figure, fold, table
-from memdlm.report.page import bias_section, training_section
-from memdlm.report.runs import Measured, read_runs
+from memdlm.report.model import Part
+from memdlm.report.pages import render
+from memdlm.report.runs import Measured, Score, TaskAccuracy, Training, read_runs
+from memdlm.report.tables import AnyRow, PerSeed, with_baseline
 from memdlm.version import __version__
 
-_NONE = '<p class="missing">None of the runs has measured it.</p>'
 _NOT_TRAINING = frozenset(
     [
         *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "logging_steps", "save_steps"),
@@ -40,34 +41,44 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
 
 def comparison_page(measured: Measured) -> str:
     """Return the page."""
-    runs = list(dict.fromkeys(source["run"] for source in measured.sources))
-    notes = "\n".join(f"<li>{escape(note)}</li>" for note in _notes(measured))
-    title = f"{len(runs)} {'run' if len(runs) == 1 else 'runs side by side'}"
-    header = f'<h1>{title}</h1>\n<p class="facts">{escape(", ".join(runs))}; memdlm {__version__}</p>'
-    return document(
-        title,
-        header + (f'\n<ul class="notes">\n{notes}\n</ul>' if notes else ""),
-        (
-            ("Accuracy by length", _by_length(measured)),
-            ("Scores", _scores(measured)),
-            ("Training", _training(measured)),
-            ("Exposure bias", bias_section(measured.part()) if measured.exposure_bias else _NONE),
-            ("Cost", _costs(measured)),
-            ("Where the figures come from", _sources(measured)),
-        ),
+    runs = list(dict.fromkeys(source.run for source in measured.sources))
+    return render(
+        "comparison.html.j2",
+        title=f"{len(runs)} {'run' if len(runs) == 1 else 'runs side by side'}",
+        runs=runs,
+        version=__version__,
+        measured=measured,
+        notes_of_all=_notes(measured),
+        tasks=list(_by_length(measured)),
+        scores=list(_scores(measured)),
+        models=list(dict.fromkeys(row.model for row in measured.models if row.options)),
+        differing=_differing_options(measured.models),
+        costs=sorted(measured.costs, key=attrgetter("model", "tasks", "memory")),
+        sources=[
+            (f"{source.run}: {source.kind}", f"{source.command}\n\n{_settings(source.settings)}")
+            for source in measured.sources
+        ],
     )
+
+
+def _settings(settings: Any) -> str:
+    return json.dumps(settings, indent=2, sort_keys=True, default=str)
 
 
 def _notes(measured: Measured) -> list[str]:
     notes = []
-    for rows, keys in ((measured.accuracy, ("task", "length")), (measured.scores, ("task", "metric"))):
+    both: Sequence[tuple[Sequence[Any], tuple[str, str]]] = (
+        (measured.accuracy, ("task", "length")),
+        (measured.scores, ("task", "metric")),
+    )
+    for rows, keys in both:
         refused = with_baseline(rows, *keys, "model", "seed")[1]
-        for task, model in dict.fromkeys((row["task"], row["model"]) for row in refused):
+        for task, model in dict.fromkeys((row.task, row.model) for row in refused):
             notes.append(
                 f"Not shown: {task} of {model} with memory, because no run without memory stands beside it. "
                 "Evaluate the same model without mem_enabled and add that run."
             )
-    trained = {row["model"]: _trained_with_memory(row) for row in measured.models}
+    trained = {row.model: _trained_with_memory(row) for row in measured.models}
     if trained and all(trained.values()):
         notes.append(
             "All training runs here use memory: what training with memory changes cannot be read from this page. "
@@ -81,42 +92,66 @@ def _notes(measured: Measured) -> list[str]:
     return notes
 
 
-def _trained_with_memory(row: Row) -> bool:
-    told = row.get("options", {}).get("mem_enabled", False)
-    return bool(row["curve"]["eval_nll_memory"]) or "memory" in row["config"] or bool(told)
+def _trained_with_memory(row: Training) -> bool:
+    told = row.options.get("mem_enabled", False)
+    return bool(row.curve.eval_nll_memory) or "memory" in row.config or bool(told)
 
 
-def _by_length(measured: Measured) -> str:
-    parts = []
-    for task, about in measured.tasks.items():
-        rows = [row for row in measured.accuracy if row["task"] == task]
+@dataclass(frozen=True, kw_only=True)
+class Estimate(PerSeed):
+    """A figure in every seed, and the 95 % interval of its mean over questions or documents; None: not known."""
+
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthTable:
+    """One task by length: `part` is what its figure draws, a row is (model, memory, cells); None: not measured."""
+
+    task: str
+    description: str
+    part: Part
+    rows: Sequence[tuple[str, bool, Sequence[Estimate | None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """One score of a model without or with memory."""
+
+    model: str
+    memory: bool
+    task: str
+    metric: str
+    estimate: Estimate
+    documents: int
+
+
+def _by_length(measured: Measured) -> Iterator[LengthTable]:
+    for name, task in measured.tasks.items():
+        rows = [row for row in measured.accuracy if row.task == name]
         kept, _ = with_baseline(rows, "model", "seed", "length")
         if not kept:
             continue
-        lengths = sorted({row["length"] for row in kept})
-        part = measured.part(accuracy=kept, models=[], exposure_bias=[], task={**about, "lengths": lengths})
-        chance = "" if about["chance"] is None else f" Chance is {100 * about['chance']:.1f} %."
-        body = [
-            [*_names(*who), *(_cell([row for row in mine if row["length"] == length]) for length in lengths)]
-            for who, mine in _grouped(kept)
-        ]
-        caption = (
-            "Percent, mean over seeds; below it the 95 % interval that the number of questions allows, and how far "
-            f"seeds lie apart where there are several.{chance}"
+        lengths = tuple(sorted({row.length for row in kept}))
+        about = dataclasses.replace(task, lengths=lengths)
+        part = measured.part()
+        yield LengthTable(
+            task=name,
+            description=task.description,
+            part=dataclasses.replace(part, task=about, accuracy=tuple(kept), models=(), exposure_bias=()),
+            rows=[
+                (*who, [_accuracy([row for row in mine if row.length == length]) for length in lengths])
+                for who, mine in _grouped(kept)
+            ],
         )
-        drawn = figure(part, accuracy_by_length, name=f"{task}: accuracy by length", caption=about["description"])
-        head = ["model", "memory", *map(str, lengths)]
-        parts.append(f"<h3>{escape(task)}</h3>\n{table(caption, head, body, num_text=2)}\n{drawn}")
-    return "\n".join(parts) or _NONE
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def _accuracy(rows: Sequence[TaskAccuracy]) -> Estimate | None:
     if not rows:
-        return '<td class="missing">not measured</td>'
-    values = [{**row, "value": 100 * row["accuracy"]} for row in rows]
-    share = statistics.fmean(row["accuracy"] for row in rows)
-    low, high = wilson(share, sum(row["questions"] for row in rows))
-    return _value(values, 1, (100 * low, 100 * high))
+        return None
+    low, high = wilson(statistics.fmean(row.accuracy for row in rows), sum(row.questions for row in rows))
+    values = [100 * row.accuracy for row in rows]
+    return Estimate(seeds=[row.seed for row in rows], values=values, interval=(100 * low, 100 * high))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -129,87 +164,48 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _value(rows: Sequence[Row], digits: int, interval: tuple[float, float] | None) -> str:
-    """A cell: the mean over seeds, its 95 % interval over documents, and the spread over seeds."""
-    values = [row["value"] for row in rows]
-    each = "; ".join(f"seed {row['seed']}: {row['value']:.{digits}f}" for row in rows)
-    lines = [f"{statistics.fmean(values):.{digits}f}"]
-    if interval is not None:
-        lines.append(f"<small>{interval[0]:.{digits}f} to {interval[1]:.{digits}f}</small>")
-    apart = spread(values)
-    if apart is not None:
-        lines.append(f"<small>{len(rows)} seeds &plusmn; {apart:.{digits}f}</small>")
-    return f'<td title="{escape(each)}">{"".join(lines)}</td>'
-
-
-def _interval(rows: Sequence[Row]) -> tuple[float, float] | None:
+def _interval(rows: Sequence[Score]) -> tuple[float, float] | None:
     """The 95 % interval of the mean over seeds: of a share as Wilson's, else from lm-eval's errors over documents."""
-    errors = [row["stderr"] for row in rows if row["stderr"] is not None]
+    errors = [row.stderr for row in rows if row.stderr is not None]
     if len(errors) < len(rows):
         return None
-    mean = statistics.fmean(row["value"] for row in rows)
+    mean = statistics.fmean(row.value for row in rows)
     if all(map(_is_share, rows)):
-        return wilson(mean, sum(row["documents"] for row in rows))
+        return wilson(mean, sum(row.documents for row in rows))
     half = _Z * sum(error**2 for error in errors) ** 0.5 / len(rows)
     return mean - half, mean + half
 
 
-def _is_share(row: Row) -> bool:
+def _is_share(row: Score) -> bool:
     """Whether a score is a mean of zeros and ones: its standard error is then that of a share."""
-    share, count = row["value"], row["documents"]
-    if not 0 <= share <= 1 or count < 2:
+    share, count = row.value, row.documents
+    if row.stderr is None or not 0 <= share <= 1 or count < 2:
         return False
-    return bool(math.isclose(row["stderr"], (share * (1 - share) / (count - 1)) ** 0.5, rel_tol=1e-6, abs_tol=1e-12))
+    return bool(math.isclose(row.stderr, (share * (1 - share) / (count - 1)) ** 0.5, rel_tol=1e-6, abs_tol=1e-12))
 
 
-def _scores(measured: Measured) -> str:
+def _scores(measured: Measured) -> Iterator[ScoreRow]:
     kept, _ = with_baseline(measured.scores, "task", "metric", "model", "seed")
-    if not kept:
-        return _NONE
-    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in kept))
-    body = []
-    for task, metric in columns:
-        rows = [row for row in kept if (row["task"], row["metric"]) == (task, metric)]
+    for task, metric in dict.fromkeys((row.task, row.metric) for row in kept):
+        rows = [row for row in kept if (row.task, row.metric) == (task, metric)]
         for (model, memory), mine in _grouped(rows):
-            documents = f"<td>{max(row['documents'] for row in mine):,}</td>"
-            body.append(
-                [
-                    *_names(model, memory),
-                    f'<td class="text">{escape(task)}</td>',
-                    _text(metric),
-                    _value(mine, 4, _interval(mine)),
-                    documents,
-                ]
+            seeds, values = [row.seed for row in mine], [row.value for row in mine]
+            yield ScoreRow(
+                model=model,
+                memory=memory,
+                task=task,
+                metric=metric,
+                estimate=Estimate(seeds=seeds, values=values, interval=_interval(mine)),
+                documents=max(row.documents for row in mine),
             )
-    caption = (
-        "As lm-eval reports them, mean over seeds; below each the 95 % interval over its documents, and how far seeds "
-        "lie apart where there are several."
-    )
-    return table(caption, ["model", "memory", "task", "metric", "score", "documents"], body, num_text=4)
 
 
-def _training(measured: Measured) -> str:
-    parts = []
-    if any(row["curve"]["eval_nll"] for row in measured.models):
-        parts.append(training_section(measured.part(accuracy=[], exposure_bias=[])))
-    told = _differing_options(measured.models)
-    if told:
-        models = list(dict.fromkeys(row["model"] for row in measured.models if row.get("options")))
-        body = [
-            [f'<th scope="row">{escape(name)}</th>', *(_text(", ".join(values.get(model, ()))) for model in models)]
-            for name, values in told.items()
-        ]
-        caption = "The options in which the training runs differ: which are baselines, and what else is not the same."
-        parts.append(table(caption, ["option", *models], body, num_text=1 + len(models)))
-    return "\n".join(parts) or _NONE
-
-
-def _differing_options(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
+def _differing_options(rows: Sequence[Training]) -> dict[str, dict[str, list[str]]]:
     """Per option that is not the same in all training runs that have it: its values by model."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
-        for name, value in row.get("options", {}).items():
-            values = found.setdefault(name, {}).setdefault(row["model"], [])
+        for name, value in row.options.items():
+            values = found.setdefault(name, {}).setdefault(row.model, [])
             if (text := json.dumps(value)) not in values:
                 values.append(text)
     return {
@@ -219,54 +215,9 @@ def _differing_options(rows: Sequence[Row]) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _costs(measured: Measured) -> str:
-    if not measured.costs:
-        return _NONE
-    columns: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("requests", "requests", lambda value: f"{value:,}"),
-        ("seconds", "seconds", lambda value: f"{value:.1f}"),
-        ("tokens/s", "tokens_per_second", lambda value: f"{value:.1f}"),
-        ("passes", "forward_passes", lambda value: f"{value:,}"),
-        ("written", "written_tokens", lambda value: f"{value:,}"),
-        ("ms/written token", "write_ms_per_token", lambda value: f"{value:.3f}"),
-        ("peak GB", "peak_memory_bytes", lambda value: f"{value / 1e9:.2f}"),
-    )
-    body = [
-        [
-            *_names(row["model"], row["memory"]),
-            _text(", ".join(row["tasks"])),
-            *(f"<td>{'' if row[name] is None else show(row[name])}</td>" for _, name, show in columns),
-        ]
-        for row in sorted(measured.costs, key=lambda row: (row["model"], row["tasks"], row["memory"]))
-    ]
-    several = max(row["processes"] for row in measured.costs) > 1
-    caption = (
-        "One line per evaluation. Seconds are wall-clock time of answering, writes included; passes are those of "
-        "decoding and scoring; written are the tokens that went into memory; peak memory is the GPU's, or without one "
-        f"the whole process's.{' With several processes: those of the first.' if several else ''}"
-    )
-    return table(caption, ["model", "memory", "tasks", *(name for name, _, _ in columns)], body, num_text=3)
-
-
-def _sources(measured: Measured) -> str:
-    folded = []
-    for source in measured.sources:
-        settings = json.dumps(source["settings"], indent=2, sort_keys=True, default=str)
-        folded.append(fold(f"{source['run']}: {source['kind']}", f"{source['command']}\n\n{settings}"))
-    return "\n".join(folded)
-
-
-def _grouped(rows: Sequence[Row]) -> list[tuple[tuple[str, bool], list[Row]]]:
+def _grouped(rows: Sequence[AnyRow]) -> list[tuple[tuple[str, bool], list[AnyRow]]]:
     """Rows of one model and memory setting, models in their order, memory off first, seeds ascending."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
     pairs = [(model, memory) for model in models for memory in (False, True)]
-    found = [(pair, [row for row in rows if (row["model"], row["memory"]) == pair]) for pair in pairs]
-    return [(pair, sorted(mine, key=lambda row: row["seed"])) for pair, mine in found if mine]
-
-
-def _names(model: str, memory: bool) -> tuple[str, str]:
-    return f'<th scope="row">{escape(model)}</th>', f'<td class="text">{"on" if memory else "off"}</td>'
-
-
-def _text(text: str) -> str:
-    return f'<td class="text">{escape(text)}</td>'
+    found = [(pair, [row for row in rows if (row.model, row.memory) == pair]) for pair in pairs]
+    return [(pair, sorted(mine, key=attrgetter("seed"))) for pair, mine in found if mine]

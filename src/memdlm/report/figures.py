@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import matplotlib
 import matplotlib.style
@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from memdlm.report.data import Report, Series, accuracy_rows, bias_series, loss_series, model_names
+from memdlm.report.model import Part, Recall
+from memdlm.report.tables import Series, accuracy_rows, bias_series, loss_series, training_series
 
-Draw: TypeAlias = Callable[[Axes, Report], None]
-"""Fills the axes; lines carry labels where they belong in the legend."""
+Draw: TypeAlias = Callable[[Axes, Any], None]
+"""Fills the axes from a part, or a part of one; lines carry labels where they belong in the legend."""
 
 _EMPTY = "nothing comparable was measured"
 WIDE = (7.0, 3.7)
@@ -31,8 +32,9 @@ NARROW = (3.6, 2.9)
 # Okabe and Ito's palette, the colours that stand out on white first; markers repeat with another period.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-GREY = "#666666"
+_GREY = "#666666"
 _DASHED = (0, (5, 2))
+_DOTTED = (0, (2, 2))
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -69,35 +71,35 @@ def _style() -> Iterator[None]:
         yield
 
 
-def png(panels: Sequence[tuple[str, Draw]], report: Report, *, size: tuple[float, float] = WIDE) -> bytes:
+def png(panels: Sequence[tuple[str, Draw]], part: Part, *, size: tuple[float, float] = WIDE) -> bytes:
     """One picture of titled panels side by side, under one legend."""
     with _style():
         buffer = io.BytesIO()
-        FigureCanvasAgg(_figure(panels, report, size)).print_png(
+        FigureCanvasAgg(_figure(panels, part, size)).print_png(
             buffer, metadata={"Software": None}, pil_kwargs={"dpi": (160, 160)}
         )
     return buffer.getvalue()
 
 
-def svg(draw: Draw, report: Report, *, size: tuple[float, float]) -> bytes:
+def svg(draw: Draw, part: Part, *, size: tuple[float, float]) -> bytes:
     """One panel without a title (the page has its own), its text as outlines: it needs no font."""
     with _style():
         buffer = io.BytesIO()
-        FigureCanvasSVG(_figure([("", draw)], report, size)).print_svg(
+        FigureCanvasSVG(_figure([("", draw)], part, size)).print_svg(
             buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
     return buffer.getvalue()
 
 
-def _figure(panels: Sequence[tuple[str, Draw]], report: Report, size: tuple[float, float]) -> Figure:
+def _figure(panels: Sequence[tuple[str, Draw]], part: Part, size: tuple[float, float]) -> Figure:
     figure = Figure(figsize=size, dpi=160, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.06)
     handles: dict[str, Line2D] = {}
     for axes, (title, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, report)
+        draw(axes, part)
         axes.set_title(title, loc="left")
         if not axes.lines:
-            axes.text(0.5, 0.5, _EMPTY, transform=axes.transAxes, ha="center", va="center", color=GREY)
+            axes.text(0.5, 0.5, _EMPTY, transform=axes.transAxes, ha="center", va="center", color=_GREY)
             axes.set_axis_off()
         handles |= {str(line.get_label()): line for line in axes.lines if not str(line.get_label()).startswith("_")}
     if handles:
@@ -156,8 +158,8 @@ class _Look:
         axes.plot(x, y, color=self.colour, linewidth=0.7, alpha=0.45, zorder=2)
 
 
-def _look(report: Report, model: str, memory: bool) -> _Look:
-    index = model_names(report).index(model)
+def _look(part: Part, model: str, memory: bool) -> _Look:
+    index = part.model_names().index(model)
     return _Look(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)], memory)
 
 
@@ -165,30 +167,29 @@ def _label(model: str, memory: bool) -> str:
     return f"{model} + memory" if memory else model
 
 
-def accuracy_by_length(axes: Axes, report: Report) -> None:
+def accuracy_by_length(axes: Axes, part: Part) -> None:
     """Mean accuracy over length, the seeds as dots, chance as a grey dashed line."""
-    rows = [row for row in accuracy_rows(report) if any(cell["values"] for cell in row["cells"])]
+    rows = [row for row in accuracy_rows(part) if any(cell.values for cell in row.cells)]
     if not rows:
         return
-    lengths = [cell["length"] for cell in rows[0]["cells"]]
+    lengths = [cell.length for cell in rows[0].cells]
     span = max(lengths[-1] / lengths[0], 1.5)
     # Neighbours stand a little apart, so that equal accuracies do not hide each other.
     apart = min(0.014, 0.3 / len(lengths) / len(rows))
     for index, row in enumerate(rows):
         aside = span ** (apart * (index - (len(rows) - 1) / 2))
-        look = _look(report, row["model"], row["memory"])
-        cells = [cell for cell in row["cells"] if cell["values"]]
-        means = [(cell["length"] * aside, 100 * cell["mean"]) for cell in cells]
-        look.line(axes, means, _label(row["model"], row["memory"]))
-        dots = [(cell["length"] * aside, 100 * value) for cell in cells for value in cell["values"]]
+        look = _look(part, row.model, row.memory)
+        means = [(cell.length * aside, 100 * cell.mean) for cell in row.cells if cell.mean is not None]
+        look.line(axes, means, _label(row.model, row.memory))
+        dots = [(cell.length * aside, 100 * value) for cell in row.cells for value in cell.known]
         x, y = zip(*dots, strict=True)
         axes.scatter(x, y, s=11, color=look.colour, alpha=0.6, linewidths=0, zorder=4)
-    if report["task"]["chance"] is not None:
-        chance = 100 * report["task"]["chance"]
-        axes.axhline(chance, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2, label=f"chance {chance:.1f} %")
+    if part.task.chance is not None:
+        chance = 100 * part.task.chance
+        axes.axhline(chance, color=_GREY, linestyle=_DOTTED, linewidth=1.2, label=f"chance {chance:.1f} %")
     axes.set_xscale("log")
     axes.set_xlim(lengths[0] / span**0.07, lengths[-1] * span**0.07)
-    trained = report["task"]["train_length"]
+    trained = part.task.train_length
     axes.set_xticks(lengths, [f"{n}\n{multiple(n, trained)}" if trained else f"{n}" for n in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-3, 104)
@@ -200,10 +201,10 @@ def multiple(length: int, train_length: int) -> str:
     return f"{length / train_length:.3g}\N{MULTIPLICATION SIGN}"
 
 
-def draw_series(axes: Axes, report: Report, series: Sequence[Series], name: Callable[[Series], str]) -> None:
+def _draw_series(axes: Axes, part: Part, series: Sequence[Series], name: Callable[[Series], str]) -> None:
     """Draw the mean of each series, and its seeds thin beside it."""
     for one in series:
-        look = _look(report, one.model, one.memory)
+        look = _look(part, one.model, one.memory)
         mean = one.mean()
         if len(one.curves) > 1:
             for curve in one.curves:
@@ -214,40 +215,60 @@ def draw_series(axes: Axes, report: Report, series: Sequence[Series], name: Call
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def training_curves(axes: Axes, report: Report) -> None:
+def training_curves(axes: Axes, part: Part) -> None:
     """Evaluation loss over training steps: solid without memory, dashed with it."""
 
     def name(series: Series) -> str:
         return f"{series.model} + memory (not comparable)" if series.memory else series.model
 
-    series = loss_series(report)
+    series = loss_series(part)
     if series:
-        draw_series(axes, report, series, name)
+        _draw_series(axes, part, series, name)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="training step", ylabel="evaluation loss, nats per token")
 
 
-def _draw_bias(axes: Axes, report: Report, below: str | None) -> None:
-    series = bias_series(report, below)
+def training_losses(axes: Axes, part: Recall) -> None:
+    """Training loss over steps, without memory and with the memory that training writes, and the entropy floor."""
+    series = training_series(part)
+    if not series:
+        return
+
+    def name(one: Series) -> str:
+        return f"{one.model}, memory as training writes it" if one.memory else f"{one.model}, without memory"
+
+    _draw_series(axes, part, series, name)
+    axes.axhline(part.floor, color=_GREY, linestyle=_DOTTED, linewidth=1.2, label=f"entropy floor {part.floor:.2f}")
+    _logarithmic(axes)
+    axes.set(xlabel="training step", ylabel="nats per token (logarithmic)")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic scale with plain numbers on it."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def _draw_bias(axes: Axes, part: Part, below: str | None) -> None:
+    series = bias_series(part, below)
     if not series:
         return
     if below:
-        axes.axhline(1, color=GREY, linestyle=(0, (2, 2)), linewidth=1.2)
-    draw_series(axes, report, series, lambda one: _label(one.model, one.memory))
+        axes.axhline(1, color=_GREY, linestyle=_DOTTED, linewidth=1.2)
+    _draw_series(axes, part, series, lambda one: _label(one.model, one.memory))
     axes.set(xlabel="decoding step", ylabel="ratio" if below else "nats per token")
     if not below:
         axes.set_ylim(bottom=0)
         return
     # Both ratios on one scale: what matching removes is then seen, not read.
-    both = [*bias_series(report, "static"), *bias_series(report, "matched")]
+    both = [*bias_series(part, "static"), *bias_series(part, "matched")]
     values = [1.0, *(y for one in both for curve in one.curves for _, y in curve)]
     if max(values) > 10 and min(values) > 0:
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylim(min(values) / 1.15, max(values) * 1.15)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         axes.set_ylabel("ratio (logarithmic)")
     else:
         axes.set_ylim(0, max(values) * 1.06)
@@ -259,18 +280,18 @@ BIAS_PANELS = (
         caption="Loss while the model decodes, divided by its loss on the true text with as many tokens "
         "masked at random; it also grows because confident decoding leaves the hardest tokens for last, so "
         "it is not error propagation alone.",
-        draw=lambda axes, report: _draw_bias(axes, report, "static"),
+        draw=lambda axes, part: _draw_bias(axes, part, "static"),
     ),
     Panel(
         title="Sequential loss itself",
         caption="Loss per still masked token while the model decodes from its own earlier tokens: a lower "
         "ratio with a higher loss here is no improvement.",
-        draw=lambda axes, report: _draw_bias(axes, report, None),
+        draw=lambda axes, part: _draw_bias(axes, part, None),
     ),
     Panel(
         title="Matched ratio: sequential / matched",
         caption="The same loss divided by the loss at the same masked tokens with the true ones revealed "
         "around them: what exceeds 1 is the cost of the model's own errors (scale as in the first panel).",
-        draw=lambda axes, report: _draw_bias(axes, report, "matched"),
+        draw=lambda axes, part: _draw_bias(axes, part, "matched"),
     ),
 )

@@ -8,40 +8,98 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from memdlm.errors import DataError, MemDLMError
-from memdlm.report.data import Row, check_report
+from memdlm.report.model import Accuracy, Bias, Curve, Part, Task, check_report
+from memdlm.report.records import plain, read
+from memdlm.report.tables import bias_part
 
 CHANCE = "chance"
+Json: TypeAlias = dict[str, Any]
 log = logging.getLogger(__name__)
+USED = (
+    *("requests", "seconds", "tokens_per_second", "forward_passes", "written_tokens"),
+    *("write_ms_per_token", "peak_memory_bytes"),
+)
+"""The figures of an evaluation's ledger that are shown."""
 _FILES = ("report.json", "results_*.json", "trainer_state.json", "exposure_bias.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAccuracy(Accuracy):
+    """Accuracy of one of several tasks."""
+
+    task: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What an evaluation says that is not by length."""
+
+    task: str
+    metric: str
+    model: str
+    seed: int
+    memory: bool
+    value: float
+    stderr: float | None
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training run; `options`, where a run.json says them, is how it was trained."""
+
+    model: str
+    seed: int
+    curve: Curve
+    config: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What an evaluation took; `used` holds the figures of its ledger."""
+
+    model: str
+    memory: bool
+    tasks: Sequence[str]
+    processes: int
+    used: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where rows come from."""
+
+    run: str
+    kind: str
+    command: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(kw_only=True, slots=True)
 class Measured:
     """Everything that the runs say, in rows."""
 
-    tasks: dict[str, Row] = field(default_factory=dict)
-    """Per task that is measured by length: its `chance` and `train_length` (None: unknown)."""
-    accuracy: list[Row] = field(default_factory=list)
-    """`task`, `model`, `seed`, `memory`, `length`, `accuracy`, `questions`."""
-    scores: list[Row] = field(default_factory=list)
-    """`task`, `metric`, `model`, `seed`, `memory`, `value`, `stderr`, `documents`: what is not by length."""
-    models: list[Row] = field(default_factory=list)
-    """Training curves, as in a report; `options`, where a run.json says them, is how each was trained."""
-    exposure_bias: list[Row] = field(default_factory=list)
-    costs: list[Row] = field(default_factory=list)
-    sources: list[Row] = field(default_factory=list)
-    """`run`, `kind`, `command`, `settings`: where rows come from."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+    """The tasks that are measured by length."""
+    accuracy: list[TaskAccuracy] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    models: list[Training] = field(default_factory=list)
+    exposure_bias: list[Bias] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
 
-    def part(self, **changes: Any) -> Row:
-        """Return what figures and tables of a report read, with `changes`."""
-        rows = [*self.models, *self.accuracy, *self.scores, *self.exposure_bias]
-        seeds = sorted({row["seed"] for row in rows})
-        return {"models": self.models, "accuracy": [], "exposure_bias": self.exposure_bias, "seeds": seeds, **changes}
+    def part(self) -> Part:
+        """Return training and exposure bias as figures and tables read them."""
+        rows: list[Any] = [*self.models, *self.accuracy, *self.scores, *self.exposure_bias]
+        seeds = sorted({row.seed for row in rows})
+        return replace(bias_part(self.exposure_bias, seeds), models=tuple(self.models))
 
 
 def read_runs(folders: Sequence[Path]) -> Measured:
@@ -101,21 +159,21 @@ def model_and_seed(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (last, None)
 
 
-def curve_of(history: Iterable[Mapping[str, float]]) -> Row:
+def curve_of(history: Iterable[Mapping[str, Any]]) -> Curve:
     """Turn a Trainer's log into a report's training curve."""
     entries = list(history)
     trained = [entry for entry in entries if "loss" in entry]
     judged = [entry for entry in entries if "eval_nll" in entry]
-    return {
-        "step": [entry["step"] for entry in trained],
-        "loss": [entry["loss"] for entry in trained],
-        "eval_step": [entry["step"] for entry in judged],
-        "eval_nll": [entry["eval_nll"] for entry in judged],
-        "eval_nll_memory": [entry["eval_nll_memory"] for entry in judged if "eval_nll_memory" in entry],
-    }
+    return Curve(
+        step=tuple(entry["step"] for entry in trained),
+        loss=tuple(entry["loss"] for entry in trained),
+        eval_step=tuple(entry["step"] for entry in judged),
+        eval_nll=tuple(entry["eval_nll"] for entry in judged),
+        eval_nll_memory=tuple(entry["eval_nll_memory"] for entry in judged if "eval_nll_memory" in entry),
+    )
 
 
-def _read(path: Path) -> Row:
+def _read(path: Path) -> Json:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -126,19 +184,20 @@ def _read(path: Path) -> Row:
 
 
 def _add_report(measured: Measured, path: Path, run: str, prefix: str) -> None:
-    data = check_report(_read(path))
-    task = data["task"]
-    name = task["name"] if not prefix else f"{task['name']} ({run})"
-    measured.tasks[name] = {
-        "chance": task["chance"],
-        "train_length": task["train_length"],
-        "description": task["description"],
-    }
-    for row in data["accuracy"]:
-        measured.accuracy.append({**row, "model": prefix + row["model"], "task": name})
-    for kind in ("models", "exposure_bias"):
-        getattr(measured, kind).extend({**row, "model": prefix + row["model"]} for row in data[kind])
-    measured.sources.append(_source(run, "demo", data["command"], {"machine": data["machine"]}))
+    found = check_report(_read(path))
+    name = f"{found.task.name} ({run})" if prefix else found.task.name
+    measured.tasks[name] = found.task
+    for row in found.accuracy:
+        told = {"length": row.length, "accuracy": row.accuracy, "questions": row.questions}
+        who: Json = {"model": prefix + row.model, "seed": row.seed, "memory": row.memory, **told}
+        measured.accuracy.append(TaskAccuracy(task=name, **who))
+    measured.models += [
+        Training(model=prefix + each.model, seed=each.seed, curve=each.curve, config=each.config)
+        for each in found.models
+    ]
+    measured.exposure_bias += [replace(row, model=prefix + row.model) for row in found.exposure_bias]
+    machine = {"machine": plain(found.machine)}
+    measured.sources.append(Source(run=run, kind="demo", command=found.command, settings=machine))
 
 
 def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
@@ -161,7 +220,7 @@ def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
             _add_results(measured, data, path, run)
 
 
-def _part(data: Row, name: str, path: Path) -> Row:
+def _part(data: Json, name: str, path: Path) -> Json:
     """Return an object of a results file; raises DataError where there is none."""
     part = data.get(name, {})
     if not isinstance(part, dict):
@@ -169,7 +228,7 @@ def _part(data: Row, name: str, path: Path) -> Row:
     return part
 
 
-def _add_results(measured: Measured, data: Row, path: Path, run: str) -> None:
+def _add_results(measured: Measured, data: Json, path: Path, run: str) -> None:
     config = data.get("config", {})
     ours = config.get("memdlm", {})
     options = ours.get("options", {})
@@ -177,7 +236,7 @@ def _add_results(measured: Measured, data: Row, path: Path, run: str) -> None:
     given = arguments.get("pretrained") if isinstance(arguments, Mapping) else None
     name = str(options.get("adapter") or options.get("pretrained") or given or config.get("model"))
     model, seed = model_and_seed(name)
-    who = {
+    who: Json = {
         "model": model,
         "seed": options.get("request_seed", 0) if seed is None else seed,
         "memory": bool(options.get("mem_enabled", False)),
@@ -189,11 +248,14 @@ def _add_results(measured: Measured, data: Row, path: Path, run: str) -> None:
             _add_task(measured, task, results, who, count)
     if "cost" in ours:
         tasks = sorted(set(data.get("results", {})) - groups)
-        measured.costs.append({**who, "tasks": tasks, "processes": ours["processes"], **ours["cost"]})
-    measured.sources.append(_source(run, f"evaluation of {name}", str(path), {**config, "task_seed": who["seed"]}))
+        used = {each: ours["cost"][each] for each in USED}
+        cost = Cost(model=model, memory=who["memory"], tasks=tasks, processes=ours["processes"], used=used)
+        measured.costs.append(cost)
+    settings = {**config, "task_seed": who["seed"]}
+    measured.sources.append(Source(run=run, kind=f"evaluation of {name}", command=str(path), settings=settings))
 
 
-def _add_task(measured: Measured, task: str, results: Row, who: Row, count: int) -> None:
+def _add_task(measured: Measured, task: str, results: Json, who: Json, count: int) -> None:
     values = {
         key.split(",")[0]: (value, results.get(f"{key.split(',')[0]}_stderr,{key.split(',', 1)[1]}"))
         for key, value in results.items()
@@ -202,15 +264,17 @@ def _add_task(measured: Measured, task: str, results: Row, who: Row, count: int)
     by_length = [metric for metric in values if metric.isdigit() and values[metric][0] >= 0]
     if by_length:
         known = values.get(CHANCE, (None, None))[0]
-        measured.tasks.setdefault(task, {"chance": known, "train_length": None, "description": ""})
+        about = Task(name=task, description="", chance=known, train_length=None, lengths=(), num_questions=0)
+        measured.tasks.setdefault(task, about)
     for metric, (value, error) in values.items():
         error = error if isinstance(error, int | float) else None
         if metric in by_length:
-            share = {"accuracy": value, "questions": count // len(by_length)}
-            measured.accuracy.append({"task": task, **who, "length": int(metric), **share})
+            questions = count // len(by_length)
+            row = TaskAccuracy(task=task, length=int(metric), accuracy=value, questions=questions, **who)
+            measured.accuracy.append(row)
         elif metric != CHANCE and not metric.isdigit():
-            score = {"metric": metric, "value": value, "stderr": error, "documents": count}
-            measured.scores.append({"task": task, **who, **score})
+            score = Score(task=task, metric=metric, value=value, stderr=error, documents=count, **who)
+            measured.scores.append(score)
 
 
 def _trainer_state(folder: Path) -> Path | None:
@@ -224,42 +288,28 @@ def _add_training(measured: Measured, path: Path, run: str) -> None:
     data = _read(path)
     history = data.get("log_history", [])
     model, seed = model_and_seed(run)
-    seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     run_file = folder / "run.json"
     options = _read(run_file).get("options", {}) if run_file.is_file() else {}
-    measured.models.append(
-        {
-            "model": model,
-            "seed": seed or 0,
-            "steps": data.get("global_step", 0),
-            "seconds": seconds[-1] if seconds else None,
-            "config": {},
-            "options": options,
-            "curve": curve_of(history),
-        }
-    )
-    measured.sources.append(_source(run, "training", str(path), options))
+    measured.models.append(Training(model=model, seed=seed or 0, curve=curve_of(history), options=options))
+    measured.sources.append(Source(run=run, kind="training", command=str(path), settings=options))
 
 
 def _add_bias(measured: Measured, path: Path, run: str) -> None:
     data = _read(path)
-    for row in data["exposure_bias"]:
-        model, seed = model_and_seed(row["model"])
-        measured.exposure_bias.append({**row, "model": model, "seed": row["seed"] if seed is None else seed})
+    for index, told in enumerate(data["exposure_bias"]):
+        row = read(Bias, told, f"{path}: exposure_bias[{index}]")
+        model, seed = model_and_seed(row.model)
+        measured.exposure_bias.append(replace(row, model=model, seed=row.seed if seed is None else seed))
     settings = {name: data[name] for name in ("options", "memory", "conversations")}
-    measured.sources.append(_source(run, "exposure bias", data["command"], settings))
+    measured.sources.append(Source(run=run, kind="exposure bias", command=data["command"], settings=settings))
 
 
-def _source(run: str, kind: str, command: str, settings: Row) -> Row:
-    return {"run": run, "kind": kind, "command": command, "settings": settings}
-
-
-def _once(rows: Sequence[Row], keys: tuple[str, ...]) -> None:
+def _once(rows: Sequence[Any], keys: tuple[str, ...]) -> None:
     seen = set()
     for row in rows:
-        key = tuple(row[each] for each in keys)
+        key = attrgetter(*keys)(row)
         if key in seen:
-            same = ", ".join(f"{each} {row[each]!r}" for each in keys)
+            same = ", ".join(f"{name} {value!r}" for name, value in zip(keys, key, strict=True))
             raise DataError(f"two of the runs say something of {same}; leave one of them out.")
         seen.add(key)

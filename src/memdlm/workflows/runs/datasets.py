@@ -1,16 +1,16 @@
 """Rows for a run, from preprocessed folders or tokenized on the spot."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.cache import load_preprocessed
 from memdlm.data.encoding import Counts, TokenRows, encode_all, fit
-from memdlm.data.preprocess import tokenizer_state
-from memdlm.data.sources import Conversations, evaluation_split, load_conversations, source_state
+from memdlm.data.manifest import tokenizer_state
+from memdlm.data.preprocess import load_preprocessed
+from memdlm.data.sources import evaluation_split, load_conversations, source_state, unused
 from memdlm.errors import ConfigError, DataError
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.options import DataOptions
@@ -61,15 +61,6 @@ def load_data(
     evaluation, eval_counts = (None, None) if held_out is None else _fitting(held_out, options, TEST)
     all_counts = {TRAIN: counts} if eval_counts is None else {TRAIN: counts, TEST: eval_counts}
     return RunData(train=train, evaluation=evaluation, counts=all_counts, manifest=manifest)
-
-
-def unused(splits: Iterable[Conversations]) -> list[str]:
-    """Say which columns of each dataset are not used: one line per dataset, none where all are."""
-    found: dict[str, dict[str, None]] = {}
-    for conversations in splits:
-        for name, columns in conversations.unused_columns().items():
-            found.setdefault(name, {}).update(dict.fromkeys(columns))
-    return [f"{name}: columns that are not used: {', '.join(columns)}" for name, columns in found.items()]
 
 
 def _encoded(

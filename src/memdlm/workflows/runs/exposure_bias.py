@@ -21,6 +21,9 @@ from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import option, validate
 from memdlm.outputs import Kind, Output, output_folder
 from memdlm.report.figures import BIAS_PANELS, png
+from memdlm.report.model import Bias, Part
+from memdlm.report.records import plain
+from memdlm.report.tables import bias_part
 from memdlm.version import __version__
 
 JSON_NAME, PICTURE_NAME = "exposure_bias.json", "exposure_bias.png"
@@ -65,8 +68,8 @@ class BiasOptions:
 
 def measure_exposure_bias(
     options: BiasOptions, memory: MemoryConfig | None, *, say: Callable[[str], None], command: str
-) -> dict[str, Any]:
-    """Measure all models, write the JSON and the picture into `options.output`, and return what the JSON holds.
+) -> Part:
+    """Measure all models, write the JSON and the picture into `options.output`, and return the measured rows.
 
     With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
     part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
@@ -78,7 +81,7 @@ def measure_exposure_bias(
 
 def _measured(
     options: BiasOptions, memory: MemoryConfig | None, output: Output, say: Callable[[str], None], command: str
-) -> dict[str, Any]:
+) -> Part:
     models = [name for name in (options.model, options.model2) if name is not None]
     split, conversations = _conversations(options)
     texts = _texts(options, conversations, options.model)
@@ -97,13 +100,14 @@ def _measured(
         "conversations": len(texts),
         "models": [],
         "accuracy": [],
-        "exposure_bias": rows,
+        "exposure_bias": plain(rows),
     }
+    part = bias_part(rows, data["seeds"])
     panels = [(panel.title, panel.draw) for panel in BIAS_PANELS]
     with output.replaced() as folder:
         (folder / JSON_NAME).write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-        (folder / PICTURE_NAME).write_bytes(png(panels, data, size=(11.5, 3.7)))
-    return data
+        (folder / PICTURE_NAME).write_bytes(png(panels, part, size=(11.5, 3.7)))
+    return part
 
 
 def _measure(
@@ -113,7 +117,7 @@ def _measure(
     config: MemoryConfig | None,
     say: Callable[[str], None],
     say_once: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> list[Bias]:
     model = load_model(name, dtype=options.dtype, device=options.device, load_in_4bit=options.load_in_4bit)
     say_once(line_of(model))
     tokenizer = load_tokenizer(name)
@@ -136,7 +140,7 @@ def _measure(
             seed=options.seed,
             memory=memory,
         )
-        rows.append({"model": name, "seed": options.seed, "memory": memory is not None, **asdict(measured)})
+        rows.append(Bias(model=name, seed=options.seed, memory=memory is not None, **asdict(measured)))
     return rows
 
 

@@ -14,10 +14,9 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
-from memdlm.data.sources import BASE_VARIABLE, load_conversations
+from memdlm.data.sources import load_conversations
 from memdlm.data.specs import parse_specs
 from memdlm.errors import CheckpointError, DataError, MemDLMError
-from memdlm.files import under_base
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.sites import find_sites
 from memdlm.models.blocks.experts import Experts
@@ -233,7 +232,7 @@ def _about_steps_without_model(plan: RunPlan) -> list[str]:
 def _unknown_steps(plan: RunPlan, error: DataError) -> list[str]:
     """Say that data on the hub could not be counted; raises `error` if they are somewhere else."""
     parts = parse_specs(plan.data.dataset_args)
-    if not any(_is_on_the_hub(str(under_base(part.name, BASE_VARIABLE))) for part in parts):
+    if not any(_is_on_the_hub(str(part.path)) for part in parts):
         raise error
     steps = plan.arguments.max_steps
     return [f"# steps: {steps if steps > 0 else 'unknown here'} ({_one_line(error)})"]

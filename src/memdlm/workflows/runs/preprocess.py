@@ -6,12 +6,11 @@ from typing import Any
 
 from memdlm.data.encoding import EncodingOptions
 from memdlm.data.preprocess import preprocess
-from memdlm.data.sources import load_conversations
+from memdlm.data.sources import load_conversations, unused
 from memdlm.files import name_under_base
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import option
 from memdlm.workflows.display import Display
-from memdlm.workflows.runs.datasets import unused
 from memdlm.workflows.runs.options import BASE_MODELS
 
 

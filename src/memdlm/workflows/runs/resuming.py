@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from memdlm.data.preprocess import SUMS
+from memdlm.data.manifest import SUMS
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.training.output_dir import RUN_FILE
 from memdlm.workflows.display import Display

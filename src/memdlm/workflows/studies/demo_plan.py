@@ -1,24 +1,113 @@
-"""Sizes of the demo, whole and quick, and where it runs."""
+"""What the demo measures, whole and quick: two panels of models, their sizes, and where it runs."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from memdlm.data.synthetic import KeyValueRecall
 from memdlm.errors import ConfigError, MachineError
+from memdlm.memory.config import MemoryConfig
 from memdlm.models.hub.devices import choose_device, mps_problem
-from memdlm.workflows.studies.recall_study import RecallPlan
+from memdlm.report.model import Task
+from memdlm.workflows.studies.plans import MAIN, RecallPlan, arms, open_book
 
-QUICK_RECALL = RecallPlan(
-    task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
-    train_length=18,
-    times=(1, 4),
-    num_train=1600,
-    num_eval=32,
-    steps=100,
-    batch_size=16,
-    rank=8,
-)
+LEAK = ("MDLM", "published")
+"""Whose training losses the first panel draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One model of a panel."""
+
+    memory: MemoryConfig | None
+    """What it is trained with; None: without."""
+    folder: str
+    """Name of its checkpoints, without the seed."""
+    step_cost: float
+    """Training passes that a step costs (network, optimizer and Trainer), measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Models that are compared on one task."""
+
+    plan: RecallPlan
+    arms: Mapping[str, Arm]
+    seeds: tuple[int, ...]
+    description: str
+    name: str
+    answer_cost: float
+    """Training passes that a denoising step costs, per conversation of the training length; other measures included."""
+
+    def task(self) -> Task:
+        """Return what a report says of the task."""
+        task = self.plan.task
+        return Task(
+            name=self.name,
+            description=self.description,
+            chance=task.chance,
+            train_length=self.plan.train_length,
+            lengths=tuple(self.plan.lengths),
+            num_questions=self.plan.num_eval * task.num_questions,
+        )
+
+    def checkpoint(self, arm: str, seed: int) -> str:
+        """Return the folder name of a model: `mdlm-seed0`, `recall-first-order-seed0`."""
+        return f"{self.arms[arm].folder}-seed{seed}"
+
+
+def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
+    """What a memory holds when attention cannot reach the prompt any more: four ways to train it."""
+    task, memories = _key_values(plan), arms(plan)
+    return Panel(
+        plan=plan,
+        arms={
+            name: Arm(memory=memories[name], folder=f"recall-{name.lower().replace(' ', '-')}", step_cost=cost)
+            for name, cost in zip(MAIN, (0.5, 1.3, 1.1, 1.7), strict=True)
+        },
+        seeds=seeds,
+        name="recall from memory alone",
+        description=f"{task.num_pairs} facts of the form 'fact k3 v17' lie scattered in filler words. Then "
+        f"{task.num_questions} questions name a key; the answer is its value, one of {task.num_values}. Attention "
+        f"reaches {plan.window} tokens to either side, so when a question is answered its fact is gone: only what "
+        "was written into fast weights before can tell it. Memory on: the prompt is written as the model was "
+        "trained to write it (standard MDLM and the published recipe: as published for inference). Memory "
+        "off: nothing is written.",
+        answer_cost=0.01,
+    )
+
+
+def entropy_floor(plan: RecallPlan) -> float:
+    """Return the least loss per token of a model that does not see the facts."""
+    # An answer is a value, uniform over all, and the end of the turn, which is certain.
+    return math.log(_key_values(plan).num_values) / 2
+
+
+def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
+    """Two models with everything in attention's reach: standard MDLM, and MemDLM as published."""
+    task = _key_values(plan)
+    # The published memory, with what training makes of the options that it leaves open.
+    memory = MemoryConfig.paper(per_sample=False, sync_inner=True, loss_weight_type="scheduler", loss_norm_type="token")
+    return Panel(
+        plan=plan,
+        arms={
+            "MDLM": Arm(memory=None, folder="mdlm", step_cost=1.6),
+            "MemDLM (published)": Arm(memory=memory, folder="memdlm", step_cost=4.0),
+        },
+        seeds=seeds,
+        name="key-value recall",
+        description=f"{task.num_pairs} facts of the form 'k3 is v17' lie scattered in filler words; "
+        f"{task.num_questions} questions name a key, and the answer is its value, one of {task.num_values}.",
+        answer_cost=0.2,
+    )
+
+
+def _key_values(plan: RecallPlan) -> KeyValueRecall:
+    if not isinstance(plan.task, KeyValueRecall):
+        raise AssertionError("a panel tells of keys and values")
+    return plan.task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +115,10 @@ class DemoPlan:
     """Sizes of a demo. The defaults take a few minutes on two CPU cores."""
 
     seeds: tuple[int, ...] = (0, 1)
-    task: KeyValueRecall = field(default_factory=lambda: KeyValueRecall(num_pairs=8, num_keys=24))
-    train_length: int = 40
-    """Words of context in training; evaluated at one, two and four times that."""
-    num_train: int = 4000
-    num_eval: int = 64
-    """Conversations per length, and in each evaluation of the loss."""
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    num_evals: int = 8
-    answer_steps: int = 8
-    """Denoising steps in which all answers of a conversation are decoded."""
+    num_recall_seeds: int = 2
     recall: RecallPlan = field(default_factory=lambda: RecallPlan(num_eval=32))
     """The first panel, with half the conversations of the study per figure."""
-    num_recall_seeds: int = 2
+    open_book: RecallPlan = field(default_factory=open_book)
     is_quick: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Of all models."""
@@ -55,22 +133,33 @@ class DemoPlan:
         """Return the plan of `memdlm demo --quick`: fewer facts, half the steps."""
         return cls(
             seeds=(seed, seed + 1),
-            task=KeyValueRecall(num_pairs=4, num_keys=12, num_values=12, num_questions=4),
-            train_length=20,
-            num_train=2000,
-            num_eval=48,
-            steps=300,
-            num_evals=3,
-            answer_steps=4,
-            recall=QUICK_RECALL,
             num_recall_seeds=1,
+            recall=RecallPlan(
+                task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
+                train_length=18,
+                times=(1, 4),
+                num_train=1600,
+                num_eval=32,
+                steps=100,
+                batch_size=16,
+                rank=8,
+            ),
+            open_book=open_book(
+                task=KeyValueRecall(num_pairs=4, num_keys=12, num_values=12, num_questions=4),
+                train_length=20,
+                num_train=2000,
+                num_eval=48,
+                steps=300,
+                num_evals=3,
+            ),
             is_quick=True,
         )
 
-    @property
-    def lengths(self) -> list[int]:
-        """Evaluated context lengths, in words."""
-        return [self.train_length * times for times in (1, 2, 4)]
+    def panels(self) -> tuple[Panel, Panel]:
+        """Return what is compared, in order."""
+        return recall_panel(self.recall, self.seeds[: self.num_recall_seeds]), open_book_panel(
+            self.open_book, self.seeds
+        )
 
 
 def plan_for(seed: int, *, quick: bool, device: str = "cpu") -> DemoPlan:
@@ -90,5 +179,8 @@ def plan_for(seed: int, *, quick: bool, device: str = "cpu") -> DemoPlan:
             "choose a card with CUDA_VISIBLE_DEVICES."
         )
     plan = DemoPlan.quick(seed) if quick else DemoPlan.full(seed)
-    training = {**plan.recall.training, "use_cpu": place.type == "cpu"}
-    return replace(plan, device=place, recall=replace(plan.recall, training=training))
+
+    def there(part: RecallPlan) -> RecallPlan:
+        return replace(part, training={**part.training, "use_cpu": place.type == "cpu"})
+
+    return replace(plan, device=place, recall=there(plan.recall), open_book=there(plan.open_book))

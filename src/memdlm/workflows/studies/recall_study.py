@@ -1,14 +1,12 @@
-"""Can a model recall, from its memory alone, what attention cannot reach? Training and measuring one arm at a time.
-
-Facts lie in a context that a sliding window keeps out of the questions' reach, so fast weights are the only channel
-between the two. Used by the demo, by `benchmarks/study` and by the slow test.
-"""
+"""Training and measuring one model (an arm) of what a plan compares, for the demo and for `benchmarks/study`."""
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memdlm.data.collate import Collator
 from memdlm.data.documents import plain_ids
-from memdlm.data.synthetic import KeyValueRecall, Sample, Task
+from memdlm.data.synthetic import Sample
 from memdlm.data.tokenizer import build_word_tokenizer
+from memdlm.evaluation.exposure_bias import ExposureBias, exposure_bias
 from memdlm.evaluation.prompts import pad_texts
 from memdlm.evaluation.recall import encode_samples, recall, written_texts
 from memdlm.memory.config import MemoryConfig
@@ -26,52 +25,17 @@ from memdlm.models.hub.loading import build_model
 from memdlm.models.networks.small import SmallDLMConfig
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
-from memdlm.workflows.display import show_steps
+from memdlm.workflows.display import Advance, show_steps
+from memdlm.workflows.studies.plans import RecallPlan
 
-OURS = "learned to be written"
-MAIN = ("MDLM", "published", "first order", OURS)
-"""The arms of the main comparison."""
-UNWEIGHTED: dict[str, Any] = {"loss_weight_type": "uniform"}
 CURVES = ("step", "loss", "nll", "nll_memory")
+Bar = Callable[[str, str, int], AbstractContextManager[Advance]]
+"""Shows one phase of a job, as `Display.bar` does: its name, what is done, and how much of it there is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RecallPlan:
-    """Task, model and budget, the same for all arms."""
-
-    task: Task = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
-    train_length: int = 36
-    """Words of context in training."""
-    times: tuple[int, ...] = (1, 4, 16)
-    """Context lengths of the evaluation, as multiples of the training length."""
-    num_train: int = 3200
-    num_eval: int = 64
-    """Conversations per length."""
-    steps: int = 200
-    batch_size: int = 32
-    learning_rate: float = 5e-3
-    rank: int = 16
-    strides: int = 2
-    """Enough where a value stands next to its key."""
-    window: int | None = 4
-    context: str = "kept"
-    """`dropped`: the network sees questions alone, in training too; the context is written as a text of its own."""
-    network: Mapping[str, Any] = field(default_factory=dict)
-    """Changes of the network's configuration."""
-    answer_words: int = 1
-    training: Mapping[str, Any] = field(default_factory=dict)
-    """Changes of the training arguments, such as `use_cpu` and `bf16`."""
-
-
-def closed_book(**changes: Any) -> RecallPlan:
-    """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
-
-    Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
-    """
-    options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
-    options["num_train"] = 16 * int(changes.get("steps", options["steps"]))
-    return RecallPlan(**(options | changes))
+def no_bar(phase: str, description: str, total: int) -> AbstractContextManager[Advance]:
+    """Show nothing."""
+    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,46 +44,31 @@ class RecallData:
 
     tokenizer: PreTrainedTokenizerBase
     train: list[dict[str, list[int]]]
+    validation: list[dict[str, list[int]]] | None
     by_length: dict[int, list[Sample]]
-
-
-def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
-    """Return the main comparison and its ablations: the memory that each is trained with."""
-    shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
-    source = "prompt" if plan.context == "kept" else "context"
-    ours = MemoryConfig.recall(strides=plan.strides, write_source=source, **shape)
-    nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
-    return {
-        "MDLM": None,
-        # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
-        "published": MemoryConfig.paper(per_sample=True, **shape),
-        "first order": dataclasses.replace(ours, outer_gradient="first_order"),
-        OURS: ours,
-        "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
-        "fixed start": dataclasses.replace(ours, learn_start=False),
-        "fixed rates": MemoryConfig.recall(strides=plan.strides, write_source=source, learn_lr=False, **shape),
-        "one memory per batch": dataclasses.replace(ours, per_sample=False),
-        "published masks": dataclasses.replace(ours, **nested),
-        "response written": dataclasses.replace(ours, write_source="response"),
-    }
 
 
 def recall_data(plan: RecallPlan) -> RecallData:
     """Draw the conversations of training and of every evaluated length."""
     tokenizer = build_word_tokenizer(plan.task.words())
-    samples = plan.task.records(plan.num_train, plan.train_length, seed="recall train")
-    train = [
-        {"input_ids": each.input_ids, "labels": each.labels}
-        for each in encode_samples(tokenizer, samples, plan.context)
-    ]
+
+    def drawn(count: int, length: int, name: str) -> list[Sample]:
+        return plan.task.records(count, length, seed=plan.draws[name])
+
+    def encoded(samples: Sequence[Sample]) -> list[dict[str, list[int]]]:
+        texts = encode_samples(tokenizer, samples, plan.context)
+        return [{"input_ids": text.input_ids, "labels": text.labels} for text in texts]
+
+    samples = drawn(plan.num_train, plan.train_length, "train")
+    train = encoded(samples)
     if plan.context == "dropped":
         for row, sample in zip(train, samples, strict=True):
             row["context_ids"] = plain_ids(tokenizer, sample.context)
-    lengths = [plan.train_length * times for times in plan.times]
     return RecallData(
         tokenizer=tokenizer,
         train=train,
-        by_length={length: plan.task.records(plan.num_eval, length, seed="recall held out") for length in lengths},
+        validation=encoded(drawn(plan.num_eval, plan.train_length, "validation")) if plan.num_evals else None,
+        by_length={length: drawn(plan.num_eval, length, "held out") for length in plan.lengths},
     )
 
 
@@ -132,10 +81,29 @@ class Trained:
     """What a user of the model would write with."""
     rates: dict[str, list[float]]
     """Learned inner learning rates: per tensor, one per step."""
-    curve: dict[str, list[float]]
-    """`step`, `loss`, `nll` and, where it was trained with memory, `nll_memory`: nats per maskable token."""
+    history: Sequence[Mapping[str, float]]
+    """The Trainer's log."""
     seconds: float
     cpu_seconds: float
+
+    @property
+    def curve(self) -> dict[str, list[float]]:
+        """`step`, `loss`, `nll` and, where it was trained with memory, `nll_memory`: nats per maskable token."""
+        # With memory, a short run logs the loss without it on some of its logged steps only.
+        entries = [entry for entry in self.history if "nll" in entry]
+        found = {name: [entry[name] for entry in entries if name in entry] for name in CURVES}
+        return {name: values for name, values in found.items() if values}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmResult:
+    """One model, trained and measured."""
+
+    trained: Trained
+    accuracy: list[dict[str, Any]]
+    """By `length` and `memory` (on or off): `accuracy` and the number of `questions`."""
+    bias: dict[bool, ExposureBias]
+    """By memory, off and on; empty where the plan does not measure it."""
 
 
 def run_arm(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> dict[str, Any]:
@@ -143,19 +111,47 @@ def run_arm(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, see
 
     `config` is the memory it is trained with; None trains without, and measures with the published memory.
     """
-    trained = train_arm(plan, data, config, seed)
+    found = measure_arm(plan, data, config, seed)
+    trained = found.trained
     return {
         "seed": seed,
         "steps": plan.steps,
         "seconds": trained.seconds,
         "cpu_seconds": trained.cpu_seconds,
         "parameters": trained.model.num_parameters(),
-        "accuracy": accuracies(plan, data, trained, seed),
+        "accuracy": found.accuracy,
         "curve": trained.curve,
         "rates": trained.rates,
         "written": written_losses(plan, data, trained),
-        "config": None if config is None else dataclasses.asdict(config),
+        "config": None if config is None else asdict(config),
     }
+
+
+def measure_arm(
+    plan: RecallPlan,
+    data: RecallData,
+    config: MemoryConfig | None,
+    seed: int,
+    *,
+    name: str = "",
+    bar: Bar = no_bar,
+    folder: Path | None = None,
+) -> ArmResult:
+    """Train one model, keep it in `folder` if one is named, and measure what the plan says with memory on and off."""
+    with bar("train", f"{name}: training", plan.steps) as advance:
+        trained = train_arm(plan, data, config, seed, advance)
+    if folder is not None:
+        trained.model.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        if trained.memory.learned is not None:
+            trained.memory.learned.save(folder)
+    with bar("evaluate", f"{name}: answering", 2 * len(plan.times) * plan.num_eval) as advance:
+        accuracy = accuracies(plan, data, trained, seed, advance)
+    bias: dict[bool, ExposureBias] = {}
+    if plan.measures_bias:
+        with bar("exposure bias", f"{name}: exposure bias", 2) as advance:
+            bias = _biases(plan, data, trained, seed, advance)
+    return ArmResult(trained=trained, accuracy=accuracy, bias=bias)
 
 
 def train_arm(
@@ -170,14 +166,11 @@ def train_arm(
     trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
-    # With memory, a short run logs the loss without it on some of its logged steps only.
-    history = [entry for entry in trainer.state.log_history if "nll" in entry]
-    found = {name: [entry[name] for entry in history if name in entry] for name in CURVES}
     return Trained(
         model=model,
-        memory=inference_memory(model, data.tokenizer, trainer.memory),
+        memory=inference_memory(model, data.tokenizer, trainer.memory, plan.inference),
         rates=_rates(trainer.memory),
-        curve={name: values for name, values in found.items() if values},
+        history=trainer.state.log_history,
         seconds=seconds,
         cpu_seconds=cpu_seconds,
     )
@@ -198,7 +191,7 @@ def accuracies(
                 trained.model,
                 data.tokenizer,
                 samples,
-                steps=plan.task.num_questions * plan.answer_words,
+                steps=plan.answer_steps,
                 seed=seed,
                 memory=trained.memory if is_on else None,
                 context=plan.context,
@@ -207,6 +200,25 @@ def accuracies(
             done += len(samples)
             on_samples(done)
     return rows
+
+
+def _biases(
+    plan: RecallPlan, data: RecallData, trained: Trained, seed: int, advance: Advance
+) -> dict[bool, ExposureBias]:
+    tokenizer, found = data.tokenizer, {}
+    texts = encode_samples(tokenizer, data.by_length[plan.lengths[-1]][: plan.num_eval // 2], plan.context)
+    batch = pad_texts(texts, tokenizer.pad_token_id, trained.model.device)
+    for is_on in (False, True):
+        found[is_on] = exposure_bias(
+            trained.model,
+            [batch],
+            mask_token_id=tokenizer.mask_token_id,
+            steps=2 * plan.answer_steps,
+            seed=seed,
+            memory=trained.memory if is_on else None,
+        )
+        advance(len(found))
+    return found
 
 
 def trained(
@@ -221,16 +233,57 @@ def trained(
 
     A `model` that was loaded from such a folder goes on with the start and the rates that lie there.
     """
-    trainer = _trainer(plan, data, config, new_model(plan, data, seed) if model is None else model, seed)
+    memory: dict[str, Any] = {}
+    if config is not None:
+        memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
+    options: dict[str, Any] = {
+        "output_dir": tempfile.gettempdir(),
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "learning_rate": plan.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": plan.steps // 4,
+        "weight_decay": 0.05,
+        "adam_beta2": 0.95,
+        "logging_steps": max(1, plan.steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": seed,
+        "mem_enabled": config is not None,
+    }
+    if plan.num_evals:
+        options |= {"eval_strategy": "steps", "eval_steps": plan.steps // plan.num_evals, "eval_on_start": True}
+        options["per_device_eval_batch_size"] = plan.num_eval
+    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
+    trainer = MemDLMTrainer(
+        new_model(plan, data, seed) if model is None else model,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=Collator(data.tokenizer.pad_token_id),
+        processing_class=data.tokenizer,
+    )
     show_steps(trainer, on_step)
     trainer.train()
     return trainer
 
 
 def inference_memory(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: ParametricMemory | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: ParametricMemory | None,
+    config: MemoryConfig | None = None,
 ) -> ParametricMemory:
-    """Return what a user of the trained model would write with: a learned memory, or the published one, per row."""
+    """Return what a user of the trained model would write with: a learned memory, or the published one, per row.
+
+    With a `config`, that is what is written with, whatever was trained.
+    """
+    if config is not None:
+        return ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id)
     if trained is not None and trained.config.write_source != "response" and trained.config.per_sample is not False:
         return trained
     config = (
@@ -245,7 +298,7 @@ def inference_memory(
 
 
 @torch.no_grad()
-def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict[str, list[Any]]:
+def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict[str, Any]:
     """Return, for what is written of one conversation, every word's loss before and after.
 
     `is_value` marks what the questions ask for. Each word is masked alone, its neighbours in sight, so the two differ
@@ -300,39 +353,3 @@ def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
     # transformers would split every batch between all of them. There is no public switch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _trainer(
-    plan: RecallPlan, data: RecallData, config: MemoryConfig | None, model: PreTrainedModel, seed: int
-) -> MemDLMTrainer:
-    tokenizer = data.tokenizer
-    memory: dict[str, Any] = {}
-    if config is not None:
-        memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    options: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),
-        "max_steps": plan.steps,
-        "per_device_train_batch_size": plan.batch_size,
-        "learning_rate": plan.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": plan.steps // 4,
-        "weight_decay": 0.05,
-        "adam_beta2": 0.95,
-        "logging_steps": max(1, plan.steps // 20),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": seed,
-        "mem_enabled": config is not None,
-    }
-    arguments = on_one_device(TrainingArguments(**(options | memory | dict(plan.training))))
-    return MemDLMTrainer(
-        model,
-        arguments,
-        train_dataset=data.train,
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )

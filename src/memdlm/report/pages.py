@@ -1,0 +1,118 @@
+"""Pages as HTML: the templates, what they may call, and the page of a demo's report."""
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from memdlm.outputs import GENERATOR
+from memdlm.report.figures import (
+    BIAS_PANELS,
+    NARROW,
+    WIDE,
+    Draw,
+    accuracy_by_length,
+    multiple,
+    svg,
+    training_curves,
+    training_losses,
+)
+from memdlm.report.model import Part, Report
+from memdlm.report.records import plain
+from memdlm.report.tables import accuracy_rows, bias_rows, cost_rows, mean_losses, training_series
+
+RECALL = "Memorise, then answer with the prompt gone"
+"""The title of the first section, where there is one."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template; texts are escaped there."""
+    return _ENVIRONMENT.get_template(template).render(values)
+
+
+def page(report: Report) -> str:
+    """The whole page of a report."""
+    return render(
+        "report.html.j2",
+        title=report.title,
+        report=report,
+        facts=[fact for fact in _facts(report) if fact],
+        configurations=list(_configurations(report)),
+    )
+
+
+def _facts(report: Report) -> Iterator[str | None]:
+    machine, steps = report.machine, sorted({row.steps for row in report.models})
+    seeds = ", ".join(map(str, report.seeds))
+    yield "quick run" if report.quick else None
+    yield f"{'seed' if len(report.seeds) == 1 else 'seeds'} {seeds}" if seeds else None
+    yield f"{span(steps)} training steps" if steps else None
+    yield duration(report.seconds.total)
+    yield machine.device
+    yield f"{machine.cores} {'core' if machine.cores == 1 else 'cores'}"
+    yield f"torch {machine.torch}"
+    yield f"Python {machine.python}"
+    yield f"memdlm {report.version}"
+    yield report.date
+
+
+def _configurations(report: Report) -> Iterator[tuple[str, str]]:
+    """Each configuration once: the model and the seeds that had it, and its text."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for row in report.models:
+        seeds.setdefault((row.model, _json(row.config)), []).append(str(row.seed))
+    for (model, settings), each in seeds.items():
+        yield f"{model}, {'seed' if len(each) == 1 else 'seeds'} {', '.join(each)}", settings
+
+
+def percent(share: float) -> str:
+    """A share in percent, one decimal."""
+    return f"{100 * share:.1f}"
+
+
+def span(values: Sequence[int]) -> str:
+    """The first and the last of ascending values."""
+    return " to ".join(f"{value:,}" for value in dict.fromkeys((values[0], values[-1])))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes from 90 seconds on."""
+    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.1f} seconds"
+
+
+def _picture(draw: Draw, part: Part, size: tuple[float, float]) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(draw, part, size=size)).decode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(plain(value), indent=2, sort_keys=True, ensure_ascii=False)
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("memdlm", "report/templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_ENVIRONMENT.filters["percent"] = percent
+_ENVIRONMENT.globals |= {
+    "generator": GENERATOR,
+    "RECALL": RECALL,
+    "BIAS_PANELS": BIAS_PANELS,
+    "NARROW": NARROW,
+    "WIDE": WIDE,
+    "one_digit": "{:.1f}".format,
+    "two_digits": "{:.2f}".format,
+    "json": _json,
+    "picture": _picture,
+} | {
+    each.__name__: each
+    for each in (
+        *(percent, span, duration, multiple),
+        *(accuracy_rows, bias_rows, cost_rows, mean_losses, training_series),
+        *(accuracy_by_length, training_curves, training_losses),
+    )
+}

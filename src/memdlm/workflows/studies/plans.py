@@ -1,0 +1,127 @@
+"""What a study compares: task, network, budget and what is measured, and the arms that differ in their memory.
+
+Can a model recall, from its memory alone, what attention cannot reach? In the default plan facts lie in a context that
+a sliding window keeps out of the questions' reach, so fast weights are the only channel between the two.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from memdlm.data.synthetic import KeyValueRecall, Task
+from memdlm.memory.config import MemoryConfig
+
+OURS = "learned to be written"
+MAIN = ("MDLM", "published", "first order", OURS)
+"""The arms of the main comparison."""
+UNWEIGHTED: dict[str, Any] = {"loss_weight_type": "uniform"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallPlan:
+    """Task, network, budget and what is measured, the same for all arms."""
+
+    task: Task = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
+    train_length: int = 36
+    """Words of context in training."""
+    times: tuple[int, ...] = (1, 4, 16)
+    """Context lengths of the evaluation, as multiples of the training length."""
+    num_train: int = 3200
+    num_eval: int = 64
+    """Conversations per length."""
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 5e-3
+    rank: int = 16
+    strides: int = 2
+    """Enough where a value stands next to its key."""
+    window: int | None = 4
+    context: str = "kept"
+    """`dropped`: the network sees questions alone, in training too; the context is written as a text of its own."""
+    network: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the network's configuration."""
+    answer_words: int = 1
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Changes of the training arguments, such as `use_cpu` and `bf16`."""
+    num_evals: int = 0
+    """Evaluations of the loss during training."""
+    inference: MemoryConfig | None = None
+    """The memory that all arms are measured with; None: each with its own."""
+    measures_bias: bool = False
+    """Whether exposure bias is measured as well, on half the conversations of the greatest length."""
+    draws: Mapping[str, str] = field(
+        default_factory=lambda: {name: f"recall {name}" for name in ("train", "validation", "held out")}
+    )
+    """Names of the draws of conversations: other names, other conversations."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Evaluated context lengths, in words."""
+        return [self.train_length * times for times in self.times]
+
+    @property
+    def answer_steps(self) -> int:
+        """Denoising steps in which all answers of a conversation are decoded."""
+        return self.task.num_questions * self.answer_words
+
+
+def closed_book(**changes: Any) -> RecallPlan:
+    """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
+
+    Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
+    """
+    options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
+    options["num_train"] = 16 * int(changes.get("steps", options["steps"]))
+    return RecallPlan(**(options | changes))
+
+
+def open_book(**changes: Any) -> RecallPlan:
+    """Return the plan with everything in attention's reach, and exposure bias measured."""
+    options: dict[str, Any] = {
+        "task": KeyValueRecall(num_keys=24),
+        "train_length": 40,
+        "times": (1, 2, 4),
+        "num_train": 4000,
+        "steps": 600,
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "window": None,
+        "network": {"hidden_size": 64, "num_attention_heads": 4},
+        "num_evals": 8,
+        "inference": MemoryConfig.paper(),
+        "measures_bias": True,
+        "draws": {"train": "demo train", "validation": "demo validation", "held out": "demo test"},
+    }
+    options |= changes
+    options["training"] = {
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": None,
+        "warmup_steps": options["steps"] // 12,
+        "logging_steps": max(1, options["steps"] // 30),
+        "stratified_times": True,
+        **options.get("training", {}),
+    }
+    return RecallPlan(**options)
+
+
+def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
+    """Return the main comparison and its ablations: the memory that each is trained with."""
+    shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
+    source = "prompt" if plan.context == "kept" else "context"
+    ours = MemoryConfig.recall(strides=plan.strides, write_source=source, **shape)
+    nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
+    return {
+        "MDLM": None,
+        # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
+        "published": MemoryConfig.paper(per_sample=True, **shape),
+        "first order": dataclasses.replace(ours, outer_gradient="first_order"),
+        OURS: ours,
+        "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
+        "fixed start": dataclasses.replace(ours, learn_start=False),
+        "fixed rates": MemoryConfig.recall(strides=plan.strides, write_source=source, learn_lr=False, **shape),
+        "one memory per batch": dataclasses.replace(ours, per_sample=False),
+        "published masks": dataclasses.replace(ours, **nested),
+        "response written": dataclasses.replace(ours, write_source="response"),
+    }
