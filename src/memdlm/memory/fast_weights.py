@@ -48,18 +48,25 @@ class FastWeights:
             raise ConfigError(f"a memory is not copied while it is open: {self._block}. Leave the block first.")
         return self.__dict__
 
-    def reset(self, num_samples: int, randomness: Randomness, start: Sequence[Tensor] | None = None) -> None:
+    def reset(
+        self,
+        num_samples: int,
+        randomness: Randomness,
+        start: Sequence[Tensor] | None = None,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
         """Start anew for `num_samples` samples: from `start`, or from values that add nothing until updated.
 
-        `start` holds one sample's values, in the order of `tensors()`; gradients flow back to it.
+        `start` holds one sample's values, in the order of `tensors()`; gradients flow back to it. `dropout` is the
+        share of a site's inputs that are zeroed inside `dropping`.
         """
         self.num_samples = num_samples
         if start is None:
             start = self.drawn(num_samples, randomness)
         self.replace([self._spread(tensor) for tensor in start])
-        if self.adapter.inner_dropout > 0:
-            drawn = seed_tensor(num_samples, randomness, self.sites[0].device)
-            self._dropout = InputDropout(self.adapter.inner_dropout, drawn)
+        if dropout > 0:
+            self._dropout = InputDropout(dropout, seed_tensor(num_samples, randomness, self.sites[0].device))
 
     def drawn(self, num_samples: int, randomness: Randomness) -> list[Tensor]:
         """Return the adapter's own start, in the order of `tensors()`."""
@@ -78,7 +85,7 @@ class FastWeights:
 
     @contextmanager
     def dropping(self, update: int) -> Iterator[None]:
-        """Apply the adapter's dropout inside the block, with the zeros of the write's `update`-th gradient step."""
+        """Apply the dropout inside the block, with the zeros of the write's `update`-th gradient step."""
         if self._dropout is None:
             yield
             return

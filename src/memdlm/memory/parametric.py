@@ -166,7 +166,8 @@ class ParametricMemory:
                 if is_padding is not None and self.config.pad_unmask_mode != "none":
                     is_maskable = is_maskable & ~is_padding
                 start = None if self.learned is None else self.learned.start()
-                self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample), start)
+                samples, drawing = (clean.shape[0] if per_sample else 1), _for_start(randomness, per_sample)
+                self.fast.reset(samples, drawing, start, dropout=self.config.inner_dropout)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
                     written = self._write_chunks(

@@ -7,7 +7,7 @@ are modules of their own; one that adds exactly nothing needs no pair.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,6 @@ def _published(site: Site, network: nn.Module) -> str:
     # Renaming needs a number where the expert's stands.
     head, _, tail = published_name(network, f"{experts}.0.{projection}").rpartition(".0.")
     return f"{head}.*.{tail}"
-
-
-def scale_of(config: Any) -> float:
-    """Return what B A is multiplied by in a memory of `config`; every operation on files keeps it."""
-    return config.inner_alpha / config.inner_rank if config.inner_adapter_type == "lora" else 1.0
 
 
 def pack(fast: FastWeights, row: int, network: nn.Module) -> tuple[int, Pairs]:

@@ -94,7 +94,7 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
     return model, tokenizer
 
 
-def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Setup:
+def load(options: DecodingOptions, memory: MemoryConfig | None, config: GenerationConfig, display: Display) -> Setup:
     """Load model and tokenizer, and prepare a memory (which costs nothing until it is written).
 
     What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
