@@ -14,7 +14,7 @@ from memdlm.models import ModelDenoiser
 from memdlm.randomness import derive
 from memdlm.training import Batch, score
 from rank_worker import batch_of
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, assign, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -152,7 +152,7 @@ def test_inner_gradients_are_finite_differences_of_the_objective_with_its_target
         target = memory.loss.objective.target(denoise, step, positions).detach()
 
         def loss(values):
-            memory.fast.assign(values)
+            assign(memory.fast, values)
             found = memory.loss.objective.values(denoise, step, positions, target)
             return memory.loss.reduce(found, positions, step, memory.fast.num_samples).sum()
 

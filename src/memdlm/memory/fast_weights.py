@@ -5,7 +5,7 @@ gradient norm or its checkpoints. A forward hook adds them to a linear layer's o
 `ExpertAdditions` object. One memory can be open per network, and only the thread that opened it reads it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
@@ -151,19 +151,6 @@ class FastWeights:
         self._some = None
         for index, site in enumerate(self.sites):
             self._values[site.path] = tuple(tensors[index * width : (index + 1) * width])
-
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Set values by the names of `named()`; raises ConfigError unless names and shapes agree exactly."""
-        current = self.named()
-        if set(values) != set(current):
-            missing, extra = sorted(set(current) - set(values)), sorted(set(values) - set(current))
-            raise ConfigError(f"fast weights: missing {missing}, unknown {extra}.")
-        for name, tensor in values.items():
-            if tensor.shape != current[name].shape:
-                raise ConfigError(
-                    f"fast weights: {name} has shape {tuple(tensor.shape)}, expected {tuple(current[name].shape)}."
-                )
-        self.replace([values[name].to(old).detach().requires_grad_() for name, old in current.items()])
 
     @contextmanager
     def opened(self, kind: str) -> Iterator[None]:

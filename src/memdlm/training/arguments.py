@@ -83,25 +83,9 @@ class DiffusionConfig:
 if TYPE_CHECKING:
 
     class _Flags(transformers.TrainingArguments):
-        mem_enabled: bool
-        mem_per_sample: bool | None
-        mem_sync_inner: bool | None
-        mem_outer_gradient: str
-        mem_loss_weight_type: str | None
-        mem_loss_norm_type: str | None
-        time_epsilon: float
-        schedule: str
-        loss_weight_type: str
-        loss_norm_type: str
-        right_shift_logits: bool
-        stratified_times: bool
-        planner_weight: float
-        planner_temperature: float
-        soft_mask_prob: float
-        soft_mask_top_k: int
-        soft_mask_scale: float
-        soft_mask_steepness: float
-        soft_mask_centre: float
+        def __getattr__(self, name: str) -> Any:
+            """Every option of ours."""
+
 else:
     _Flags = dataclasses.make_dataclass(
         "_Flags",
