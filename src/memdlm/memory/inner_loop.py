@@ -5,7 +5,6 @@ Nothing here waits for the device, except to learn how many positions the states
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -191,13 +190,10 @@ def run_inner_loop(
         if ranks is not None:
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
         norm = _global_norm(gradients)
-        move = partial(
-            update.step,
-            is_sound=per_sample.isfinite() & norm.isfinite(),
-            factors=None if rates is None else rates[index],
-        )
+        is_sound = per_sample.isfinite() & norm.isfinite()
         taken = InnerGradient(found=gradients, loss_of=losses_of, ids=step.ids, update=index)
-        values = outer.moved(values, taken, move)
+        step_from = outer.traced(values, taken)
+        values = update.step(*step_from, is_sound, None if rates is None else rates[index])
         losses.append(per_sample)
         norms.append(norm)
     fast.replace(values)

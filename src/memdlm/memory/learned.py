@@ -68,10 +68,11 @@ class LearnedWrite(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved."""
-        found = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
-        if self.log_rates is not None:
-            found[RATES] = self.log_rates
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self._own().items()}
+
+    def _own(self) -> dict[str, Tensor]:
+        starts = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
+        return starts if self.log_rates is None else {**starts, RATES: self.log_rates}
 
     def save(self, folder: str | Path) -> None:
         """Write `memory_init.safetensors` and the memory's options into `folder`."""
@@ -103,8 +104,7 @@ class LearnedWrite(nn.Module):
             found = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: could not be read: {error}") from error
-        own = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
-        own |= {} if self.log_rates is None else {RATES: self.log_rates}
+        own = self._own()
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         read = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if sizes != read:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 LossOf = Callable[[Denoise], Tensor]
 """Returns the inner loss of one step [S] under the fast weights as they are."""
-Move = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
-"""(values, their gradients) -> the values after the step."""
+Step: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""What a gradient step starts from: the values and their gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,27 +56,26 @@ class OuterGradient(ABC):
     """Through what of a write an outer loss is differentiated."""
 
     @abstractmethod
-    def moved(self, values: Sequence[Tensor], gradient: InnerGradient, move: Move) -> list[Tensor]:
-        """Return what `move` makes of `values`, with the graph that the outer loss needs."""
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return `values` and their gradient with as much of a graph as the outer loss follows."""
 
 
 @final
 class Untracked(OuterGradient):
     """Through nothing: what was written is a constant."""
 
-    def moved(self, values: Sequence[Tensor], gradient: InnerGradient, move: Move) -> list[Tensor]:
-        """Move without a graph."""
-        with torch.no_grad():
-            return move(values, gradient.found)
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return constants."""
+        return [value.detach() for value in values], gradient.found
 
 
 @final
 class FirstOrder(OuterGradient):
     """Through the learned start and rates; the gradients of the steps are constants."""
 
-    def moved(self, values: Sequence[Tensor], gradient: InnerGradient, move: Move) -> list[Tensor]:
-        """Move; values and rates keep their graph."""
-        return move(values, gradient.found)
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return the values with their graph, and constants."""
+        return values, gradient.found
 
 
 @final
@@ -100,8 +99,8 @@ class Exact(OuterGradient):
         self.blocks = _with_attention_above(model, fast, blocks)
         check_attention(model)
 
-    def moved(self, values: Sequence[Tensor], gradient: InnerGradient, move: Move) -> list[Tensor]:
-        """Move along the gradient as a function of what it came from."""
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return the values, and the gradient as a function of what it came from."""
         ids, state, autocast = gradient.ids, self.fast.state(), _autocast(values[0].device.type)
         hidden = None if self.prefix is None else self.prefix.kept(ids)
         below = [] if hidden is None else [hidden]
@@ -121,7 +120,7 @@ class Exact(OuterGradient):
                 return differentiate(gradient.loss_of(self.denoise(given)), phi, create_graph=True)
 
         inputs = (*values, *below, *self.parameters)
-        return move(values, _Step.apply(again, gradient.found, self.parameters, len(values), *inputs))
+        return values, _Again.apply(again, gradient.found, self.parameters, len(values), *inputs)
 
 
 def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -132,7 +131,7 @@ def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: boo
     return [torch.zeros_like(value) if g is None else g for value, g in zip(values, found, strict=True)]
 
 
-class _Step(torch.autograd.Function):
+class _Again(torch.autograd.Function):
     """(phi, h, theta) -> dL/dphi, whose value is known already; `again` computes it with a graph."""
 
     @staticmethod

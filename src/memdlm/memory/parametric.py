@@ -319,6 +319,8 @@ class ParametricMemory:
                 is_constant=is_constant,
             )
 
+        with torch.set_grad_enabled(reading.is_tracked):
+            rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
         outer: OuterGradient = FirstOrder() if reading.is_tracked else Untracked()
         if reading.is_tracked and self.config.outer_gradient != "first_order":
             outer = Exact(self.model, self.fast, self._adapted, denoiser, self._prefix)
@@ -331,7 +333,7 @@ class ParametricMemory:
                 denoise=denoiser(self._prefix, is_constant=True),
                 epochs=epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
-                rates=None if self.learned is None else self.learned.rates(self.fast.tensors()),
+                rates=rates,
                 outer=outer,
                 counts=counts,
             )
