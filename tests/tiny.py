@@ -2,6 +2,7 @@
 
 import torch
 
+from memdlm.diffusion.masking import positions_of
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, SmallDLMConfig, build_model
 
 V, MASK, PAD = 32, 31, 30
@@ -68,3 +69,15 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, PAD, (rows, length), generator=rng(seed))
+
+
+def assign(fast, values: dict[str, torch.Tensor]) -> None:
+    """Set fast weights by the names of `fast.named()`."""
+    current = fast.named()
+    assert {name: value.shape for name, value in values.items()} == {name: old.shape for name, old in current.items()}
+    fast.replace([values[name].to(old).detach().requires_grad_() for name, old in current.items()])
+
+
+def inner_loss(memory, denoise, step) -> torch.Tensor:
+    """The memory's inner loss [S] at one state."""
+    return memory.loss.at(step, positions_of(step.is_read), denoise, memory.fast.num_samples)(denoise)

@@ -31,13 +31,20 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    adjustable: bool = False,
 ) -> Any:
     """Declare a field: its default, its one-line help, and what values it may take.
 
-    `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones.
+    `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones. What is `adjustable` may differ
+    between a training and the use of what it learned.
     """
     limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
+    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "adjustable": adjustable})
+
+
+def names_of(config_class: type) -> list[str]:
+    """Return the names of a dataclass's fields."""
+    return [field.name for field in dataclasses.fields(config_class)]
 
 
 def own_options_first(config_class: type[T]) -> type[T]:
@@ -157,14 +164,12 @@ def is_config(config_class: type) -> bool:
 
 def from_flags(config_class: type[T], values: Any, prefix: str = "") -> T:
     """Build `config_class` from the prefixed attributes of `values` (the inverse of `as_flags`)."""
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-    return config_class(**{name: getattr(values, prefix + name) for name in names})
+    return config_class(**{name: getattr(values, prefix + name) for name in names_of(config_class)})
 
 
 def from_mapping(config_class: type[T], values: Mapping[str, Any], what: str) -> T:
     """Build `config_class` from a mapping; unknown keys raise ConfigError with the nearest known one."""
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
     for key in values:
-        if key not in names:
-            raise ConfigError(unknown(f"{what} option", key, names))
+        if key not in names_of(config_class):
+            raise ConfigError(unknown(f"{what} option", key, names_of(config_class)))
     return config_class(**values)

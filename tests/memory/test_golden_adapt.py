@@ -12,6 +12,7 @@ from memdlm.diffusion import positions_of
 from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
 from memdlm.models import BlockCausal, ModelDenoiser
 from memory_replay import join, split
+from tiny import assign
 
 pytestmark = pytest.mark.golden
 
@@ -127,15 +128,15 @@ def replay(case: Case):
         start = {k.removeprefix("rank8/"): v for k, v in start.items() if k.startswith("rank8/")}
     memory.fast.reset(1, torch.Generator().manual_seed(0))
     if config.inner_adapter_type == "lora":
-        memory.fast.assign(join(start, memory.fast.named(), case.family))
+        assign(memory.fast, join(start, memory.fast.named(), case.family))
     # What was written follows shifted predictions where the case says so; the recorded logits are never shifted.
     denoise = ModelDenoiser(network, right_shift_logits=case.record["right_shift_logits"], **attention)
     gradients: list[dict[str, torch.Tensor]] = []
 
     class Recording(type(memory.update)):
-        def step(self, values, grads, is_sound):
+        def step(self, values, grads, is_sound, factors=None):
             gradients.append(dict(zip(memory.fast.named(), grads, strict=True)))
-            return super().step(values, grads, is_sound)
+            return super().step(values, grads, is_sound, factors)
 
     update = Recording(**{f.name: getattr(memory.update, f.name) for f in dataclasses.fields(memory.update)})
     with memory.fast.attached():

@@ -72,8 +72,8 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_and_counted(family):
         return None
 
     class Watching(LocalSGD):
-        def step(self, values, gradients, is_sound, *factors):
-            found = super().step(values, gradients, is_sound, *factors)
+        def step(self, values, gradients, is_sound, factors=None):
+            found = super().step(values, gradients, is_sound, factors)
             seen.append((is_sound.tolist(), values, found))
             return found
 

@@ -9,12 +9,22 @@ from torch.testing import assert_close
 
 from memdlm.diffusion import Linear, normalise, positions_of
 from memdlm.errors import ConfigError
-from memdlm.memory import OBJECTIVES, Anchor, MemoryConfig, ParametricMemory, trajectory
+from memdlm.memory import (
+    OBJECTIVES,
+    Anchor,
+    FastWeightsConfig,
+    MemoryConfig,
+    OuterConfig,
+    ParametricMemory,
+    WriteConfig,
+    trajectory,
+)
 from memdlm.models import ModelDenoiser
+from memdlm.options import names_of
 from memdlm.randomness import derive
 from memdlm.training import Batch, score
 from rank_worker import batch_of
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, assign, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -77,6 +87,18 @@ def test_the_options_keep_the_names_and_defaults_that_users_know():
 def test_an_option_that_cannot_take_effect_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         MemoryConfig(**options)
+
+
+def test_every_option_belongs_to_one_part_that_stands_alone():
+    parts = (FastWeightsConfig, WriteConfig, OuterConfig)
+    assert [name for part in parts for name in names_of(part)] == names_of(MemoryConfig)
+    assert all(isinstance(MemoryConfig(), part) and part() for part in parts)
+    with pytest.raises(ConfigError, match=r"mem_inner_alpha=8\.0 has no effect"):
+        FastWeightsConfig(inner_alpha=8.0, inner_adapter_type="full")
+    with pytest.raises(ConfigError, match="mem_inner_clip_scope='global' has no effect"):
+        WriteConfig(inner_clip_scope="global", inner_grad_clip=0.0)
+    with pytest.raises(ConfigError, match="got '1,1'"):
+        OuterConfig(batch_mix="1,1", batch_reach=4)
 
 
 def written(model, ids, memory, *, mask=None, generator=None, **arguments):
@@ -152,7 +174,7 @@ def test_inner_gradients_are_finite_differences_of_the_objective_with_its_target
         target = memory.loss.objective.target(denoise, step, positions).detach()
 
         def loss(values):
-            memory.fast.assign(values)
+            assign(memory.fast, values)
             found = memory.loss.objective.values(denoise, step, positions, target)
             return memory.loss.reduce(found, positions, step, memory.fast.num_samples).sum()
 

@@ -12,7 +12,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.memory import ADAPTERS, OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.memory.sites import first_adapted_layer
 from memdlm.randomness import derive
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, assign, inner_loss, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -121,8 +121,8 @@ def test_inner_gradients_are_finite_differences():
             name = next(n for n in start if n.endswith("lora_B"))
 
             def loss(values, steps=steps, memory=memory, ids=ids):
-                memory.fast.assign(values)
-                out = memory.loss(_denoiser(memory), steps[0], memory.fast.num_samples)
+                assign(memory.fast, values)
+                out = inner_loss(memory, _denoiser(memory), steps[0])
                 return out.sum()
 
             teacher_free = objective == "ce"

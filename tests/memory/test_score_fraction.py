@@ -12,7 +12,7 @@ from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep
 from memdlm.memory.trajectory import sampled, scored_sets
 from memdlm.models import ModelDenoiser
 from memdlm.randomness import derive, uniform
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, inner_loss, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -79,7 +79,7 @@ def test_the_estimate_s_mean_is_the_whole_loss_and_the_whole_gradient(family, ob
         memory.fast.replace(leaves)
 
         def found(step: TrajectoryStep, memory=memory, leaves=leaves):
-            losses = memory.loss(ModelDenoiser(model), step, memory.fast.num_samples)
+            losses = inner_loss(memory, ModelDenoiser(model), step)
             gradients = torch.autograd.grad(losses.sum(), leaves)
             # Projections of the gradient: few numbers, all of which count.
             vectors = [torch.randn(g.shape, generator=derive("v", n), dtype=g.dtype) for n, g in enumerate(gradients)]

@@ -56,7 +56,7 @@ def agree(host, found):
 
 WRITE = {("copy to host", "memory/trajectory.py:with_sizes"): 1}
 """Of a whole write: how many positions its states score."""
-WRITTEN = {**WRITE, ("copy to host", "memory/files/keeping.py:check_written"): 1}
+WRITTEN = {**WRITE, ("copy to host", "memory/files/exporting.py:check_written"): 1}
 """Of a write that is read outside training: also whether the memory is made of numbers, at its end."""
 SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
 """Of an outer loss: which positions it scores."""

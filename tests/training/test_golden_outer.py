@@ -18,6 +18,7 @@ from memdlm.memory.trajectory import Path
 from memdlm.models import LLaDAConfig, ModelDenoiser
 from memdlm.training.outer import learnable
 from memory_replay import join
+from tiny import assign
 
 pytestmark = pytest.mark.golden
 MASK, PAD = 505, 500
@@ -100,7 +101,7 @@ def written(case: Case, network, inputs, anchor: Anchor):
     shift = outer.get("right_shift_logits", False)
     memory = ParametricMemory(network, config, mask_token_id=MASK, right_shift_logits=shift)
     memory.fast.reset(1, torch.Generator())
-    memory.fast.assign(join(tensors(case.family, "inner_A0.safetensors"), memory.fast.named(), case.family))
+    assign(memory.fast, join(tensors(case.family, "inner_A0.safetensors"), memory.fast.named(), case.family))
     # Teachers and nominal times are the strategy's, the states the recorded ones.
     own = config.strategy().path(anchor, lambda: torch.rand(anchor.clean.shape))
     states = [(ids == MASK) & anchor.is_maskable for ids in recorded_states(case, config, anchor)]

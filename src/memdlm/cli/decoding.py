@@ -6,42 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.cli.parsing import DataclassParser, Parser
-from memdlm.errors import ConfigError
 from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.memory import MemoryConfig
-from memdlm.memory.config import TRAINER_OPTIONS
+from memdlm.memory.flags import PREFIX, flags_of, memory_from_flags
 from memdlm.memory.learned import saved_config
 from memdlm.models.hub.loading import MEMORY_CONFIG_FILE
-from memdlm.options import as_flags, from_flags
 from memdlm.workflows.sessions.decoding import DecodingOptions, page_at
 
-MemoryFlags = dataclasses.make_dataclass("MemoryFlags", as_flags(MemoryConfig, "mem_"))
+MemoryFlags = flags_of()
+SWITCH = "--mem_enabled True"
 
 
 def parse(
     parser: DataclassParser, argv: Sequence[str]
-) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig, tuple[Any, ...]]:
+) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig | None, tuple[Any, ...]]:
     """Parse flags of `decoding_parser`; a preset's options, and a learned memory's, are the defaults of the others."""
     defaults = decoding_defaults(argv) | learned_defaults(argv)
-    options, config, memory, *others = parser.parse(defaults, argv)
+    options, config, flags, *others = parser.parse(defaults, argv)
     config.refuse_idle(parser.given)
     if options.trace is not None:
         # Refused before the model is loaded, not after hours of decoding.
         with page_at(options.trace):
             pass
-    return options, config, memory_of(parser, memory, is_on=options.mem_enabled), tuple(others)
-
-
-def memory_of(parser: DataclassParser, flags: Any, *, is_on: bool) -> MemoryConfig:
-    """Build the memory's options from its parsed flags; raises ConfigError for a flag that nothing will read."""
-    for name, value in parser.given.items():
-        if not name.startswith("mem_") or name == "mem_enabled":
-            continue
-        if not is_on:
-            raise ConfigError(f"{name}={value!r} has no effect without memory; add --mem_enabled True.")
-        if name.removeprefix("mem_") in TRAINER_OPTIONS:
-            raise ConfigError(f"{name}={value!r} has no effect here: only training reads it. Leave it out.")
-    return from_flags(MemoryConfig, flags, "mem_")
+    memory = memory_from_flags(vars(flags), parser.given, is_on=options.mem_enabled, switch=SWITCH)
+    return options, config, memory, tuple(others)
 
 
 def decoding_defaults(argv: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +55,7 @@ def learned_defaults(argv: Sequence[str]) -> dict[str, Any]:
     folder = _early(argv, "adapter") or _early(argv, "model")
     if folder is None or not (Path(folder) / MEMORY_CONFIG_FILE).is_file():
         return {}
-    return {f"mem_{name}": value for name, value in dataclasses.asdict(saved_config(folder)).items()}
+    return {f"{PREFIX}{name}": value for name, value in dataclasses.asdict(saved_config(folder)).items()}
 
 
 def _early(argv: Sequence[str], flag: str) -> str | None:

@@ -3,9 +3,10 @@
 import shlex
 from collections.abc import Sequence
 
-from memdlm.cli.decoding import MemoryFlags, memory_of
+from memdlm.cli.decoding import SWITCH, MemoryFlags
 from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
+from memdlm.memory.flags import memory_from_flags
 from memdlm.report.tables import bias_rows
 from memdlm.workflows.runs.exposure_bias import JSON_NAME, PICTURE_NAME, BiasOptions, measure_exposure_bias
 
@@ -17,10 +18,10 @@ def main(argv: Sequence[str]) -> int:
         prog="memdlm exposure-bias",
         description="Loss while a model decodes from its own tokens against its loss on the true ones, step by step.",
     )
-    options, memory_flags = parser.parse({}, argv)
-    memory = memory_of(parser, memory_flags, is_on=options.mem_enabled)
+    options, flags = parser.parse({}, argv)
+    memory = memory_from_flags(vars(flags), parser.given, is_on=options.mem_enabled, switch=SWITCH)
     command = f"memdlm exposure-bias {shlex.join(argv)}"
-    measured = measure_exposure_bias(options, memory if options.mem_enabled else None, say=note, command=command)
+    measured = measure_exposure_bias(options, memory, say=note, command=command)
     for row in bias_rows(measured):
         if row.seeds:
             figures = "  ".join(

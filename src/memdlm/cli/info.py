@@ -8,9 +8,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from memdlm.cli.output import say
-from memdlm.cli.parsing import Parser
-from memdlm.memory.config import MemoryConfig
+from memdlm.cli.parsing import DataclassParser
 from memdlm.memory.files.saved import MemorySummary, holds_memories, inspect_memory, is_memory, list_memories
+from memdlm.memory.flags import flags_of, memory_from_flags
 from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.summary import ModelSummary, summarise
@@ -18,24 +18,15 @@ from memdlm.workflows.summary import ModelSummary, summarise
 
 def main(argv: Sequence[str]) -> int:
     """Print the summary of a model, a memory or a folder of memories, as tables or as JSON."""
-    defaults = MemoryConfig()
-    parser = Parser(prog="memdlm info", description="Describe a model, or memories; no weights are loaded.")
+    parser = DataclassParser(
+        (flags_of("mem_inner_rank", "mem_inner_layer_fraction", "mem_inner_target_modules"),),
+        prog="memdlm info",
+        description="Describe a model, or memories; no weights are loaded.",
+    )
     parser.add_argument("model", help="folder or hub name of a model, a memory, or a folder of memories")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub repository")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--mem_inner_rank", type=int, default=defaults.inner_rank, help="rank of the fast weights")
-    parser.add_argument(
-        "--mem_inner_layer_fraction",
-        type=float,
-        default=defaults.inner_layer_fraction,
-        help="share of the blocks, from the last, that are adapted",
-    )
-    parser.add_argument(
-        "--mem_inner_target_modules",
-        default=defaults.inner_target_modules,
-        help="projections that get fast weights, separated by commas",
-    )
-    options = parser.parse_args(list(argv))
+    flags, options = parser.parse({}, argv)
     if is_memory(options.model) or holds_memories(options.model):
         found = [inspect_memory(options.model)] if is_memory(options.model) else list_memories(options.model)
         if options.json:
@@ -44,11 +35,7 @@ def main(argv: Sequence[str]) -> int:
             for each in found:
                 show_memory(each)
         return 0
-    config = MemoryConfig(
-        inner_rank=options.mem_inner_rank,
-        inner_layer_fraction=options.mem_inner_layer_fraction,
-        inner_target_modules=options.mem_inner_target_modules,
-    )
+    config = memory_from_flags(vars(flags), {}, is_on=True)
     summary = summarise(options.model, config, revision=options.revision)
     if options.json:
         say(json_text(dataclasses.asdict(summary), indent=2))

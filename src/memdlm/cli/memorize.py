@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from memdlm.cli.decoding import MemoryFlags, learned_defaults, memory_of
+from memdlm.cli.decoding import MemoryFlags, learned_defaults
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
+from memdlm.memory.flags import memory_from_flags
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.memorize import Memorized, MemorizeOptions, memorize
 
@@ -12,8 +13,10 @@ from memdlm.workflows.sessions.memorize import Memorized, MemorizeOptions, memor
 def main(argv: Sequence[str]) -> int:
     """Write the memory and say what it does; returns 1 when the gate refused it."""
     parser = memorize_parser()
-    options, memory = parser.parse(learned_defaults(argv), argv)
-    done = memorize(options, memory_of(parser, memory, is_on=True), Display())
+    options, flags = parser.parse(learned_defaults(argv), argv)
+    memory = memory_from_flags(vars(flags), parser.given, is_on=True)
+    assert memory is not None
+    done = memorize(options, memory, Display())
     say(f"{options.output}: {described(done)}")
     say(done.why)
     return 0 if done.kept else 1

@@ -1,6 +1,5 @@
 """The arguments of an evaluation as users write them (`key=value`), brought to types, checked, and never ignored."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -10,10 +9,11 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 
 from memdlm.errors import ConfigError, unknown
 from memdlm.inference.config import GenerationConfig
-from memdlm.memory.config import TRAINER_OPTIONS, MemoryConfig
+from memdlm.memory.config import MemoryConfig
+from memdlm.memory.flags import DEFAULTS, PREFIX, memory_from_flags, unusual
 from memdlm.models.hub.devices import AUTO, DTYPE_HELP
 from memdlm.models.hub.loading import DTYPES
-from memdlm.options import option, validate
+from memdlm.options import names_of, option, validate
 
 Arguments: TypeAlias = Mapping[str, Any]
 
@@ -84,13 +84,12 @@ class Request:
 
 def generation_fields() -> list[str]:
     """Return the names of the decoding options; `max_length` is the evaluation's own (`HarnessOptions`)."""
-    return [field.name for field in dataclasses.fields(GenerationConfig) if field.name != "max_length"]
+    return [name for name in names_of(GenerationConfig) if name != "max_length"]
 
 
 def option_names() -> list[str]:
     """Return every name that `parse_arguments` knows."""
-    memory = [f"mem_{field.name}" for field in dataclasses.fields(MemoryConfig)]
-    return [*(field.name for field in dataclasses.fields(HarnessOptions)), *generation_fields(), *memory]
+    return [*names_of(HarnessOptions), *generation_fields(), *DEFAULTS]
 
 
 def parse_arguments(arguments: Arguments) -> Settings:
@@ -107,23 +106,16 @@ def parse_arguments(arguments: Arguments) -> Settings:
     options = HarnessOptions(**own)
     generation = {name: value for name, value in _typed(GenerationConfig, given).items() if name != "max_length"}
     GenerationConfig(**{"max_new_tokens": DEFAULT_NEW_TOKENS, **generation})
-    memory = _typed(MemoryConfig, given, prefix="mem_")
-    if memory and not options.mem_enabled:
-        name = next(iter(memory))
-        raise ConfigError(f"mem_{name}={memory[name]!r} has no effect without memory; add mem_enabled=True.")
-    plain = MemoryConfig()
-    for name in TRAINER_OPTIONS:
-        if name in memory and memory[name] != getattr(plain, name):
-            raise ConfigError(f"mem_{name}={memory[name]!r} has no effect here: only training reads it. Leave it out.")
-    for name, bad in (("per_sample", False), ("sync_inner", True)):
-        if memory.get(name) is bad:
+    flags = {f"{PREFIX}{name}": value for name, value in _typed(MemoryConfig, given, PREFIX).items()}
+    for name, bad in (("mem_per_sample", False), ("mem_sync_inner", True)):
+        if options.mem_enabled and flags.get(name) is bad:
             raise ConfigError(
-                f"mem_{name}={bad} would make a request's result depend on its batch or on the number of processes; "
+                f"{name}={bad} would make a request's result depend on its batch or on the number of processes; "
                 "leave it out: in evaluation every prompt has a memory of its own."
             )
-    return Settings(
-        options=options, generation=generation, memory=MemoryConfig(**memory) if options.mem_enabled else None
-    )
+    said = unusual(flags) if options.mem_enabled else flags
+    memory = memory_from_flags(flags, said, is_on=options.mem_enabled)
+    return Settings(options=options, generation=generation, memory=memory)
 
 
 def parse_request(gen_kwargs: Arguments, settings: Settings) -> tuple[Request, tuple[str, ...]]:
@@ -162,9 +154,9 @@ def _typed(config_class: type, given: Arguments, prefix: str = "") -> dict[str, 
     """Pick the options of `config_class` out of `given`, in the types of its fields."""
     hints = get_type_hints(config_class)
     return {
-        field.name: typed(given[prefix + field.name], hints[field.name], prefix + field.name)
-        for field in dataclasses.fields(config_class)
-        if prefix + field.name in given
+        name: typed(given[prefix + name], hints[name], prefix + name)
+        for name in names_of(config_class)
+        if prefix + name in given
     }
 
 

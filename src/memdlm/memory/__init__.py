@@ -1,7 +1,7 @@
 """What an inner loop writes into fast weights, and how a model reads it back."""
 
 from memdlm.memory.adapters import ADAPTERS, Adapter, Full, LoRA
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import FastWeightsConfig, MemoryConfig, OuterConfig, WriteConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.files.combining import average, compress, concatenate
 from memdlm.memory.files.saved import (
@@ -26,6 +26,7 @@ __all__ = [
     "Adapter",
     "Anchor",
     "FastWeights",
+    "FastWeightsConfig",
     "Full",
     "InnerLoss",
     "LoRA",
@@ -33,11 +34,13 @@ __all__ = [
     "MemoryConfig",
     "MemorySummary",
     "Objective",
+    "OuterConfig",
     "ParametricMemory",
     "SavedMemory",
     "Site",
     "Strategy",
     "TrajectoryStep",
+    "WriteConfig",
     "Written",
     "average",
     "compress",

@@ -21,8 +21,12 @@ class Adapter(ABC):
     """How fast weights are created and applied. `names` are the tensors' names, in order."""
 
     names: tuple[str, ...]
-    inner_dropout: float = 0.0
-    """Share of a site's inputs that are zeroed while a state is learned."""
+    scale: float = 1.0
+    """What the product of the tensors is multiplied by."""
+
+    @abstractmethod
+    def size(self, site: Site) -> int:
+        """Return how many numbers one memory has at `site`."""
 
     @abstractmethod
     def start(self, site: Site, num_samples: int, randomness: Randomness, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -46,12 +50,15 @@ class LoRA(Adapter):
 
     inner_rank: int = 32
     inner_alpha: float = 64.0
-    inner_dropout: float = 0.0
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> float:  # type: ignore[override]
         """Alpha over rank."""
         return self.inner_alpha / self.inner_rank
+
+    def size(self, site: Site) -> int:
+        """Count A and B."""
+        return self.inner_rank * (site.in_features + site.out_features) * (site.num_experts or 1)
 
     def start(self, site: Site, num_samples: int, randomness: Randomness, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Draw A uniformly from +-1/sqrt(in); one generator draws it once for all samples."""
@@ -84,6 +91,10 @@ class Full(Adapter):
     """An additive matrix, zero at the start."""
 
     names = ("delta",)
+
+    def size(self, site: Site) -> int:
+        """Count the matrix."""
+        return site.in_features * site.out_features * (site.num_experts or 1)
 
     def start(self, site: Site, num_samples: int, randomness: Randomness, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return zeros; draws nothing."""

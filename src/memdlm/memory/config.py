@@ -1,6 +1,9 @@
-"""The options of a memory. Users know them with the prefix `mem_`; here they have none."""
+"""The options of a memory. Users know them with the prefix `mem_`; here they have none.
 
-import dataclasses
+Three parts, each checked by itself, and `MemoryConfig`, which has the options of all three side by side. What reads one
+part alone asks for that part.
+"""
+
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +14,7 @@ from memdlm.memory.inner_loop import LocalSGD
 from memdlm.memory.objectives import HIDDEN_TYPES, OBJECTIVES, Objective
 from memdlm.memory.outer_gradient import OUTER_GRADIENTS
 from memdlm.memory.trajectory import SCORED, STRATEGIES, Strategy
-from memdlm.options import option, validate
+from memdlm.options import names_of, option, validate
 
 Part = TypeVar("Part")
 
@@ -19,35 +22,94 @@ WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
-TRAINER_OPTIONS = (
-    "write_source",
-    "outer_gradient",
-    "outer_mix",
-    "learned_start_lr",
-    "learned_rates_lr",
-    "batch_mix",
-    "batch_reach",
-)
-"""Options of a training run: what it writes, and how it learns from what was written."""
 MOST = 4096
 """Of updates, of views and of ranks: more than any use has, and as much as a mistyped number may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """Where fast weights sit and how a write moves them. The defaults are the paper's (`MemoryConfig.paper()`)."""
+class _Options:
+    """What all parts share: their own checks, and parts of the method built from them."""
+
+    def __post_init__(self) -> None:
+        validate(self, prefix="mem_")
+
+    def _build(self, part: type[Part]) -> Part:
+        # A part's fields are named like the options it reads: that is the whole wiring.
+        return part(**{name: getattr(self, name) for name in names_of(part)})
+
+    def _refuse_idle(self, name: str, reason: str) -> None:
+        """Raise ConfigError if an option that nothing reads is not at its default."""
+        if getattr(self, name) != getattr(type(self), name):
+            raise ConfigError(f"mem_{name}={getattr(self, name)!r} has no effect {reason}")
+
+    def _refuse_unread(self, selector: str, table: dict[str, type]) -> None:
+        """Refuse the options that other choices of `selector` read, and the chosen one does not."""
+        choice = getattr(self, selector)
+        for name in dict.fromkeys(name for part in table.values() for name in names_of(part)):
+            users = sorted(key for key, part in table.items() if name in names_of(part))
+            # The anchor reads this one too.
+            if choice not in users and name != "prompt_mask_ratio":
+                self._refuse_idle(
+                    name,
+                    f"with mem_{selector}={choice!r}; it is read by {', '.join(users)}. Leave it out, or change "
+                    f"mem_{selector}.",
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastWeightsConfig(_Options):
+    """What fast weights are, where they sit, and how they are read."""
+
+    inner_adapter_type: str = option("lora", "Kind of fast weights.", choices=tuple(ADAPTERS))
+    inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1, maximum=MOST)
+    inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0, maximum=1e6)
+    inner_layer_fraction: float = option(
+        0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1
+    )
+    inner_target_modules: str = option(
+        "gate_proj,up_proj,down_proj", "Projections that get fast weights, separated by commas."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
+        self._refuse_unread("inner_adapter_type", ADAPTERS)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names in `inner_target_modules`."""
+        return tuple(name.strip() for name in self.inner_target_modules.split(",") if name.strip())
+
+    def adapter(self) -> Adapter:
+        """Build the kind of fast weights."""
+        return self._build(ADAPTERS[self.inner_adapter_type])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig(_Options):
+    """How a write moves fast weights, alike in training and in use; what is `adjustable` may differ between them.
+
+    `chunk_length` may, because texts longer than those of training need it; `inner_score_fraction`, because it changes
+    neither the mean of the inner loss nor that of its gradient.
+    """
 
     num_inner_steps: int = option(2, "States of the trajectory, one update each.", minimum=1, maximum=MOST)
     num_inner_epochs: int = option(
         1, "How often the trajectory is repeated; fast weights are kept.", minimum=1, maximum=MOST
     )
     masking_strategy: str = option("pmc", "How the states follow from the anchor.", choices=tuple(STRATEGIES))
-    prompt_mask_ratio: float = option(0.2, "Share of the tokens masked in the anchor at inference.", above=0, maximum=1)
+    prompt_mask_ratio: float = option(
+        0.2, "Share of the tokens masked in the anchor at inference.", above=0, maximum=1, adjustable=True
+    )
     progressive_consistent_start_scale: float = option(
         1.5, "The first state masks this many times the anchor's tokens.", minimum=1, maximum=1e6
     )
     chunk_length: int | None = option(
-        None, "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.", minimum=1
+        None,
+        "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.",
+        minimum=1,
+        adjustable=True,
     )
     strides: int = option(
         2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2, maximum=MOST
@@ -57,18 +119,9 @@ class MemoryConfig:
     inner_clip_scope: str = option(
         "tensor", "What is clipped: every fast-weight tensor, or all of a memory by one norm.", choices=CLIP_SCOPES
     )
-    inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1, maximum=MOST)
-    inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0, maximum=1e6)
     inner_dropout: float = option(
         0.0, "Share of the low-rank fast weights' inputs zeroed during a write.", minimum=0, below=1
     )
-    inner_layer_fraction: float = option(
-        0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1
-    )
-    inner_target_modules: str = option(
-        "gate_proj,up_proj,down_proj", "Projections that get fast weights, separated by commas."
-    )
-    inner_adapter_type: str = option("lora", "Kind of fast weights.", choices=tuple(ADAPTERS))
     inner_loss_type: str = option("ce", "Inner objective.", choices=tuple(OBJECTIVES))
     distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", minimum=1e-4, maximum=1e4)
     distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
@@ -79,6 +132,7 @@ class MemoryConfig:
         "all.",
         above=0,
         maximum=1,
+        adjustable=True,
     )
     loss_weight_type: str | None = option(
         None,
@@ -94,7 +148,71 @@ class MemoryConfig:
         "none",
         "inner: padding is never masked in a write; both: nor in the outer loss.",
         choices=PAD_UNMASK_MODES,
+        adjustable=True,
     )
+    learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
+    learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
+    attention: str = option(
+        "full",
+        "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
+        choices=ATTENTIONS,
+    )
+    sync_inner: bool | None = option(
+        None,
+        "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
+        adjustable=True,
+    )
+    inner_gradient_checkpointing: bool = option(
+        True,
+        "Recompute the adapted blocks in the backward pass of a write instead of keeping their activations.",
+        adjustable=True,
+    )
+    per_sample: bool | None = option(
+        None,
+        "One memory per row instead of one per batch; unset: per batch in training, per row otherwise.",
+        adjustable=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner_grad_clip == 0:
+            self._refuse_idle("inner_clip_scope", "with mem_inner_grad_clip=0; set a norm, or leave it out.")
+        if self.inner_loss_type == "distill_hidden":
+            self._refuse_idle(
+                "inner_score_fraction",
+                "with mem_inner_loss_type='distill_hidden', which predicts no tokens; leave it out, or set "
+                "mem_inner_loss_type to ce, distill or distill_reverse.",
+            )
+        self._refuse_unread("masking_strategy", STRATEGIES)
+        self._refuse_unread("inner_loss_type", OBJECTIVES)
+        if self.sync_inner and self.per_sample is not False:
+            raise ConfigError(
+                f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
+                "of its own. Set mem_per_sample=False, or leave mem_sync_inner out."
+            )
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a write has parameters of its own."""
+        return self.learn_start or self.learn_lr
+
+    def strategy(self) -> Strategy:
+        """Build the trajectory strategy."""
+        return self._build(STRATEGIES[self.masking_strategy])
+
+    def objective(self) -> Objective:
+        """Build the inner objective."""
+        return self._build(OBJECTIVES[self.inner_loss_type])
+
+    def update(self) -> LocalSGD:
+        """Build the update rule."""
+        return self._build(LocalSGD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(_Options):
+    """What a training writes, and how it learns from what was written. Nothing else reads it."""
+
     write_source: str = option(
         "response",
         "What training writes: response (the paper: the labels that the outer loss scores), prompt (no leak), both "
@@ -109,16 +227,9 @@ class MemoryConfig:
         choices=OUTER_GRADIENTS,
     )
     outer_mix: float = option(0.0, "Share of the outer loss that is computed without memory.", minimum=0, maximum=1)
-    learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
-    learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
     learned_start_lr: float = option(3e-3, "Outer learning rate of the learned start.", above=0, maximum=1e6)
     learned_rates_lr: float = option(
         0.03, "Outer learning rate of the logarithms of the learned rates.", above=0, maximum=1e6
-    )
-    attention: str = option(
-        "full",
-        "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
-        choices=ATTENTIONS,
     )
     batch_mix: str | None = option(
         None,
@@ -128,28 +239,22 @@ class MemoryConfig:
     batch_reach: int | None = option(
         None, "Steps with memory alone: how far attention sees to either side, in tokens.", minimum=0, maximum=2**24
     )
-    sync_inner: bool | None = option(
-        None,
-        "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
-    )
-    inner_gradient_checkpointing: bool = option(
-        True, "Recompute the adapted blocks in the backward pass of a write instead of keeping their activations."
-    )
-    per_sample: bool | None = option(
-        None, "One memory per row instead of one per batch; unset: per batch in training, per row otherwise."
-    )
 
     def __post_init__(self) -> None:
-        validate(self, prefix="mem_")
-        if not self.targets:
-            raise ConfigError("mem_inner_target_modules is empty; name at least one projection, e.g. down_proj.")
-        self._refuse_idle_options()
-        self._refuse_idle_learning()
-        self._refuse_bad_mix()
-        if self.sync_inner and self.per_sample is not False:
+        super().__post_init__()
+        if (self.batch_mix is None) != (self.batch_reach is None):
             raise ConfigError(
-                f"mem_sync_inner=True has no effect with mem_per_sample={self.per_sample}: every row then has a memory "
-                "of its own. Set mem_per_sample=False, or leave mem_sync_inner out."
+                f"mem_batch_mix={self.batch_mix!r} and mem_batch_reach={self.batch_reach!r} belong together: set both, "
+                "or neither."
+            )
+        if self.batch_shares is not None and self.outer_mix != 0:
+            raise ConfigError(
+                f"mem_batch_mix is not combined with mem_outer_mix={self.outer_mix!r}; leave one of them out."
+            )
+        if self.batch_shares is not None and self.write_source == "response":
+            raise ConfigError(
+                "mem_batch_mix with mem_write_source='response': such a memory holds labels, not the text that is out "
+                "of sight. Set mem_write_source=prompt."
             )
 
     @property
@@ -157,9 +262,43 @@ class MemoryConfig:
         """`batch_mix` as shares that sum to 1: memory alone, text alone, both; None: always both."""
         if self.batch_mix is None:
             return None
-        numbers = [float(part) for part in self.batch_mix.split(",")]
+        try:
+            numbers = [float(part) for part in self.batch_mix.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 3 or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
+            raise ConfigError(
+                "mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, got "
+                f"{self.batch_mix!r}."
+            )
         alone, text, both = (number / sum(numbers) for number in numbers)
         return alone, text, both
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
+    """All options of a memory. The defaults are the paper's (`MemoryConfig.paper()`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner_adapter_type != "lora":
+            self._refuse_idle(
+                "inner_dropout",
+                f"with mem_inner_adapter_type={self.inner_adapter_type!r}; it is read by lora. Leave it out, or change "
+                "mem_inner_adapter_type.",
+            )
+        for name, switch in (("learned_start_lr", "learn_start"), ("learned_rates_lr", "learn_lr")):
+            if not getattr(self, switch):
+                self._refuse_idle(name, f"without mem_{switch}=True; set it, or leave mem_{name} out.")
+        if self.outer_gradient != "first_order" and self.sync_inner:
+            raise ConfigError(
+                f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
+                "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
+            )
+        if self.batch_mix is not None and self.attention != "full":
+            raise ConfigError(
+                f"mem_batch_mix is not combined with mem_attention={self.attention!r}; leave one of them out."
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "MemoryConfig":
@@ -193,106 +332,3 @@ class MemoryConfig:
         if not changes.get("learn_lr", True):
             del options["learned_rates_lr"]
         return cls(**(options | changes))
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether a write has parameters of its own."""
-        return self.learn_start or self.learn_lr
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names in `inner_target_modules`."""
-        return tuple(name.strip() for name in self.inner_target_modules.split(",") if name.strip())
-
-    def strategy(self) -> Strategy:
-        """Build the trajectory strategy."""
-        return self._build(STRATEGIES[self.masking_strategy])
-
-    def objective(self) -> Objective:
-        """Build the inner objective."""
-        return self._build(OBJECTIVES[self.inner_loss_type])
-
-    def adapter(self) -> Adapter:
-        """Build the kind of fast weights."""
-        return self._build(ADAPTERS[self.inner_adapter_type])
-
-    def update(self) -> LocalSGD:
-        """Build the update rule."""
-        return self._build(LocalSGD)
-
-    def _build(self, part: type[Part]) -> Part:
-        # A part's fields are named like the options it reads: that is the whole wiring.
-        return part(**{name: getattr(self, name) for name in _option_names(part)})
-
-    def _refuse_idle_learning(self) -> None:
-        for name, switch in (("learned_start_lr", "learn_start"), ("learned_rates_lr", "learn_lr")):
-            default = next(field.default for field in dataclasses.fields(self) if field.name == name)
-            if getattr(self, name) != default and not getattr(self, switch):
-                raise ConfigError(
-                    f"mem_{name}={getattr(self, name)!r} has no effect without mem_{switch}=True; set it, or leave "
-                    f"mem_{name} out."
-                )
-        if self.outer_gradient != "first_order" and self.sync_inner:
-            raise ConfigError(
-                f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
-                "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
-            )
-
-    def _refuse_bad_mix(self) -> None:
-        if (self.batch_mix is None) != (self.batch_reach is None):
-            raise ConfigError(
-                f"mem_batch_mix={self.batch_mix!r} and mem_batch_reach={self.batch_reach!r} belong together: set both, "
-                "or neither."
-            )
-        if self.batch_mix is None:
-            return
-        try:
-            numbers = [float(part) for part in self.batch_mix.split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) != 3 or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
-            raise ConfigError(
-                f"mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, got "
-                f"{self.batch_mix!r}."
-            )
-        for name, value, only in (("outer_mix", self.outer_mix, 0.0), ("attention", self.attention, "full")):
-            if value != only:
-                raise ConfigError(f"mem_batch_mix is not combined with mem_{name}={value!r}; leave one of them out.")
-        if self.write_source == "response":
-            raise ConfigError(
-                "mem_batch_mix with mem_write_source='response': such a memory holds labels, not the text that is out "
-                "of sight. Set mem_write_source=prompt."
-            )
-
-    def _refuse_idle_options(self) -> None:
-        if self.inner_clip_scope != "tensor" and self.inner_grad_clip == 0:
-            raise ConfigError(
-                f"mem_inner_clip_scope={self.inner_clip_scope!r} has no effect with mem_inner_grad_clip=0; set a norm, "
-                "or leave it out."
-            )
-        if self.inner_score_fraction != 1 and self.inner_loss_type == "distill_hidden":
-            raise ConfigError(
-                f"mem_inner_score_fraction={self.inner_score_fraction!r} has no effect with "
-                "mem_inner_loss_type='distill_hidden', which predicts no tokens; leave it out, or set "
-                "mem_inner_loss_type to ce, distill or distill_reverse."
-            )
-        tables: tuple[tuple[str, dict[str, type]], ...] = (
-            ("masking_strategy", STRATEGIES),
-            ("inner_adapter_type", ADAPTERS),
-            ("inner_loss_type", OBJECTIVES),
-        )
-        for selector, table in tables:
-            choice = getattr(self, selector)
-            read = set(_option_names(table[choice]))
-            elsewhere = {name for part in table.values() for name in _option_names(part)} - read - {"prompt_mask_ratio"}
-            for field in dataclasses.fields(self):
-                if field.name in elsewhere and getattr(self, field.name) != field.default:
-                    users = sorted(key for key, part in table.items() if field.name in _option_names(part))
-                    raise ConfigError(
-                        f"mem_{field.name}={getattr(self, field.name)!r} has no effect with mem_{selector}={choice!r}; "
-                        f"it is read by {', '.join(users)}. Leave it out, or change mem_{selector}."
-                    )
-
-
-def _option_names(part: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(part)]

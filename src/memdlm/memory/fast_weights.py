@@ -5,7 +5,7 @@ gradient norm or its checkpoints. A forward hook adds them to a linear layer's o
 `ExpertAdditions` object. One memory can be open per network, and only the thread that opened it reads it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
@@ -48,18 +48,25 @@ class FastWeights:
             raise ConfigError(f"a memory is not copied while it is open: {self._block}. Leave the block first.")
         return self.__dict__
 
-    def reset(self, num_samples: int, randomness: Randomness, start: Sequence[Tensor] | None = None) -> None:
+    def reset(
+        self,
+        num_samples: int,
+        randomness: Randomness,
+        start: Sequence[Tensor] | None = None,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
         """Start anew for `num_samples` samples: from `start`, or from values that add nothing until updated.
 
-        `start` holds one sample's values, in the order of `tensors()`; gradients flow back to it.
+        `start` holds one sample's values, in the order of `tensors()`; gradients flow back to it. `dropout` is the
+        share of a site's inputs that are zeroed inside `dropping`.
         """
         self.num_samples = num_samples
         if start is None:
             start = self.drawn(num_samples, randomness)
         self.replace([self._spread(tensor) for tensor in start])
-        if self.adapter.inner_dropout > 0:
-            drawn = seed_tensor(num_samples, randomness, self.sites[0].device)
-            self._dropout = InputDropout(self.adapter.inner_dropout, drawn)
+        if dropout > 0:
+            self._dropout = InputDropout(dropout, seed_tensor(num_samples, randomness, self.sites[0].device))
 
     def drawn(self, num_samples: int, randomness: Randomness) -> list[Tensor]:
         """Return the adapter's own start, in the order of `tensors()`."""
@@ -78,7 +85,7 @@ class FastWeights:
 
     @contextmanager
     def dropping(self, update: int) -> Iterator[None]:
-        """Apply the adapter's dropout inside the block, with the zeros of the write's `update`-th gradient step."""
+        """Apply the dropout inside the block, with the zeros of the write's `update`-th gradient step."""
         if self._dropout is None:
             yield
             return
@@ -144,19 +151,6 @@ class FastWeights:
         self._some = None
         for index, site in enumerate(self.sites):
             self._values[site.path] = tuple(tensors[index * width : (index + 1) * width])
-
-    def assign(self, values: Mapping[str, Tensor]) -> None:
-        """Set values by the names of `named()`; raises ConfigError unless names and shapes agree exactly."""
-        current = self.named()
-        if set(values) != set(current):
-            missing, extra = sorted(set(current) - set(values)), sorted(set(values) - set(current))
-            raise ConfigError(f"fast weights: missing {missing}, unknown {extra}.")
-        for name, tensor in values.items():
-            if tensor.shape != current[name].shape:
-                raise ConfigError(
-                    f"fast weights: {name} has shape {tuple(tensor.shape)}, expected {tuple(current[name].shape)}."
-                )
-        self.replace([values[name].to(old).detach().requires_grad_() for name, old in current.items()])
 
     @contextmanager
     def opened(self, kind: str) -> Iterator[None]:

@@ -14,7 +14,7 @@ from memdlm.diffusion.masking import positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.objectives import Objective
-from memdlm.memory.outer_gradient import ExactGradient, LossOf, differentiate
+from memdlm.memory.outer_gradient import InnerGradient, LossOf, OuterGradient, Untracked, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
 from memdlm.types import Denoise, Positions
@@ -32,6 +32,15 @@ class Written:
     """[] or [B] int64: updates that were left out because loss or gradient was not finite."""
     num_tokens: int
     """Positions that were predicted and scored, summed over the K updates."""
+
+    def of_one(self) -> "Written":
+        """Drop the sample dimension, where all rows shared one memory."""
+        return Written(
+            losses=self.losses[:, 0],
+            grad_norms=self.grad_norms[:, 0],
+            num_skipped=self.num_skipped[0],
+            num_tokens=self.num_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +97,21 @@ class InnerLoss:
     weighting: str
     norm: str
 
-    def __call__(self, denoise: Denoise, step: TrajectoryStep, samples: int, count: int | None = None) -> Tensor:
-        """Return one loss per sample [S]; `count` is the number of positions read, if it is known."""
-        positions = positions_of(step.is_read, count)
+    def at(
+        self,
+        step: TrajectoryStep,
+        positions: Positions,
+        denoise: Denoise,
+        samples: int,
+        whole: "JoinedBatch | None" = None,
+    ) -> LossOf:
+        """Fix what `step` follows, under the fast weights of now; what is left to say is which network reads it."""
         target = self.objective.target(denoise, step, positions)
-        return self.reduce(self.objective.values(denoise, step, positions, target), positions, step, samples)
+
+        def losses_of(read: Denoise) -> Tensor:
+            return self.reduce(self.objective.values(read, step, positions, target), positions, step, samples, whole)
+
+        return losses_of
 
     def reduce(
         self,
@@ -132,18 +151,6 @@ def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[Joined
     return [JoinedBatch(each, rows) for each in tokens]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outer:
-    """What an outer training has to do with a write."""
-
-    is_tracked: bool = False
-    """Whether the written values keep their graph: to the start, to `rates`, and through `exact`."""
-    rates: Sequence[Sequence[Tensor]] | None = None
-    """Learned factors of the learning rate, for every update one per tensor."""
-    exact: ExactGradient | None = None
-    """Puts the steps' gradients into the graph; None: they are constants (first order)."""
-
-
 def run_inner_loop(
     steps: Sequence[TrajectoryStep],
     *,
@@ -153,20 +160,20 @@ def run_inner_loop(
     denoise: Denoise,
     epochs: int = 1,
     ranks: Ranks | None = None,
-    outer: Outer | None = None,
+    rates: Sequence[Sequence[Tensor]] | None = None,
+    outer: OuterGradient | None = None,
     counts: Sequence[int] | None = None,
 ) -> Written:
     """Write `steps` into `fast`, `epochs` times over; `denoise` must read `fast` (`FastWeights.attached`).
 
     With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
-    rounding; losses and norms are then the joined batch's too. Unless `outer` tracks them, the values are constants.
-    `counts` are the positions that the steps read; None: the device is waited for, once, to learn them.
+    rounding; losses and norms are then the joined batch's too. `rates` are learned factors of the learning rate, for
+    every update one per tensor. Without `outer`, the written values are constants. `counts` are the positions that the
+    steps read; None: the device is waited for, once, to learn them.
     """
-    outer = Outer() if outer is None else outer
+    outer = Untracked() if outer is None else outer
     losses, norms = [], []
     values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
-    if not outer.is_tracked:
-        values = [value.detach() for value in values]
     if counts is None:
         counts = torch.stack([step.is_read.sum() for step in steps]).tolist()
     states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
@@ -174,7 +181,7 @@ def run_inner_loop(
         leaves = [value.detach().requires_grad_() for value in values]
         fast.replace(leaves)
         with torch.enable_grad():
-            losses_of = _prepared(step, positions_of(step.is_read, count), loss, denoise, fast.num_samples, whole)
+            losses_of = loss.at(step, positions_of(step.is_read, count), denoise, fast.num_samples, whole)
             # The backward pass too: it may run layers again, and they must drop the same inputs.
             with fast.dropping(index):
                 per_sample = losses_of(denoise)
@@ -184,11 +191,9 @@ def run_inner_loop(
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
         norm = _global_norm(gradients)
         is_sound = per_sample.isfinite() & norm.isfinite()
-        with torch.set_grad_enabled(outer.is_tracked):
-            if outer.exact is not None:
-                gradients = outer.exact.connect(gradients, values, step.ids, losses_of, index)
-            rates = () if outer.rates is None else (outer.rates[index],)
-            values = update.step(values, gradients, is_sound, *rates)
+        taken = InnerGradient(found=gradients, loss_of=losses_of, ids=step.ids, update=index)
+        step_from = outer.traced(values, taken)
+        values = update.step(*step_from, is_sound, None if rates is None else rates[index])
         losses.append(per_sample)
         norms.append(norm)
     fast.replace(values)
@@ -199,23 +204,6 @@ def run_inner_loop(
         num_skipped=(~(stacked.isfinite() & torch.stack(norms).isfinite())).sum(0),
         num_tokens=sum(counts) * epochs,
     )
-
-
-def _prepared(
-    step: TrajectoryStep,
-    positions: Positions,
-    loss: InnerLoss,
-    denoise: Denoise,
-    samples: int,
-    whole: JoinedBatch | None,
-) -> LossOf:
-    """Fix what one step follows; what is left to say is which network reads it."""
-    target = loss.objective.target(denoise, step, positions)
-
-    def losses_of(read: Denoise) -> Tensor:
-        return loss.reduce(loss.objective.values(read, step, positions, target), positions, step, samples, whole)
-
-    return losses_of
 
 
 def _global_norm(gradients: Sequence[Tensor]) -> Tensor:

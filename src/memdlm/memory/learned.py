@@ -18,35 +18,12 @@ from torch import Tensor, nn
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.files import replace_files
 from memdlm.finite import is_finite
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import FastWeightsConfig, MemoryConfig, WriteConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.hub.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.options import from_mapping
 from memdlm.randomness import derive
 from memdlm.strict_json import check_fields, is_object, is_whole, read_json
-
-TRAINING_ONLY = (
-    "write_source",
-    "outer_gradient",
-    "outer_mix",
-    "batch_mix",
-    "batch_reach",
-    "learned_start_lr",
-    "learned_rates_lr",
-    "sync_inner",
-    "inner_gradient_checkpointing",
-    "per_sample",
-    "prompt_mask_ratio",
-    "pad_unmask_mode",
-    "chunk_length",
-    "inner_score_fraction",
-)
-"""Options that may differ between the training of a start and its use: they do not change how a prompt is written.
-
-`chunk_length` changes how a longer text is written. It may differ all the same, because texts that are longer than
-those of training need it.
-`inner_score_fraction` changes neither the mean of the inner loss nor that of its gradient.
-"""
 
 RATES = "log_rates"
 MOST_LOG_RATE = 50
@@ -91,10 +68,11 @@ class LearnedWrite(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved."""
-        found = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
-        if self.log_rates is not None:
-            found[RATES] = self.log_rates
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self._own().items()}
+
+    def _own(self) -> dict[str, Tensor]:
+        starts = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
+        return starts if self.log_rates is None else {**starts, RATES: self.log_rates}
 
     def save(self, folder: str | Path) -> None:
         """Write `memory_init.safetensors` and the memory's options into `folder`."""
@@ -114,21 +92,19 @@ class LearnedWrite(nn.Module):
         missing or do not fit the model.
         """
         saved = saved_config(folder)
-        for field in dataclasses.fields(MemoryConfig):
-            if field.name not in TRAINING_ONLY and getattr(saved, field.name) != getattr(self.config, field.name):
+        for name in _binding():
+            if getattr(saved, name) != getattr(self.config, name):
                 raise ConfigError(
-                    f"mem_{field.name}={getattr(self.config, field.name)!r}, but the start and rates in {folder} were "
-                    f"learned with {getattr(saved, field.name)!r}; a memory is read as it was trained to be written. "
-                    "Use the saved options (ParametricMemory without a configuration), or turn mem_learn_start and "
-                    "mem_learn_lr off."
+                    f"mem_{name}={getattr(self.config, name)!r}, but the start and rates in {folder} were learned with "
+                    f"{getattr(saved, name)!r}; a memory is read as it was trained to be written. Use the saved "
+                    "options (ParametricMemory without a configuration), or turn mem_learn_start and mem_learn_lr off."
                 )
         path = Path(folder) / MEMORY_FILE
         try:
             found = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: could not be read: {error}") from error
-        own = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
-        own |= {} if self.log_rates is None else {RATES: self.log_rates}
+        own = self._own()
         sizes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         read = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if sizes != read:
@@ -145,6 +121,12 @@ class LearnedWrite(nn.Module):
             )
         for name, tensor in own.items():
             tensor.copy_(found[name])
+
+
+def _binding() -> list[str]:
+    """Return the options that say how a prompt is written and read: a start is used with those it was trained with."""
+    fields = (*dataclasses.fields(FastWeightsConfig), *dataclasses.fields(WriteConfig))
+    return [field.name for field in fields if not field.metadata["adjustable"]]
 
 
 def saved_config(folder: str | Path) -> MemoryConfig:

@@ -10,9 +10,11 @@ Attention below the first fast weight never lies between a loss and the fast wei
 differentiated twice and needs an implementation that can be.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +36,51 @@ TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
 LossOf = Callable[[Denoise], Tensor]
 """Returns the inner loss of one step [S] under the fast weights as they are."""
+Step: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""What a gradient step starts from: the values and their gradients."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InnerGradient:
+    """A gradient that the inner loop has taken, and what it takes to take it again."""
+
+    found: Sequence[Tensor]
+    loss_of: LossOf
+    ids: Ids
+    """The state that the loss was taken at."""
+    update: int
+    """Numbers the write's gradient steps (dropout)."""
+
+
+class OuterGradient(ABC):
+    """Through what of a write an outer loss is differentiated."""
+
+    @abstractmethod
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return `values` and their gradient with as much of a graph as the outer loss follows."""
 
 
 @final
-class ExactGradient:
-    """Puts inner gradients into the outer graph.
+class Untracked(OuterGradient):
+    """Through nothing: what was written is a constant."""
+
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return constants."""
+        return [value.detach() for value in values], gradient.found
+
+
+@final
+class FirstOrder(OuterGradient):
+    """Through the learned start and rates; the gradients of the steps are constants."""
+
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return the values with their graph, and constants."""
+        return values, gradient.found
+
+
+@final
+class Exact(OuterGradient):
+    """Through the steps' gradients too, and so through the adapted blocks and what `prefix` holds a graph of.
 
     `denoise` builds what a step reads the network through. Raises ConfigError when the network's attention cannot be
     differentiated twice.
@@ -57,16 +99,11 @@ class ExactGradient:
         self.blocks = _with_attention_above(model, fast, blocks)
         check_attention(model)
 
-    def connect(
-        self, found: Sequence[Tensor], values: Sequence[Tensor], ids: Ids, loss_of: LossOf, update: int
-    ) -> list[Tensor]:
-        """Return `found`, the gradient of `loss_of` by `values` at the state `ids`, as a function of what it came from.
-
-        `update` numbers the write's gradient steps (dropout).
-        """
+    def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
+        """Return the values, and the gradient as a function of what it came from."""
+        ids, state, autocast = gradient.ids, self.fast.state(), _autocast(values[0].device.type)
         hidden = None if self.prefix is None else self.prefix.kept(ids)
         below = [] if hidden is None else [hidden]
-        state, autocast = self.fast.state(), _autocast(values[0].device.type)
 
         def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
             given = None
@@ -77,13 +114,13 @@ class ExactGradient:
                 # A block that runs again in the second backward pass would find another attention than now.
                 without_checkpointing(self.model),
                 self.fast.holding(phi, state),
-                self.fast.dropping(update),
+                self.fast.dropping(gradient.update),
                 patched({block: partial(_explicitly, block.forward) for block in self.blocks}),
             ):
-                losses = loss_of(self.denoise(given))
-                return differentiate(losses, phi, create_graph=True)
+                return differentiate(gradient.loss_of(self.denoise(given)), phi, create_graph=True)
 
-        return list(_Step.apply(again, found, self.parameters, len(values), *values, *below, *self.parameters))
+        inputs = (*values, *below, *self.parameters)
+        return values, _Again.apply(again, gradient.found, self.parameters, len(values), *inputs)
 
 
 def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -94,7 +131,7 @@ def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: boo
     return [torch.zeros_like(value) if g is None else g for value, g in zip(values, found, strict=True)]
 
 
-class _Step(torch.autograd.Function):
+class _Again(torch.autograd.Function):
     """(phi, h, theta) -> dL/dphi, whose value is known already; `again` computes it with a graph."""
 
     @staticmethod

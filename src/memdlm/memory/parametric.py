@@ -18,11 +18,13 @@ from memdlm.memory.checking import check_parts, check_text, warn_if_long
 from memdlm.memory.chunks import Text, joined
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
-from memdlm.memory.files.keeping import Keeper, WrittenText, check_written
-from memdlm.memory.files.saved import SavedMemory
-from memdlm.memory.inner_loop import InnerLoss, Outer, Written, run_inner_loop
+from memdlm.memory.files.exporting import WrittenText, check_fits, check_written, exported, packed
+from memdlm.memory.files.fingerprint import Identity
+from memdlm.memory.files.packing import unpack
+from memdlm.memory.files.saved import SavedMemory, read_memory
+from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
 from memdlm.memory.learned import LearnedWrite, saved_config
-from memdlm.memory.outer_gradient import ExactGradient, check_attention
+from memdlm.memory.outer_gradient import Exact, FirstOrder, OuterGradient, Untracked, check_attention
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, sampled, scored_sets, trajectory, with_sizes
@@ -93,7 +95,9 @@ class ParametricMemory:
         self.folder: str | None = folder
         if folder is not None and self.learned is not None:
             self.learned.load(folder)
-        self._keeper = Keeper(unwrap(model), self.fast, self.config, tokenizer, mask_token_id)
+        self._identity = Identity(self.fast.network, tokenizer, mask_token_id)
+        self._source: WrittenText | SavedMemory | None = None
+        """What the open block was made from."""
         self._prefix: SharedPrefix | None = None
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
@@ -166,7 +170,8 @@ class ParametricMemory:
                 if is_padding is not None and self.config.pad_unmask_mode != "none":
                     is_maskable = is_maskable & ~is_padding
                 start = None if self.learned is None else self.learned.start()
-                self.fast.reset(clean.shape[0] if per_sample else 1, _for_start(randomness, per_sample), start)
+                samples, drawing = (clean.shape[0] if per_sample else 1), _for_start(randomness, per_sample)
+                self.fast.reset(samples, drawing, start, dropout=self.config.inner_dropout)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
                     written = self._write_chunks(
@@ -176,15 +181,20 @@ class ParametricMemory:
                 if not self.model.training:
                     with blaming(self.model):
                         check_written(written.losses[-1], self.fast.tensors())
-                self._keeper.source = WrittenText(clean, is_maskable, written)
-                yield written if per_sample else _joined(written)
+                self._source = WrittenText(clean, is_maskable, written)
+                yield written if per_sample else written.of_one()
 
     def export(self, row: int | None = None) -> SavedMemory:
         """Inside an open block: return what was written as a thing to keep; `row` picks one of B memories.
 
         Raises ConfigError outside a block, and for a `row` that is not there or not said.
         """
-        return self._keeper.export(row, self.learned)
+        if self._source is None:
+            raise ConfigError("no memory is open; save inside a `with memory.write(...)` block.")
+        self.fast.check_thread()
+        if isinstance(self._source, SavedMemory):
+            return self._source
+        return exported(self._source, self.fast, row, self.config, self._identity.fingerprint(self.learned))
 
     def save(self, folder: str | Path, row: int | None = None, **provenance: Any) -> SavedMemory:
         """Inside an open block: write the memory into `folder`, see `memdlm.memory.files.saved`; returns what is in it.
@@ -203,11 +213,22 @@ class ParametricMemory:
         Raises MemoryFileError with the reason when it is damaged or was written for others.
         """
         check_kind(folder, (str, Path), "folder", "the name of a memory's folder")
-        return self._keeper.load(folder, self.learned)
+        saved = read_memory(folder)
+        self._check_fits(saved, f"memory {str(folder)!r}")
+        return saved
+
+    def _check_fits(self, saved: SavedMemory, where: str = "memory") -> None:
+        check_fits(saved, self.fast, self.config, self._identity.fingerprint(self.learned), where)
 
     def unwritten(self) -> SavedMemory:
         """Return the learned start alone, which every memory written from it contains; ConfigError if there is none."""
-        return self._keeper.unwritten(self.learned)
+        start = None if self.learned is None else self.learned.start()
+        if start is None:
+            raise ConfigError("this memory has no learned start: unwritten, it adds nothing.")
+        # Values of their own: a memory that is open stays as it is.
+        fast = FastWeights(self.fast.sites, self.fast.adapter, network=self.fast.network, blocks=self.fast.blocks)
+        fast.replace(start)
+        return packed(fast, 0, self.config, self._identity.fingerprint(self.learned), {"tokens": 0})
 
     @contextmanager
     def recall(self, memory: str | Path | SavedMemory) -> Iterator[SavedMemory]:
@@ -217,11 +238,11 @@ class ParametricMemory:
         """
         check_kind(memory, (str, Path, SavedMemory), "memory", "a memory's folder, or a SavedMemory")
         if isinstance(memory, SavedMemory):
-            self._keeper.check(memory, self.learned)
+            self._check_fits(memory)
         else:
             memory = self.load(memory)
-        with self._opened("recall"), self.fast.holding(self._keeper.values(memory), (1, None)):
-            self._keeper.source = memory
+        with self._opened("recall"), self.fast.holding(unpack(memory.pairs, memory.rank, self.fast), (1, None)):
+            self._source = memory
             yield memory
 
     def of_rows(self, rows: Tensor) -> AbstractContextManager[None]:
@@ -298,10 +319,11 @@ class ParametricMemory:
                 is_constant=is_constant,
             )
 
-        rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
-        exact = None
+        with torch.set_grad_enabled(reading.is_tracked):
+            rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
+        outer: OuterGradient = FirstOrder() if reading.is_tracked else Untracked()
         if reading.is_tracked and self.config.outer_gradient != "first_order":
-            exact = ExactGradient(self.model, self.fast, self._adapted, denoiser, self._prefix)
+            outer = Exact(self.model, self.fast, self._adapted, denoiser, self._prefix)
         with checkpointed(self._adapted if self.config.inner_gradient_checkpointing else ()):
             written = run_inner_loop(
                 steps,
@@ -311,10 +333,11 @@ class ParametricMemory:
                 denoise=denoiser(self._prefix, is_constant=True),
                 epochs=epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
-                outer=Outer(is_tracked=reading.is_tracked, rates=rates, exact=exact),
+                rates=rates,
+                outer=outer,
                 counts=counts,
             )
-        if self._prefix is not None and exact is None:
+        if self._prefix is not None:
             self._prefix.keep(anchor.ids)
         return written
 
@@ -336,7 +359,7 @@ class ParametricMemory:
             try:
                 yield
             finally:
-                self._prefix, self._keeper.source = None, None
+                self._prefix, self._source = None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,16 +382,6 @@ def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:
     if per_sample or isinstance(randomness, torch.Generator):
         return randomness
     return randomness[0].clone_state()
-
-
-def _joined(written: Written) -> Written:
-    """Drop the sample dimension of a write that all rows shared."""
-    return Written(
-        losses=written.losses[:, 0],
-        grad_norms=written.grad_norms[:, 0],
-        num_skipped=written.num_skipped[0],
-        num_tokens=written.num_tokens,
-    )
 
 
 def _usable(tensor: Tensor | None) -> Any:

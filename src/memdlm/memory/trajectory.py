@@ -1,7 +1,7 @@
 """The path of noised states that a write follows (MemDLM sec. 3).
 
 A strategy turns an anchor, the noised batch that will be read, into the states to learn from. All of it is
-vectorised over the batch: every state is "the n positions of lowest rank", with one random ranking per row.
+vectorised over the batch: every state is "the first n positions", in one random order per row.
 """
 
 from abc import ABC, abstractmethod
@@ -82,10 +82,10 @@ class Strategy(ABC):
         """Return the states, in the order in which they are learned."""
 
 
-def rank(first: PositionSet, is_maskable: PositionSet, uniform: Tensor) -> Tensor:
-    """Rank positions within each row: `first` in random order, then the other maskable ones, then the rest.
+def order_of(first: PositionSet, is_maskable: PositionSet, uniform: Tensor) -> Tensor:
+    """Return each position's place in its row: `first` in random order, then the other maskable ones, then the rest.
 
-    The set `rank(...) < n` then has n members, grows with n, and is uniform among the sets that contain `first`.
+    The set `order_of(...) < n` then has n members, grows with n, and is uniform among the sets that contain `first`.
     """
     key = uniform.masked_fill(~is_maskable, 3.0)
     key = torch.where(first & is_maskable, uniform - 2.0, key)
@@ -122,7 +122,7 @@ class AnchorConsistent(Strategy):
         """Return K nested states that contain the anchor's masks; the last of several is the anchor."""
         num_anchor, num_maskable = anchor.is_masked.sum(-1), anchor.is_maskable.sum(-1)
         num_masked = pre_anchor_counts(num_anchor, num_maskable, self.progressive_consistent_start_scale)
-        place = rank(anchor.is_masked, anchor.is_maskable, draw())
+        place = order_of(anchor.is_masked, anchor.is_maskable, draw())
         masked = [place < num_masked[:, None]]
         for steps_left in range(self.num_inner_steps - 1, 0, -1):
             extra = num_masked - num_anchor
@@ -148,7 +148,7 @@ class Unanchored(Strategy):
         ratios = [first + (last - first) * Fraction(step, max(1, steps - 1)) for step in range(steps)]
         num_maskable = anchor.is_maskable.sum(-1)
         start = anchor.is_maskable & (draw() < float(first))
-        place = rank(start, anchor.is_maskable, draw())
+        place = order_of(start, anchor.is_maskable, draw())
         masked = [start]
         for ratio in ratios[1:]:
             count = (num_maskable * ratio.numerator).div(ratio.denominator, rounding_mode="floor")
@@ -169,7 +169,7 @@ class PreAnchorOnly(Strategy):
         counts = pre_anchor_counts(
             anchor.is_masked.sum(-1), anchor.is_maskable.sum(-1), self.progressive_consistent_start_scale
         )
-        masked = rank(anchor.is_masked, anchor.is_maskable, draw()) < counts[:, None]
+        masked = order_of(anchor.is_masked, anchor.is_maskable, draw()) < counts[:, None]
         return Path([masked], [anchor.is_masked], [_share(masked, anchor.is_maskable)])
 
 
@@ -245,9 +245,9 @@ def sampled(is_scored: PositionSet, fraction: float, draw: Draw) -> PositionSet:
     # A denominator of at most a million: the product stays within 64 bits.
     exact = Fraction(str(fraction)).limit_denominator(10**6)
     scored = is_scored.sum(-1)
-    kept = (scored * exact.numerator + exact.denominator - 1).div(exact.denominator, rounding_mode="floor")
+    size = (scored * exact.numerator + exact.denominator - 1).div(exact.denominator, rounding_mode="floor")
     # No row that scores anything may be left without a position: nothing would stand for it.
-    return rank(is_scored, is_scored, uniform) < kept.clamp_min(1).minimum(scored)[:, None]
+    return order_of(is_scored, is_scored, uniform) < size.clamp_min(1).minimum(scored)[:, None]
 
 
 def with_sizes(anchor: Anchor, chosen: Sequence[PositionSet]) -> tuple[Anchor, list[int]]:

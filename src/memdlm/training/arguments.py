@@ -13,6 +13,7 @@ from memdlm.diffusion.schedules import SCHEDULES
 from memdlm.diffusion.soft_masking import SoftMask, SoftMaskOptions
 from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
+from memdlm.memory.flags import DEFAULTS, PREFIX, memory_from_flags, unusual
 from memdlm.models.hub.devices import AUTO, trains_on_the_cpu
 from memdlm.options import as_flags, from_flags, option, own_options_first, validate
 from memdlm.training.limits import check_numbers, check_schedule
@@ -75,20 +76,9 @@ class DiffusionConfig(SoftMaskOptions):
 if TYPE_CHECKING:
 
     class _Flags(transformers.TrainingArguments):
-        mem_enabled: bool
-        time_epsilon: float
-        schedule: str
-        loss_weight_type: str
-        loss_norm_type: str
-        right_shift_logits: bool
-        stratified_times: bool
-        planner_weight: float
-        planner_temperature: float
-        soft_mask_prob: float
-        soft_mask_top_k: int
-        soft_mask_scale: float
-        soft_mask_steepness: float
-        soft_mask_centre: float
+        def __getattr__(self, name: str) -> Any:
+            """Every option of ours."""
+
 else:
     _Flags = dataclasses.make_dataclass(
         "_Flags",
@@ -99,7 +89,7 @@ else:
                 bool,
                 dataclasses.field(default=False, metadata={"help": "Train with parametric memory."}),
             ),
-            *as_flags(MemoryConfig, prefix="mem_"),
+            *as_flags(MemoryConfig, PREFIX),
         ],
         bases=(transformers.TrainingArguments,),
     )
@@ -180,20 +170,12 @@ class TrainingArguments(_Flags):
             )
 
     def _memory(self) -> MemoryConfig | None:
-        if not self.mem_enabled:
-            for field in dataclasses.fields(MemoryConfig):
-                value: Any = getattr(self, f"mem_{field.name}")
-                if value != field.default:
-                    raise ConfigError(
-                        f"mem_{field.name}={value!r} has no effect without memory; "
-                        "add mem_enabled=True or leave it out."
-                    )
-            return None
-        options = {field.name: getattr(self, f"mem_{field.name}") for field in dataclasses.fields(MemoryConfig)}
+        flags: dict[str, Any] = {name: getattr(self, name) for name in DEFAULTS}
+        said = unusual(flags)
         # In training, as published: one memory per batch, the same on all ranks, and the outer loss's weight and norm.
-        options["per_sample"] = bool(options["per_sample"])
-        if options["sync_inner"] is None:
-            options["sync_inner"] = not options["per_sample"] and options["outer_gradient"] == "first_order"
-        options["loss_weight_type"] = options["loss_weight_type"] or self.loss_weight_type
-        options["loss_norm_type"] = options["loss_norm_type"] or self.loss_norm_type
-        return MemoryConfig(**options)
+        flags["mem_per_sample"] = bool(self.mem_per_sample)
+        if self.mem_sync_inner is None:
+            flags["mem_sync_inner"] = not self.mem_per_sample and self.mem_outer_gradient == "first_order"
+        flags["mem_loss_weight_type"] = self.mem_loss_weight_type or self.loss_weight_type
+        flags["mem_loss_norm_type"] = self.mem_loss_norm_type or self.loss_norm_type
+        return memory_from_flags(flags, said, is_on=self.mem_enabled, trains=True)

@@ -3,8 +3,7 @@
 Plain functions on tensors; the Trainer only calls them.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +127,8 @@ def context_only(batch: Batch, mask_token_id: int) -> tuple[Ids, Tensor, Tensor]
 
 
 def _written_part(memory: ParametricMemory, batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor | None]:
+    if memory.config.write_source == "response":
+        return batch.clean, batch.labels, batch.attention_mask
     if memory.config.write_source == "prompt":
         return prompt_only(batch, pad_token_id)
     if memory.config.write_source == "context":
@@ -143,7 +144,6 @@ def _genuine(batch: Batch) -> PositionSet:
     return is_genuine if batch.is_padding is None else is_genuine & ~batch.is_padding
 
 
-@contextmanager
 def memory_of(
     memory: ParametricMemory,
     batch: Batch,
@@ -152,29 +152,20 @@ def memory_of(
     randomness: Randomness,
     is_alone: bool = False,
     attention_pattern: AttentionPattern | None = None,
-) -> Iterator[Written]:
+) -> AbstractContextManager[Written]:
     """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
 
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
-    if memory.config.write_source != "response":
-        ids, labels, mask = _written_part(memory, batch, pad_token_id)
-        with memory.write(
-            ids, labels, mask, randomness, is_alone=is_alone, attention_pattern=attention_pattern
-        ) as written:
-            yield written
-    else:
-        with memory.write(
-            batch.clean,
-            batch.labels,
-            batch.attention_mask,
-            randomness,
-            anchor=batch.noised,
-            is_padding=batch.is_padding,
-            is_alone=is_alone,
-            attention_pattern=attention_pattern,
-        ) as written:
-            yield written
+    is_own = memory.config.write_source == "response"
+    return memory.write(
+        *_written_part(memory, batch, pad_token_id),
+        randomness,
+        anchor=batch.noised if is_own else None,
+        is_padding=batch.is_padding if is_own else None,
+        is_alone=is_alone,
+        attention_pattern=attention_pattern,
+    )
 
 
 def score(

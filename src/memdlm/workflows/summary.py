@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.adapters import Adapter
+from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.sites import Site, find_sites
 from memdlm.models.blocks.experts import Experts
 from memdlm.models.hub.families import family_of
@@ -61,7 +62,7 @@ SIZES = {
 
 def summarise(
     name_or_path: str | Path,
-    config: MemoryConfig | None = None,
+    config: FastWeightsConfig | None = None,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -70,10 +71,10 @@ def summarise(
 
     Raises CheckpointError when the configuration cannot be read, ConfigError when a target names no projection.
     """
-    config = MemoryConfig() if config is None else config
+    config = FastWeightsConfig() if config is None else config
     model = model_skeleton(name_or_path, revision, token)
     sites = find_sites(model, config.targets, config.inner_layer_fraction)
-    groups = _grouped(sites, config)
+    groups = _grouped(sites, config.adapter())
     family = family_of(model.config)
     total = sum(parameter.numel() for parameter in model.parameters())
     return ModelSummary(
@@ -99,28 +100,22 @@ def _idle_parameters(model: nn.Module) -> int:
     return idle
 
 
-def _grouped(sites: Sequence[Site], config: MemoryConfig) -> tuple[SiteGroup, ...]:
+def _grouped(sites: Sequence[Site], adapter: Adapter) -> tuple[SiteGroup, ...]:
     """Join sites that differ in their block only."""
-    layers: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[int, Site]]] = {}
     for site in sites:
         parts = site.path.split(".")
         layer = next(int(part) for part in parts if part.isdigit())
         inside = ".".join(parts[parts.index(str(layer)) + 1 :])
-        layers.setdefault((inside, site.in_features, site.out_features, site.num_experts), []).append(layer)
+        groups.setdefault((inside, site.in_features, site.out_features, site.num_experts), []).append((layer, site))
     return tuple(
         SiteGroup(
             projection=inside,
             in_features=wide,
             out_features=narrow,
             num_experts=experts,
-            layers=tuple(numbers),
-            num_parameters=_parameters(config, wide, narrow) * (experts or 1) * len(numbers),
+            layers=tuple(layer for layer, _ in members),
+            num_parameters=sum(adapter.size(site) for _, site in members),
         )
-        for (inside, wide, narrow, experts), numbers in layers.items()
+        for (inside, wide, narrow, experts), members in groups.items()
     )
-
-
-def _parameters(config: MemoryConfig, in_features: int, out_features: int) -> int:
-    if config.inner_adapter_type == "full":
-        return in_features * out_features
-    return config.inner_rank * (in_features + out_features)

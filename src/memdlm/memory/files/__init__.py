@@ -1,1 +1,1 @@
-"""A memory as a folder: what is kept, how it is checked, read and combined."""
+"""A memory as a folder: what is saved, how it is checked, read and combined."""

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.files.fingerprint import Fingerprint
 from memdlm.memory.files.packing import Layer
-from memdlm.options import shortened
+from memdlm.options import names_of, shortened
 from memdlm.strict_json import (
     Check,
     check_fields,
@@ -19,15 +20,6 @@ from memdlm.strict_json import (
 
 HEADER_FILE = "memory.json"
 FORMAT = 1
-READING = (
-    "inner_adapter_type",
-    "inner_rank",
-    "inner_alpha",
-    "inner_target_modules",
-    "inner_layer_fraction",
-)
-"""Options that say what a memory's values mean; all others are about writing."""
-
 MOST_FEATURES, MOST_EXPERTS = 2**24, 2**16
 
 
@@ -54,7 +46,7 @@ def checked_header(header: Any, files: tuple[str, ...]) -> dict[str, Any]:
         "it",
     )
     check_fields(header["sha256"], dict.fromkeys((*files, HEADER_FILE), is_digest), "sha256")
-    for name in READING:
+    for name in names_of(FastWeightsConfig):
         if name not in header["config"]:
             raise ValueError(f"config lacks {name!r}")
     check_provenance(header["provenance"])

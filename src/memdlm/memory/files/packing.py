@@ -7,7 +7,7 @@ are modules of their own; one that adds exactly nothing needs no pair.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +44,16 @@ class Layer:
         return range(self.num_experts or 0)
 
 
-def layers_of(sites: Sequence[Site], network: nn.Module) -> list[Layer]:
-    """Return the published layers of `sites`, in order."""
+def layers_of(fast: FastWeights) -> list[Layer]:
+    """Return the published layers of the sites, in order."""
     return [
         Layer(
-            name=_published(site, network),
+            name=_published(site, fast.network),
             in_features=site.in_features,
             out_features=site.out_features,
             num_experts=site.num_experts,
         )
-        for site in sites
+        for site in fast.sites
     ]
 
 
@@ -66,14 +66,9 @@ def _published(site: Site, network: nn.Module) -> str:
     return f"{head}.*.{tail}"
 
 
-def scale_of(config: Any) -> float:
-    """Return what B A is multiplied by in a memory of `config`; every operation on files keeps it."""
-    return config.inner_alpha / config.inner_rank if config.inner_adapter_type == "lora" else 1.0
-
-
-def pack(fast: FastWeights, row: int, network: nn.Module) -> tuple[int, Pairs]:
+def pack(fast: FastWeights, row: int) -> tuple[int, Pairs]:
     """Return the rank and the pairs of sample `row`, copied to the CPU."""
-    layers = layers_of(fast.sites, network)
+    layers = layers_of(fast)
     values = [
         [tensor.detach().select(-3, row).to("cpu", copy=True) for tensor in fast.read(site.path)] for site in fast.sites
     ]
@@ -152,10 +147,10 @@ def first_unsound(pairs: Mapping[str, Pair]) -> str | None:
     return None
 
 
-def unpack(pairs: Mapping[str, Pair], rank: int, fast: FastWeights, network: nn.Module) -> list[Tensor]:
+def unpack(pairs: Mapping[str, Pair], rank: int, fast: FastWeights) -> list[Tensor]:
     """Return the values of one sample, in the order of `FastWeights.tensors`, where each site computes."""
     tensors = []
-    for site, layer in zip(fast.sites, layers_of(fast.sites, network), strict=True):
+    for site, layer in zip(fast.sites, layers_of(fast), strict=True):
         dtype = value_dtype(site)
         nothing = {
             "A": torch.zeros(rank, layer.in_features, dtype=dtype),

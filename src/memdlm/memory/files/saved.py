@@ -17,22 +17,21 @@ from typing import Any
 
 from memdlm.errors import CheckpointError, ConfigError, MachineError, MemoryFileError, NotFiniteError
 from memdlm.files import sha256, writing
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import FastWeightsConfig, MemoryConfig
 from memdlm.memory.files.fingerprint import Fingerprint
 from memdlm.memory.files.header import (
     FORMAT,
     HEADER_FILE,
-    READING,
     check_provenance,
     checked_header,
     fingerprint_of,
     layers_of_header,
 )
-from memdlm.memory.files.packing import Layer, Pairs, check_pairs, first_unsound, scale_of
+from memdlm.memory.files.packing import Layer, Pairs, check_pairs, first_unsound
 from memdlm.models.lora.adapters import plain_config
 from memdlm.models.lora.adapters import scale_of as peft_scale
 from memdlm.models.lora.files import CONFIG_FILE, WEIGHTS_FILE, parameter_name, read_adapter, write_adapter
-from memdlm.options import from_mapping
+from memdlm.options import from_mapping, names_of
 from memdlm.outputs import Kind, Output, content, discard, find, output_folder, written_in
 from memdlm.strict_json import read_json
 
@@ -55,12 +54,12 @@ class SavedMemory:
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
-        return scale_of(self.config)
+        return self.config.adapter().scale
 
     @property
     def reading_config(self) -> MemoryConfig:
         """The options that reading needs, the others at their defaults."""
-        return MemoryConfig(**{name: getattr(self.config, name) for name in READING})
+        return MemoryConfig(**{name: getattr(self.config, name) for name in names_of(FastWeightsConfig)})
 
     @property
     def num_parameters(self) -> int:

@@ -7,7 +7,7 @@ from memdlm.data.collate import SUPERVISE_PADDING
 from memdlm.data.encoding import TRUNCATIONS, EncodingOptions
 from memdlm.errors import ConfigError
 from memdlm.files import name_under_base
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import OuterConfig
 from memdlm.models.hub.devices import AUTO, DTYPE_HELP
 from memdlm.models.hub.loading import DTYPES
 from memdlm.models.lora.adapters import LoRAOptions
@@ -85,7 +85,7 @@ class DataOptions(EncodingOptions):
     )
 
 
-def refuse_unread_context(data: DataOptions, memory: MemoryConfig | None) -> None:
+def refuse_unread_context(data: DataOptions, memory: OuterConfig | None) -> None:
     """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
     source = None if memory is None else memory.write_source
     if source == "context" and data.context_column is None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from memdlm.data.sources import load_conversations
 from memdlm.data.specs import parse_specs
 from memdlm.errors import CheckpointError, DataError, MemDLMError
-from memdlm.memory.config import MemoryConfig
+from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.sites import find_sites
 from memdlm.models.blocks.experts import Experts
 from memdlm.models.blocks.readout import BYTES, MAX_SUMMED_LOGITS, at_once
@@ -114,13 +114,8 @@ def _quantisable(model: nn.Module) -> int:
     return sum(weight.numel() for weight in [*linear, *experts])
 
 
-def _fast_parameters(model: nn.Module, config: MemoryConfig) -> int:
-    count = 0
-    for site in find_sites(model, config.targets, config.inner_layer_fraction):
-        wide, narrow = site.in_features, site.out_features
-        size = wide * narrow if config.inner_adapter_type == "full" else config.inner_rank * (wide + narrow)
-        count += size * (site.num_experts or 1)
-    return count
+def _fast_parameters(model: nn.Module, config: FastWeightsConfig) -> int:
+    return sum(map(config.adapter().size, find_sites(model, config.targets, config.inner_layer_fraction)))
 
 
 def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:

@@ -84,7 +84,7 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
     return model, tokenizer
 
 
-def load(options: DecodingOptions, memory: MemoryConfig, config: GenerationConfig, display: Display) -> Decoder:
+def load(options: DecodingOptions, memory: MemoryConfig | None, config: GenerationConfig, display: Display) -> Decoder:
     """Load what decodes, with a memory (which costs nothing until it is written), even where it is off.
 
     What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
