@@ -83,7 +83,7 @@ def test_the_exact_gradient_is_that_of_finite_differences(family, steps):
         {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2},
         {"inner_adapter_type": "full"},
         {"per_sample": False},
-        {"inner_layer_fraction": 1.0, "inner_dropout": 0.3},
+        {"inner_layer_fraction": 1.0, "inner_dropout": 0.3, "write_gate": "none"},
         {"inner_grad_clip": 0.05, "inner_clip_scope": "global"},
         {"inner_grad_clip": 0.05, "num_inner_epochs": 2, "num_inner_steps": 1},
         {"learn_start": False, "learn_lr": False},
@@ -124,7 +124,7 @@ def test_the_upper_gradient_takes_what_lies_below_as_given(family):
     model = tiny(family, torch.float64)
     gradients = {}
     for order in ("exact", "exact_top", "first_order"):
-        memory = memory_of(model, outer_gradient=order)
+        memory = memory_of(model, outer_gradient=order, write_gate="none")
         shake(memory)
         model.zero_grad()
         outer_loss(memory).backward()
@@ -224,7 +224,7 @@ def test_what_is_kept_between_the_passes_grows_by_less_than_a_step_s_activations
 def test_gradient_checkpointing_changes_nothing(family):
     gradients = []
     for is_on in (False, True):
-        memory = memory_of(tiny(family, torch.float64).train(), inner_layer_fraction=1.0)
+        memory = memory_of(tiny(family, torch.float64).train(), inner_layer_fraction=1.0, write_gate="none")
         if is_on:
             memory.model.gradient_checkpointing_enable()
         shake(memory)

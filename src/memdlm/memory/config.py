@@ -20,6 +20,7 @@ Part = TypeVar("Part")
 
 WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
+WRITE_GATES = ("none", "learned")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
 MOST = 4096
@@ -152,6 +153,11 @@ class WriteConfig(_Options):
     )
     learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
     learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
+    write_gate: str = option(
+        "none",
+        "How much of each token is written: all alike, or by a learned weight that can leave filler out.",
+        choices=WRITE_GATES,
+    )
     attention: str = option(
         "full",
         "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
@@ -194,7 +200,7 @@ class WriteConfig(_Options):
     @property
     def is_learned(self) -> bool:
         """Whether a write has parameters of its own."""
-        return self.learn_start or self.learn_lr
+        return self.learn_start or self.learn_lr or self.write_gate == "learned"
 
     def strategy(self) -> Strategy:
         """Build the trajectory strategy."""
@@ -231,6 +237,7 @@ class OuterConfig(_Options):
     learned_rates_lr: float = option(
         0.03, "Outer learning rate of the logarithms of the learned rates.", above=0, maximum=1e6
     )
+    write_gate_lr: float = option(0.1, "Outer learning rate of the write gate.", above=0, maximum=1e6)
     batch_mix: str | None = option(
         None,
         "Shares of the optimizer steps that train with memory alone, with the text in sight alone, and with both, such "
@@ -290,6 +297,15 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
         for name, switch in (("learned_start_lr", "learn_start"), ("learned_rates_lr", "learn_lr")):
             if not getattr(self, switch):
                 self._refuse_idle(name, f"without mem_{switch}=True; set it, or leave mem_{name} out.")
+        if self.write_gate == "none":
+            self._refuse_idle(
+                "write_gate_lr", "without mem_write_gate=learned; set it, or leave mem_write_gate_lr out."
+            )
+        elif self.outer_gradient == "first_order":
+            raise ConfigError(
+                "mem_write_gate='learned' with mem_outer_gradient='first_order': no gradient would reach the gate. Set "
+                "mem_outer_gradient=exact (or exact_top), or mem_write_gate=none."
+            )
         if self.outer_gradient != "first_order" and self.sync_inner:
             raise ConfigError(
                 f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
@@ -310,9 +326,9 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
         """Return a memory that learns to be written, with `changes`: it can recall a prompt that is gone.
 
         Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
-        differentiated through that step, its start and its rates. A stride of 4 keeps a value's cue in sight up to
-        three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the clipped
-        step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
+        differentiated through that step, its start, its rates and its gate. A stride of 4 keeps a value's cue in sight
+        up to three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the
+        clipped step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
         """
         options: dict[str, Any] = {
             "write_source": "prompt",
@@ -320,6 +336,7 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
             "learn_start": True,
             "learn_lr": True,
             "learned_rates_lr": 0.3,
+            "write_gate": "learned",
             "masking_strategy": "strided",
             "strides": 4,
             "num_inner_steps": 1,
@@ -331,4 +348,6 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
         }
         if not changes.get("learn_lr", True):
             del options["learned_rates_lr"]
+        if changes.get("outer_gradient") == "first_order":
+            del options["write_gate"]
         return cls(**(options | changes))

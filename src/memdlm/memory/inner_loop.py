@@ -3,8 +3,9 @@
 Nothing here waits for the device, except to learn how many positions the states score if nobody knows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from memdlm.memory.objectives import Objective
 from memdlm.memory.outer_gradient import InnerGradient, LossOf, OuterGradient, Untracked, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Positions
+from memdlm.types import Denoise, Ids, Positions
+
+Gate: TypeAlias = Callable[[Ids, Positions], Tensor]
+"""Returns the weights [N] of a state's scored positions, with the graph that an outer loss follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +112,9 @@ class InnerLoss:
         """Fix what `step` follows, under the fast weights of now; what is left to say is which network reads it."""
         target = self.objective.target(denoise, step, positions)
 
-        def losses_of(read: Denoise) -> Tensor:
-            return self.reduce(self.objective.values(read, step, positions, target), positions, step, samples, whole)
+        def losses_of(read: Denoise, gates: Tensor | None) -> Tensor:
+            values = self.objective.values(read, step, positions, target)
+            return self.reduce(values if gates is None else values * gates, positions, step, samples, whole)
 
         return losses_of
 
@@ -161,6 +166,7 @@ def run_inner_loop(
     epochs: int = 1,
     ranks: Ranks | None = None,
     rates: Sequence[Sequence[Tensor]] | None = None,
+    gate: Gate | None = None,
     outer: OuterGradient | None = None,
     counts: Sequence[int] | None = None,
 ) -> Written:
@@ -168,8 +174,8 @@ def run_inner_loop(
 
     With `ranks`, all of them write the one memory that a single process would write with the joined batch, up to
     rounding; losses and norms are then the joined batch's too. `rates` are learned factors of the learning rate, for
-    every update one per tensor. Without `outer`, the written values are constants. `counts` are the positions that the
-    steps read; None: the device is waited for, once, to learn them.
+    every update one per tensor; `gate` weighs the scored positions. Without `outer`, the written values are constants.
+    `counts` are the positions that the steps read; None: the device is waited for, once, to learn them.
     """
     outer = Untracked() if outer is None else outer
     losses, norms = [], []
@@ -181,17 +187,19 @@ def run_inner_loop(
         leaves = [value.detach().requires_grad_() for value in values]
         fast.replace(leaves)
         with torch.enable_grad():
-            losses_of = loss.at(step, positions_of(step.is_read, count), denoise, fast.num_samples, whole)
+            positions = positions_of(step.is_read, count)
+            gates = None if gate is None else gate(step.ids, positions)
+            losses_of = loss.at(step, positions, denoise, fast.num_samples, whole)
             # The backward pass too: it may run layers again, and they must drop the same inputs.
             with fast.dropping(index):
-                per_sample = losses_of(denoise)
+                per_sample = losses_of(denoise, None if gates is None else gates.detach())
                 gradients = differentiate(per_sample, leaves)
         per_sample = per_sample.detach()
         if ranks is not None:
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
         norm = _global_norm(gradients)
         is_sound = per_sample.isfinite() & norm.isfinite()
-        taken = InnerGradient(found=gradients, loss_of=losses_of, ids=step.ids, update=index)
+        taken = InnerGradient(found=gradients, loss_of=losses_of, gates=gates, ids=step.ids, update=index)
         step_from = outer.traced(values, taken)
         values = update.step(*step_from, is_sound, None if rates is None else rates[index])
         losses.append(per_sample)

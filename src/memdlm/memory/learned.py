@@ -6,7 +6,7 @@ with the memory's options in `memory_init.json`; never part of the model.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -20,31 +20,41 @@ from memdlm.files import replace_files
 from memdlm.finite import is_finite
 from memdlm.memory.config import FastWeightsConfig, MemoryConfig, WriteConfig
 from memdlm.memory.fast_weights import FastWeights
+from memdlm.memory.inner_loop import Gate
+from memdlm.memory.write_gate import WriteGate
 from memdlm.models.hub.loading import MEMORY_CONFIG_FILE, MEMORY_FILE
 from memdlm.options import from_mapping
 from memdlm.randomness import derive
 from memdlm.strict_json import check_fields, is_object, is_whole, read_json
+from memdlm.types import Ids, Positions
 
 RATES = "log_rates"
+GATE = "write_gate."
 MOST_LOG_RATE = 50
 """Rates are exponentials: beyond it they are no learning rates."""
 
 
 @final
 class LearnedWrite(nn.Module):
-    """Start [1 sample] of every fast weight, and the logarithm of every step's learning-rate factor.
+    """Start [1 sample] of every fast weight, the logarithm of every step's learning-rate factor, and a gate.
 
     The factors are exponentials, so rates stay positive; all are 1 at the beginning, where the start is the adapter's
-    own. Which of the two are trained is the configuration's choice; the other stays as it began.
+    own, and so are the gates. Which of them are trained is the configuration's choice; the others stay as they began.
+    `width` is that of the states below the first adapted block, which the gate reads.
     """
 
-    def __init__(self, config: MemoryConfig, fast: FastWeights, num_updates: int, *keys: int | str) -> None:
+    def __init__(
+        self, config: MemoryConfig, fast: FastWeights, num_updates: int, *keys: int | str, width: int = 0
+    ) -> None:
         super().__init__()
         self.config, self.names = config, fast.names()
         drawn = fast.drawn(1, derive("memory start", *keys))
         self.starts = nn.ParameterList([nn.Parameter(each) for each in drawn] if config.learn_start else [])
         rates = torch.zeros(num_updates, len(drawn), dtype=drawn[0].dtype, device=drawn[0].device)
         self.log_rates = nn.Parameter(rates) if config.learn_lr else None
+        self.gate = None
+        if config.write_gate == "learned":
+            self.gate = WriteGate(width).to(drawn[0].device, torch.promote_types(drawn[0].dtype, torch.float32))
 
     def start(self) -> list[Tensor] | None:
         """Return one sample's start, in the order of `FastWeights.tensors`; None: the adapter draws it."""
@@ -57,6 +67,19 @@ class LearnedWrite(nn.Module):
         factors = self.log_rates.exp()
         return [[factor.to(each) for factor, each in zip(row, like, strict=True)] for row in factors.unbind()]
 
+    def gated(self, below: Callable[[Ids, Positions], Tensor], is_tracked: bool) -> Gate | None:
+        """Return what weighs the scored positions, given the states [N, D] `below`; None: all weigh the same."""
+        gate = self.gate
+        if gate is None:
+            return None
+
+        def gates(ids: Ids, positions: Positions) -> Tensor:
+            with torch.set_grad_enabled(is_tracked):
+                found: Tensor = gate(below(ids, positions))
+                return found
+
+        return gates
+
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameters as optimizer groups, with their learning rates and without weight decay."""
         groups: list[dict[str, Any]] = []
@@ -64,6 +87,9 @@ class LearnedWrite(nn.Module):
             groups.append({"params": list(self.starts), "lr": self.config.learned_start_lr, "weight_decay": 0.0})
         if self.log_rates is not None:
             groups.append({"params": [self.log_rates], "lr": self.config.learned_rates_lr, "weight_decay": 0.0})
+        if self.gate is not None:
+            parameters = list(self.gate.parameters())
+            groups.append({"params": parameters, "lr": self.config.write_gate_lr, "weight_decay": 0.0})
         return groups
 
     def tensors(self) -> dict[str, Tensor]:
@@ -71,8 +97,12 @@ class LearnedWrite(nn.Module):
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self._own().items()}
 
     def _own(self) -> dict[str, Tensor]:
-        starts = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
-        return starts if self.log_rates is None else {**starts, RATES: self.log_rates}
+        found: dict[str, Tensor] = dict(zip(self.names, self.starts, strict=True)) if self.config.learn_start else {}
+        if self.log_rates is not None:
+            found[RATES] = self.log_rates
+        if self.gate is not None:
+            found |= {GATE + name: tensor for name, tensor in self.gate.named_parameters()}
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write `memory_init.safetensors` and the memory's options into `folder`."""
@@ -97,7 +127,8 @@ class LearnedWrite(nn.Module):
                 raise ConfigError(
                     f"mem_{name}={getattr(self.config, name)!r}, but the start and rates in {folder} were learned with "
                     f"{getattr(saved, name)!r}; a memory is read as it was trained to be written. Use the saved "
-                    "options (ParametricMemory without a configuration), or turn mem_learn_start and mem_learn_lr off."
+                    "options (ParametricMemory without a configuration), or turn mem_learn_start, mem_learn_lr and "
+                    "mem_write_gate off."
                 )
         path = Path(folder) / MEMORY_FILE
         try:

@@ -34,8 +34,8 @@ OUTER_GRADIENTS = ("first_order", "exact", "exact_top")
 
 TWICE_DIFFERENTIABLE = ("eager", "sdpa")
 
-LossOf = Callable[[Denoise], Tensor]
-"""Returns the inner loss of one step [S] under the fast weights as they are."""
+LossOf = Callable[[Denoise, Tensor | None], Tensor]
+"""Returns the inner loss of one step [S] under the fast weights as they are, its positions weighed by gates [N]."""
 Step: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
 """What a gradient step starts from: the values and their gradients."""
 
@@ -46,6 +46,8 @@ class InnerGradient:
 
     found: Sequence[Tensor]
     loss_of: LossOf
+    gates: Tensor | None
+    """[N]: the weights of the scored positions, with their graph; None: all are 1."""
     ids: Ids
     """The state that the loss was taken at."""
     update: int
@@ -103,12 +105,13 @@ class Exact(OuterGradient):
         """Return the values, and the gradient as a function of what it came from."""
         ids, state, autocast = gradient.ids, self.fast.state(), _autocast(values[0].device.type)
         hidden = None if self.prefix is None else self.prefix.kept(ids)
-        below = [] if hidden is None else [hidden]
+        below = [each for each in (hidden, gradient.gates) if each is not None]
 
         def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
             given = None
-            if self.prefix is not None and lower:
+            if self.prefix is not None and hidden is not None:
                 given = GivenPrefix(self.prefix.first, ids, lower[0])
+            gates = None if gradient.gates is None else lower[-1]
             with (
                 autocast(),
                 # A block that runs again in the second backward pass would find another attention than now.
@@ -117,7 +120,7 @@ class Exact(OuterGradient):
                 self.fast.dropping(gradient.update),
                 patched({block: partial(_explicitly, block.forward) for block in self.blocks}),
             ):
-                return differentiate(gradient.loss_of(self.denoise(given)), phi, create_graph=True)
+                return differentiate(gradient.loss_of(self.denoise(given), gates), phi, create_graph=True)
 
         inputs = (*values, *below, *self.parameters)
         return values, _Again.apply(again, gradient.found, self.parameters, len(values), *inputs)
@@ -132,7 +135,7 @@ def differentiate(losses: Tensor, values: Sequence[Tensor], *, create_graph: boo
 
 
 class _Again(torch.autograd.Function):
-    """(phi, h, theta) -> dL/dphi, whose value is known already; `again` computes it with a graph."""
+    """(phi, h and gates, theta) -> dL/dphi, whose value is known already; `again` computes it with a graph."""
 
     @staticmethod
     def forward(

@@ -28,6 +28,7 @@ from memdlm.memory.outer_gradient import Exact, FirstOrder, OuterGradient, Untra
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.trajectory import Anchor, Draw, sampled, scored_sets, trajectory, with_sizes
+from memdlm.memory.write_gate import width_below
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
@@ -124,7 +125,10 @@ class ParametricMemory:
     def _new_learned(self, *keys: int | str) -> LearnedWrite | None:
         if not self.config.is_learned:
             return None
-        return LearnedWrite(self.config, self.fast, self.strategy.num_inner_steps * self.config.num_inner_epochs, *keys)
+        updates, width = self.strategy.num_inner_steps * self.config.num_inner_epochs, 0
+        if self.config.write_gate != "none":
+            width = width_below(self.model, self.first_block)
+        return LearnedWrite(self.config, self.fast, updates, *keys, width=width)
 
     @contextmanager
     def write(
@@ -324,16 +328,19 @@ class ParametricMemory:
         outer: OuterGradient = FirstOrder() if reading.is_tracked else Untracked()
         if reading.is_tracked and self.config.outer_gradient != "first_order":
             outer = Exact(self.model, self.fast, self._adapted, denoiser, self._prefix)
+        denoise = denoiser(self._prefix, is_constant=True)
+        gate = None if self.learned is None else self.learned.gated(denoise.below, reading.is_tracked)
         with checkpointed(self._adapted if self.config.inner_gradient_checkpointing else ()):
             written = run_inner_loop(
                 steps,
                 fast=self.fast,
                 loss=self.loss,
                 update=self.update,
-                denoise=denoiser(self._prefix, is_constant=True),
+                denoise=denoise,
                 epochs=epochs,
                 ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
                 rates=rates,
+                gate=gate,
                 outer=outer,
                 counts=counts,
             )

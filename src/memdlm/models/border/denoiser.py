@@ -11,7 +11,7 @@ from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.foreign import ForeignModel, chooses_positions
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
-from memdlm.models.networks.prefix import Prefix, State
+from memdlm.models.networks.prefix import Prefix, SharedPrefix, State
 from memdlm.types import Denoise, Ids, Logits, Positions, Readout
 
 
@@ -63,6 +63,14 @@ class ModelDenoiser(Denoise):
                     ids, self._shifted(ids, positions), self._mask_for(ids), self.attention_pattern
                 )
         return self._call(ids, positions, project=False).hidden_states[-1]
+
+    def below(self, ids: Ids, positions: Positions) -> Tensor:
+        """Return [N, D], the input of the first block above the prefix at `positions`, with the graph that it has."""
+        hidden = self._below(ids)
+        if isinstance(self.prefix, SharedPrefix):
+            hidden = self.prefix.kept(ids)
+        assert hidden is not None, "there is a boundary"
+        return hidden.flatten(0, 1)[self._shifted(ids, positions)]
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:
         """Return the hidden states; of a network that is not ours, the logits."""

@@ -116,9 +116,10 @@ def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
         "MDLM": None,
         # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
         "published": MemoryConfig.paper(per_sample=True, **shape),
-        "first order": dataclasses.replace(ours, outer_gradient="first_order"),
+        "first order": dataclasses.replace(ours, outer_gradient="first_order", write_gate="none"),
         OURS: ours,
         "lower blocks detached": dataclasses.replace(ours, outer_gradient="exact_top"),
+        "no write gate": dataclasses.replace(ours, write_gate="none"),
         "fixed start": dataclasses.replace(ours, learn_start=False),
         "fixed rates": MemoryConfig.recall(strides=plan.strides, write_source=source, learn_lr=False, **shape),
         "one memory per batch": dataclasses.replace(ours, per_sample=False),
