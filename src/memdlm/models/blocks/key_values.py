@@ -109,16 +109,6 @@ class PrefixWindow:
 Window: TypeAlias = KeyValueWindow | PrefixWindow
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How decoding narrows a layer's pass down."""
-
-    window: Window | None = None
-    queries: Tensor | None = None
-    """[R, n] int64: the only places of the pass whose output is needed (of the last layer); None: all."""
-
-
 def at(x: Tensor, places: Tensor | None) -> Tensor:
     """Return `x` [R, W, D] at `places` [R, n]: [R, n, D]; None: all of it."""
     return x if places is None else x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

@@ -150,21 +150,21 @@ def attention_scores_mask(
     hidden: Tensor,
     *,
     pattern: AttentionPattern,
-    window: int | None = None,
+    sliding_window: int | None = None,
     additive: bool = False,
 ) -> Tensor | None:
-    """Combine pattern, mask and window into what the attention function takes.
+    """Combine pattern, mask and sliding window into what the attention function takes.
 
-    `hidden` [B, L, D] gives sizes, device and dtype. `window` w lets i see j only where |i - j| <= w. Returns
-    None (no restriction), a bool [B or 1, heads or 1, 1 or L, L], or, if `additive` or if a float mask came
-    in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
+    `hidden` [B, L, D] gives sizes, device and dtype. `sliding_window` w lets i see j only where
+    |i - j| <= w. Returns None (no restriction), a bool [B or 1, heads or 1, 1 or L, L], or, if `additive` or if a float
+    mask came in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
     """
     batch, length = hidden.shape[:2]
     if not isinstance(pattern, AttentionPattern):
         raise ConfigError(f"attention_pattern must be an AttentionPattern, such as Full(), got {shortened(pattern)}.")
     allowed = pattern.allowed(length, hidden.device)
-    if window is not None:
-        near = Windowed(window).allowed(length, hidden.device)
+    if sliding_window is not None:
+        near = Windowed(sliding_window).allowed(length, hidden.device)
         allowed = near if allowed is None else allowed & near
     if allowed is not None:
         allowed = allowed[None, None]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError, DataError
-from memdlm.models.blocks.key_values import Reading, Window, at
+from memdlm.models.blocks.key_values import Window, at
 from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.blocks.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
 from memdlm.models.blocks.names import NameTable, to_ours, to_published
@@ -42,28 +42,31 @@ class Backbone(DiffusionPreTrainedModel):
 
     def build(
         self,
+        layer: Callable[[Any, int], nn.Module],
         *,
-        layers: list[nn.Module],
-        rotary: Rotary,
-        norm: RMSNorm,
-        vocab_size: int,
+        norm_bias: bool = False,
+        rotated: float | None = None,
+        vocab_size: int | None = None,
         padding_index: int | None = None,
-        window: int | None = None,
+        sliding_window: int | None = None,
         after_embedding: Callable[[int], nn.Module] | None = None,
         mixes_positions: bool = False,
     ) -> None:
         """Create the modules; called once by the family's `__init__`.
 
-        The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only place
-        where positions meet.
+        `layer` makes the block of an index. Of a head, the first `rotated` dimensions turn with the position (None:
+        all). The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only
+        place where positions meet.
         """
-        width = self.config.hidden_size
-        self.embed_tokens = nn.Embedding(vocab_size, width, padding_index)
+        config: Any = self.config
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size if vocab_size is None else vocab_size, width, padding_index)
         self.after_embedding = None if after_embedding is None else after_embedding(width)
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-        self.rotary, self.window = rotary, window
-        self.is_cacheable = window is None and not mixes_positions
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, config.rms_norm_eps, bias=norm_bias)
+        self.rotary = Rotary(width=int(config.head_dim if rotated is None else rotated), theta=float(config.rope_theta))
+        self.sliding_window = sliding_window
+        self.is_cacheable = sliding_window is None and not mixes_positions
         """Whether the keys and values of a finished block stay valid under a block-causal pattern."""
         self.gradient_checkpointing = False
         self.post_init()
@@ -113,9 +116,7 @@ class Backbone(DiffusionPreTrainedModel):
             hidden = at(hidden, queries)
         for layer in self.layers[start_layer:stop_layer]:
             narrowed = queries if layer is self.layers[-1] else None
-            # Without it the call is what checkpointing and patched layers have always seen.
-            more = () if window is None and narrowed is None else (Reading(window, narrowed),)
-            hidden = layer(hidden, self.rotary, angles, mask, keep, *more)
+            hidden = layer(hidden, self.rotary, angles, mask, keep, window, narrowed)
             if output_hidden_states:
                 states.append(hidden)
         if stop_layer is None:
@@ -153,11 +154,13 @@ class Backbone(DiffusionPreTrainedModel):
     ) -> Tensor | Segments | None:
         """Return what the layers' attention takes, for a pass that stands alone."""
         pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
-        if self.window is None and not is_eager:
+        if self.sliding_window is None and not is_eager:
             segments = segments_for(attention_mask, hidden, pattern)
             if segments is not None:
                 return segments
-        return attention_scores_mask(attention_mask, hidden, pattern=pattern, window=self.window, additive=is_eager)
+        return attention_scores_mask(
+            attention_mask, hidden, pattern=pattern, sliding_window=self.sliding_window, additive=is_eager
+        )
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):
