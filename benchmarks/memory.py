@@ -37,6 +37,7 @@ from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_in
 from memdlm.memory.trajectory import Anchor
 from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
 from memdlm.models.blocks.readout import read_in_chunks
+from memdlm.models.networks.requests import Request
 from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, score
 from memdlm.training.trainer import BARE_EVERY
 
@@ -287,17 +288,17 @@ def floor_parts(model: torch.nn.Module, length: int) -> dict[str, Callable[[], A
     memory.fast.reset(1, generator())
     first = len(model.model.layers) - 1
     with torch.no_grad():
-        hidden = model(steps[0].ids, stop_layer=first).hidden_states[-1]
+        hidden = model(steps[0].ids, request=Request(stop_layer=first)).hidden
 
     def frozen() -> None:
         with torch.no_grad():
             for step in steps:
-                model(step.ids, stop_layer=first)
+                model(step.ids, request=Request(stop_layer=first))
 
     def adapted() -> None:
         with memory.fast.attached():
             for _ in steps:
-                out = model.model(inputs_embeds=hidden, start_layer=first).last_hidden_state
+                out = model.model(inputs_embeds=hidden, request=Request(start_layer=first)).last_hidden_state
                 torch.autograd.grad(out.sum(), memory.fast.tensors())
 
     def scored() -> None:

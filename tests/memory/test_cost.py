@@ -12,7 +12,7 @@ from memdlm.memory import OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.models import ModelDenoiser
 from memdlm.models.blocks import readout
 from memdlm.models.blocks.readout import read_in_chunks
-from memdlm.models.networks.prefix import SharedPrefix
+from memdlm.models.networks.lower_layers import SharedLowerLayers
 from memdlm.training import score
 from rank_worker import batch_of
 from tiny import CONFIGS, MASK, V, random_ids, rng, tiny
@@ -126,13 +126,13 @@ def test_another_mask_or_pattern_is_another_state():
     from memdlm.models import BlockCausal
 
     model, ids = tiny("small", torch.float64), random_ids(2, 8)
-    prefix, positions = SharedPrefix(1), torch.tensor([3, 12])
+    prefix, positions = SharedLowerLayers(1), torch.tensor([3, 12])
     keep = torch.ones_like(ids)
     keep[1, 4:] = 0
     for mask in (None, keep):
         for pattern in (None, BlockCausal(2)):
             views = [
-                ModelDenoiser(model, attention_mask=mask, attention_pattern=pattern, prefix=each)
+                ModelDenoiser(model, attention_mask=mask, attention_pattern=pattern, lower_layers=each)
                 for each in (prefix, None)
             ]
             with torch.no_grad():

@@ -31,8 +31,8 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
+from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import checkpointed
-from memdlm.models.networks.prefix import Prefix, SharedPrefix
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
@@ -94,7 +94,7 @@ class ParametricMemory:
         if folder is not None and self.learned is not None:
             self.learned.load(folder)
         self._keeper = Keeper(unwrap(model), self.fast, self.config, tokenizer, mask_token_id)
-        self._prefix: SharedPrefix | None = None
+        self._prefix: SharedLowerLayers | None = None
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
         if self.config.attention == "full":
@@ -236,7 +236,7 @@ class ParametricMemory:
         return self.fast.set_aside()
 
     @property
-    def prefix(self) -> Prefix | None:
+    def prefix(self) -> LowerLayers | None:
         """Inside a block: what calls on the anchor may continue from, see `ModelDenoiser`; None: nothing.
 
         If gradients were enabled when the block was entered with an `anchor`, they flow through it.
@@ -282,19 +282,19 @@ class ParametricMemory:
             repeated = steps * self.config.num_inner_epochs
             steps = [replace(step, is_sampled=each) for step, each in zip(repeated, chosen, strict=True)]
         if self.first_block > 0:
-            self._prefix = SharedPrefix(
+            self._prefix = SharedLowerLayers(
                 self.first_block,
                 anchor=anchor.ids if reading.anchor_has_gradient else None,
                 is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
             )
 
-        def denoiser(prefix: Prefix | None, is_constant: bool = False) -> ModelDenoiser:
+        def denoiser(prefix: LowerLayers | None, is_constant: bool = False) -> ModelDenoiser:
             return ModelDenoiser(
                 self.model,
                 attention_mask=mask,
                 attention_pattern=reading.pattern,
                 right_shift_logits=self.right_shift_logits,
-                prefix=prefix,
+                lower_layers=prefix,
                 is_constant=is_constant,
             )
 

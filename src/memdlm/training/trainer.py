@@ -16,7 +16,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, Windowed
-from memdlm.models.networks.prefix import Prefix
+from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
@@ -314,7 +314,7 @@ class MemDLMTrainer(GuardedTrainer):
         self,
         model: nn.Module,
         batch: Batch,
-        prefix: Prefix | None = None,
+        prefix: LowerLayers | None = None,
         attention_pattern: AttentionPattern | None = None,
         *,
         is_soft: Tensor | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memdlm.models.blocks.key_values import Window, at, rows_at
+from memdlm.models.blocks.key_values import Cached, at, rows_at
 from memdlm.models.blocks.masks import Segments
 
 
@@ -135,12 +135,12 @@ class Attention(nn.Module):
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | Segments | None,
-        window: Window | None = None,
+        cached: Cached | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
         """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` or `segments_for` returned.
 
-        `window` adds the keys and values of earlier passes. With `queries` [B, n] only these places attend: [B, n, D].
+        `cached` adds the keys and values of earlier passes. With `queries` [B, n] only these places attend: [B, n, D].
         """
         shape = self.shape
         if shape.fused:
@@ -155,8 +155,8 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotary.rotate(query, *(rows_at(each, queries) for each in angles))
         key = rotary.rotate(key, *angles)
-        if window is not None:
-            key, value = window.join(self.layer_idx, key, value)
+        if cached is not None:
+            key, value = cached.join(self.layer_idx, key, value)
         if isinstance(mask, Segments) and queries is not None:
             mask = mask.rows(queries)
         elif isinstance(mask, Tensor):
@@ -245,14 +245,14 @@ class Block(GradientCheckpointingLayer):
         angles: tuple[Tensor, Tensor],
         mask: Tensor | Segments | None,
         keep: Tensor | None,
-        window: Window | None = None,
+        cached: Cached | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
         """Run on [B, L, D]; with `queries` [B, n] the output is that of these places alone, [B, n, D]."""
         inner = self.input_layernorm(x)
         if self.mixing is not None:
             inner = self.mixing(inner, keep)
-        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, window, queries)
+        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, cached, queries)
         inner = self.post_attention_layernorm(x)
         out = self.mlp(inner)
         if self.shared_expert is not None:

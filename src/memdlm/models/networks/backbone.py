@@ -10,16 +10,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError, DataError
-from memdlm.models.blocks.key_values import Window, at
+from memdlm.models.blocks.key_values import at
 from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.blocks.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
-from memdlm.models.blocks.names import NameTable, to_ours, to_published
+from memdlm.models.blocks.names import NameTable, to_published
 from memdlm.models.blocks.readout import read_in_chunks, sum_in_chunks
 from memdlm.models.lora.adapters import adapter_config
 from memdlm.models.lora.files import save_outer_adapter
 from memdlm.models.networks.checking import check_ids, check_positions, check_together, is_index, kind_of
+from memdlm.models.networks.requests import Prediction, Request
 from memdlm.models.quantisation.four_bit import is_four_bit
-from memdlm.types import Readout
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
@@ -80,46 +80,37 @@ class Backbone(DiffusionPreTrainedModel):
         position_ids: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         output_hidden_states: bool = False,
-        start_layer: int | None = None,
-        stop_layer: int | None = None,
-        window: Window | None = None,
-        queries: Tensor | None = None,
+        request: Request | None = None,
     ) -> BaseModelOutput:
-        """Run the layers.
+        """Run the layers, or those that `request` names.
 
         `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.blocks.masks`;
         `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
         entry i the output of layer i-1, and the last entry the final, normalised state.
-
-        The pass can be cut in two: with `stop_layer` it ends before that layer and `last_hidden_state` is that
-        layer's input; handed back as `inputs_embeds` with the same number as `start_layer`, it goes on from there.
-
-        Decoding narrows it down: with a `window` the ids are some columns of a canvas, which attend to the keys and
-        values the window's cache holds as well (what may be seen is then the window's to say, and only networks that
-        are `is_cacheable` can do it); with `queries` [B, n] the last layer's output is that of these places alone:
-        `last_hidden_state` is [B, n, D].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
         self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        request = Request() if request is None else request
+        start, stop, cached, queries = request.start_layer, request.stop_layer, request.cached, request.queries
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         keep = keep_mask(attention_mask)
-        mask = self._mask(attention_mask, hidden, attention_pattern) if window is None else window.is_visible
+        mask = self._mask(attention_mask, hidden, attention_pattern) if cached is None else cached.is_visible
         if position_ids is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            position_ids = places if window is None else window.columns
+            position_ids = places if cached is None else cached.columns
         angles = self.rotary.angles(position_ids, hidden)
-        if self.after_embedding is not None and start_layer is None:
+        if self.after_embedding is not None and start is None:
             hidden = self.after_embedding(hidden, keep)
         states = [hidden]
-        if queries is not None and start_layer == len(self.layers):
+        if queries is not None and start == len(self.layers):
             hidden = at(hidden, queries)
-        for layer in self.layers[start_layer:stop_layer]:
+        for layer in self.layers[start:stop]:
             narrowed = queries if layer is self.layers[-1] else None
-            hidden = layer(hidden, self.rotary, angles, mask, keep, window, narrowed)
+            hidden = layer(hidden, self.rotary, angles, mask, keep, cached, narrowed)
             if output_hidden_states:
                 states.append(hidden)
-        if stop_layer is None:
+        if stop is None:
             hidden = self.norm(hidden)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
@@ -187,11 +178,6 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         """
         return to_published(path, cls.published_names)
 
-    @classmethod
-    def our_module_name(cls, published: str) -> str:
-        """Return the path in this class of a module that published checkpoints call `published`."""
-        return to_ours(published, cls.published_names)
-
     def predict(self, hidden: Tensor) -> Tensor:
         """Project normalised states [..., D] onto the vocabulary: [..., V]."""
         return self.lm_head(hidden)
@@ -224,25 +210,13 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         position_ids: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         positions: Tensor | None = None,
-        project: bool = True,
-        readout: Readout | None = None,
-        constant_projection: bool = False,
-        readout_weights: Tensor | None = None,
         output_hidden_states: bool = False,
-        start_layer: int | None = None,
-        stop_layer: int | None = None,
-        window: Window | None = None,
-        queries: Tensor | None = None,
-    ) -> MaskedLMOutput:
-        """Predict tokens.
+        request: Request | None = None,
+    ) -> MaskedLMOutput | Prediction:
+        """Predict tokens: logits [B, L, V], or what `request` asks for instead.
 
         `positions` [N] int64 (row * L + column) chooses what is predicted: logits are then [N, V], and nothing
-        else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
-        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
-        With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
-        `memdlm.models.blocks.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N]
-        too, `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
-        those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
+        else reaches the vocabulary projection. The other arguments are those of `Backbone.forward`.
         """
         out = self.model(
             input_ids,
@@ -251,25 +225,26 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             position_ids=position_ids,
             attention_pattern=attention_pattern,
             output_hidden_states=output_hidden_states,
-            start_layer=start_layer,
-            stop_layer=stop_layer,
-            window=window,
-            queries=queries,
+            request=request,
         )
         hidden = out.last_hidden_state
         if positions is not None:
             if not torch.compiler.is_compiling():
                 check_positions(positions, hidden)
             hidden = hidden.flatten(0, 1).index_select(0, positions)
-        if readout is not None:
-            width = self.lm_head.weight.shape[0]
-            if readout_weights is not None:
-                parameters = tuple(self.lm_head.parameters())
-                total, values = sum_in_chunks(readout, hidden, self.predict, width, readout_weights, parameters)
-                return MaskedLMOutput(loss=total, logits=values)
-            return MaskedLMOutput(
-                loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
-            )
-        if not project or stop_layer is not None:
-            return MaskedLMOutput(hidden_states=(hidden,))
-        return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)
+        if request is None:
+            return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)
+        return self._answer(request, hidden)
+
+    def _answer(self, request: Request, hidden: Tensor) -> Prediction:
+        if request.hidden_only or request.stop_layer is not None:
+            return Prediction(hidden=hidden)
+        if request.readout is None:
+            return Prediction(logits=self.predict(hidden))
+        readout, width = request.readout, self.lm_head.weight.shape[0]
+        if request.weights is None:
+            values = read_in_chunks(readout, hidden, self.predict, width, is_constant=request.is_constant)
+            return Prediction(per_token=values)
+        parameters = tuple(self.lm_head.parameters())
+        total, values = sum_in_chunks(readout, hidden, self.predict, width, request.weights, parameters)
+        return Prediction(per_token=values, total=total)
