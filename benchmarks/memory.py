@@ -36,7 +36,7 @@ from memdlm.diffusion.losses import Nats
 from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
 from memdlm.memory.trajectory import Anchor
 from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
-from memdlm.models.blocks.readout import read_in_chunks
+from memdlm.models.blocks.chunked_loss import values_in_chunks
 from memdlm.models.networks.requests import Request
 from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, score
 from memdlm.training.trainer import BARE_EVERY
@@ -305,8 +305,8 @@ def floor_parts(model: torch.nn.Module, length: int) -> dict[str, Callable[[], A
         for step in steps:
             positions = positions_of(step.is_scored)
             rows = hidden.flatten(0, 1)[positions].requires_grad_().clone()
-            readout = Nats(clean.flatten()[positions])
-            values = read_in_chunks(readout, rows, model.lm_head, model.lm_head.weight.shape[0], is_constant=True)
+            per_token = Nats(clean.flatten()[positions])
+            values = values_in_chunks(per_token, rows, model.lm_head, model.lm_head.weight.shape[0], is_constant=True)
             torch.autograd.grad(values.sum(), rows)
 
     return {"frozen": frozen, "adapted": adapted, "scored": scored}

@@ -111,4 +111,4 @@ def test_what_is_small_or_no_block_mask_is_formed_whole():
     keep = torch.ones(2, SEGMENT + 1, dtype=torch.bool)
     assert segments_for(None, hidden[:, :SEGMENT], BlockCausal(4)) is None
     assert segments_for(keep[:, None, None], hidden, BlockCausal(4)) is None
-    assert segments_for(keep, hidden, BlockCausal(4)).keep.shape == (2, 1, 1, SEGMENT + 1)
+    assert segments_for(keep, hidden, BlockCausal(4)).is_visible.shape == (2, 1, 1, SEGMENT + 1)

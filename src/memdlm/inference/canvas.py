@@ -18,6 +18,7 @@ from memdlm.inference.prompts import SpecialIds, pad
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.types import Ids, PositionSet
 
 THRESHOLD = 0.95
@@ -233,7 +234,7 @@ def _check_room(rows: int, length: int, block_size: int | None) -> None:
 
 
 def _warn_if_long(model: nn.Module, length: int) -> None:
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    places = trained_positions(model)
     if places is not None and length > places:
         warnings.warn(
             f"prompt and response have {length} tokens, but the model was trained on {places} positions "

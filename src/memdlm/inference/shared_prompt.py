@@ -13,7 +13,7 @@ from memdlm.models.blocks.masks import BlockCausal
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.requests import Request
-from memdlm.types import Denoise, Ids, Logits, Positions, Readout
+from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
 
 
 def can_share(model: nn.Module) -> bool:
@@ -50,9 +50,9 @@ class SharedPrompt(Denoise):
         """Return [N, D] normalised last hidden states at `positions`."""
         return self._call(ids, positions, hidden_only=True).hidden
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
         """Return [N] values, without holding all logits."""
-        return self._call(ids, positions, readout=readout).per_token
+        return self._call(ids, positions, per_token=per_token).per_token
 
     def _call(self, ids: Ids, positions: Positions, **wanted: Any) -> Any:
         length = ids.shape[1]

@@ -244,14 +244,14 @@ class Block(GradientCheckpointingLayer):
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | Segments | None,
-        keep: Tensor | None,
+        is_visible: Tensor | None,
         cached: Cached | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
         """Run on [B, L, D]; with `queries` [B, n] the output is that of these places alone, [B, n, D]."""
         inner = self.input_layernorm(x)
         if self.mixing is not None:
-            inner = self.mixing(inner, keep)
+            inner = self.mixing(inner, is_visible)
         x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, cached, queries)
         inner = self.post_attention_layernorm(x)
         out = self.mlp(inner)

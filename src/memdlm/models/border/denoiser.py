@@ -14,7 +14,7 @@ from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.lower_layers import LowerLayers, State
 from memdlm.models.networks.requests import Request
-from memdlm.types import Denoise, Ids, Logits, Positions, Readout
+from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
 
 
 @final
@@ -70,17 +70,17 @@ class ModelDenoiser(Denoise):
         """Return the hidden states; of a network that is not ours, the logits."""
         return self.hidden(ids, positions) if self.is_ours else self.logits(ids, positions)
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
         """Return [N] values; our families never hold more than a chunk of logits for it."""
         if not self.is_ours:
-            return super().read(ids, positions, readout)
-        return self._call(ids, positions, Request(readout=readout, is_constant=self.is_constant)).per_token
+            return super().read(ids, positions, per_token)
+        return self._call(ids, positions, Request(per_token=per_token, is_constant=self.is_constant)).per_token
 
-    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the values; of our families without computing a chunk of logits twice."""
         if not self.is_ours or self.is_constant:
-            return super().read_sum(ids, positions, readout, weights)
-        out = self._call(ids, positions, Request(readout=readout, weights=weights))
+            return super().read_sum(ids, positions, per_token, weights)
+        out = self._call(ids, positions, Request(per_token=per_token, weights=weights))
         return out.total, out.per_token
 
     def _call(self, ids: Ids, positions: Positions, request: Request | None = None) -> Any:

@@ -10,11 +10,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError, DataError
+from memdlm.models.blocks.chunked_loss import sum_in_chunks, values_in_chunks
 from memdlm.models.blocks.key_values import at
 from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
-from memdlm.models.blocks.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
+from memdlm.models.blocks.masks import (
+    AttentionPattern,
+    Full,
+    Segments,
+    attention_scores_mask,
+    segments_for,
+    visible_tokens,
+)
 from memdlm.models.blocks.names import NameTable, to_published
-from memdlm.models.blocks.readout import read_in_chunks, sum_in_chunks
 from memdlm.models.lora.adapters import adapter_config
 from memdlm.models.lora.files import save_outer_adapter
 from memdlm.models.networks.checking import check_ids, check_positions, check_together, is_index, kind_of
@@ -94,20 +101,20 @@ class Backbone(DiffusionPreTrainedModel):
         request = Request() if request is None else request
         start, stop, cached, queries = request.start_layer, request.stop_layer, request.cached, request.queries
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        keep = keep_mask(attention_mask)
+        is_visible = visible_tokens(attention_mask)
         mask = self._mask(attention_mask, hidden, attention_pattern) if cached is None else cached.is_visible
         if position_ids is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
             position_ids = places if cached is None else cached.columns
         angles = self.rotary.angles(position_ids, hidden)
         if self.after_embedding is not None and start is None:
-            hidden = self.after_embedding(hidden, keep)
+            hidden = self.after_embedding(hidden, is_visible)
         states = [hidden]
         if queries is not None and start == len(self.layers):
             hidden = at(hidden, queries)
         for layer in self.layers[start:stop]:
             narrowed = queries if layer is self.layers[-1] else None
-            hidden = layer(hidden, self.rotary, angles, mask, keep, cached, narrowed)
+            hidden = layer(hidden, self.rotary, angles, mask, is_visible, cached, narrowed)
             if output_hidden_states:
                 states.append(hidden)
         if stop is None:
@@ -239,12 +246,12 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
     def _answer(self, request: Request, hidden: Tensor) -> Prediction:
         if request.hidden_only or request.stop_layer is not None:
             return Prediction(hidden=hidden)
-        if request.readout is None:
+        if request.per_token is None:
             return Prediction(logits=self.predict(hidden))
-        readout, width = request.readout, self.lm_head.weight.shape[0]
+        per_token, width = request.per_token, self.lm_head.weight.shape[0]
         if request.weights is None:
-            values = read_in_chunks(readout, hidden, self.predict, width, is_constant=request.is_constant)
+            values = values_in_chunks(per_token, hidden, self.predict, width, is_constant=request.is_constant)
             return Prediction(per_token=values)
         parameters = tuple(self.lm_head.parameters())
-        total, values = sum_in_chunks(readout, hidden, self.predict, width, request.weights, parameters)
+        total, values = sum_in_chunks(per_token, hidden, self.predict, width, request.weights, parameters)
         return Prediction(per_token=values, total=total)

@@ -134,7 +134,7 @@ class EmbeddingScale(nn.Module):
         super().__init__()
         self.factor = width**0.5
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
         """Scale [B, L, D]."""
         return x * self.factor
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
 from memdlm.models.blocks.key_values import Cached
-from memdlm.types import Readout
+from memdlm.types import PerToken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class Request:
     this grid (row * n + place). None: all."""
     hidden_only: bool = False
     """Nothing reaches the vocabulary projection; the prediction has `hidden` instead of `logits`."""
-    readout: Readout | None = None
-    """Reads one value off every one of the `positions`; they are projected in chunks, and the prediction has
-    `per_token` instead of `logits`."""
+    per_token: PerToken | None = None
+    """What is computed from the logits of every one of the `positions`, a cross-entropy for one; they are projected in
+    chunks, and the prediction has `per_token` instead of `logits`."""
     weights: Tensor | None = None
     """[N] float: the prediction also has `total`, the sum of the values so weighted, which can be differentiated by the
     projection too without computing a chunk twice. The values then have no gradient."""
@@ -62,6 +62,6 @@ class Prediction(ModelOutput):
     hidden: Tensor | None = None
     """[N, D]; without `positions` [B, L, D]. Normalised, unless the pass stopped before the last block."""
     per_token: Tensor | None = None
-    """[N], the values that the readout gave."""
+    """[N], the values of the request's `per_token`."""
     total: Tensor | None = None
     """[], the weighted sum of `per_token`."""

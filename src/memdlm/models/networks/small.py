@@ -82,9 +82,9 @@ class TokenMixing(SelfInitialising):
         init.normal_(self.left, std=1.0)
         init.normal_(self.right, std=1.0)
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Mix [B, L, D]; positions outside `keep` [B, L] contribute nothing, so padding cannot leak in."""
-        visible = x if keep is None else x * keep[..., None]
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
+        """Mix [B, L, D]; positions outside `is_visible` [B, L] contribute nothing, so padding cannot leak in."""
+        visible = x if is_visible is None else x * is_visible[..., None]
         before = nn.functional.pad(visible, (0, 0, 1, 0))[:, :-1]
         after = nn.functional.pad(visible, (0, 0, 0, 1))[:, 1:]
         return x * self.centre + before * self.left + after * self.right

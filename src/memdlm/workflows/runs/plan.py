@@ -20,8 +20,8 @@ from memdlm.errors import CheckpointError, DataError, MemDLMError
 from memdlm.files import under_base
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.sites import find_sites
+from memdlm.models.blocks.chunked_loss import BYTES, MAX_SUMMED_LOGITS, at_once
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.readout import BYTES, MAX_SUMMED_LOGITS, at_once
 from memdlm.models.hub.loading import DTYPES, model_skeleton
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.models.lora.adapters import LoRAOptions, count_outer_lora
