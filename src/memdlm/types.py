@@ -27,12 +27,12 @@ Logits: TypeAlias = Tensor
 
 Project: TypeAlias = Callable[[Tensor], Tensor]
 """Turns features [n, D] into logits [n, V]."""
-Readout: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
+PerToken: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
 """(features [n, D], which of the N positions they are, project) -> [n] values, each of its own position alone."""
 
 
-class LogitReadout(ABC):
-    """A `Readout` that is a function of the logits and knows its own derivative."""
+class TokenLoss(ABC):
+    """A `PerToken` that is a function of the logits and knows its own derivative."""
 
     def __call__(self, features: Tensor, chosen: slice, project: Project) -> Tensor:
         """Project, then read."""
@@ -70,16 +70,16 @@ class Denoise(ABC):
         """Return [N, D] last hidden states, after the final norm, at `positions`."""
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:
-        """Return [N, D], what `read` hands to a readout; here the logits."""
+        """Return [N, D], what `read` hands to a `PerToken`; here the logits."""
         return self.logits(ids, positions)
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
-        """Return [N] values, `readout` of every position; a network may take the positions in several chunks."""
-        return readout(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
+        """Return [N] values, `per_token` of every position; a network may take the positions in several chunks."""
+        return per_token(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
 
-    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiated once."""
-        values = self.read(ids, positions, readout)
+        values = self.read(ids, positions, per_token)
         return (values * weights.to(values.dtype)).sum(), values.detach()
 
 

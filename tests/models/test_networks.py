@@ -11,6 +11,7 @@ from memdlm.errors import ConfigError
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model, load_model
 from memdlm.models.blocks.experts import Experts, grouped_linear, looped_linear, route
 from memdlm.models.networks.llada2 import GroupRouter
+from memdlm.models.networks.requests import Request
 from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -23,9 +24,9 @@ def test_chosen_positions_are_rows_of_the_whole(family):
     positions = torch.tensor([0, 5, 8, 20])
     whole = model(ids).logits
     assert_close(model(ids, positions=positions).logits, whole.flatten(0, 1)[positions])
-    hidden = model(ids, positions=positions, project=False)
+    hidden = model(ids, positions=positions, request=Request(hidden_only=True))
     assert hidden.logits is None
-    assert_close(model.predict(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
+    assert_close(model.predict(hidden.hidden), whole.flatten(0, 1)[positions])
 
 
 @every_family

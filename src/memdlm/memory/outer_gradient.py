@@ -25,8 +25,8 @@ from memdlm.errors import ConfigError
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.lower_layers import GivenLowerLayers, LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import patched, without_checkpointing
-from memdlm.models.networks.prefix import GivenPrefix, Prefix, SharedPrefix
 from memdlm.types import Denoise, Ids
 
 OUTER_GRADIENTS = ("first_order", "exact", "exact_top")
@@ -91,8 +91,8 @@ class Exact(OuterGradient):
         model: nn.Module,
         fast: FastWeights,
         blocks: Sequence[nn.Module],
-        denoise: Callable[[Prefix | None], Denoise],
-        prefix: SharedPrefix | None,
+        denoise: Callable[[LowerLayers | None], Denoise],
+        prefix: SharedLowerLayers | None,
     ) -> None:
         self.model, self.fast, self.denoise, self.prefix = model, fast, denoise, prefix
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -108,7 +108,7 @@ class Exact(OuterGradient):
         def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
             given = None
             if self.prefix is not None and lower:
-                given = GivenPrefix(self.prefix.first, ids, lower[0])
+                given = GivenLowerLayers(self.prefix.first, ids, lower[0])
             with (
                 autocast(),
                 # A block that runs again in the second backward pass would find another attention than now.

@@ -19,7 +19,7 @@ from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
-from memdlm.models.networks.prefix import Prefix
+from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
@@ -175,7 +175,7 @@ def score(
     schedule: Schedule,
     weighting: str,
     right_shift_logits: bool = False,
-    prefix: Prefix | None = None,
+    prefix: LowerLayers | None = None,
     planner: Planner | None = None,
     attention_pattern: AttentionPattern | None = None,
     soft: SoftMask | None = None,
@@ -196,7 +196,7 @@ def score(
         attention_mask=batch.attention_mask,
         attention_pattern=attention_pattern,
         right_shift_logits=right_shift_logits,
-        prefix=prefix,
+        lower_layers=prefix,
     )
     with _softened(model, denoise, batch, soft, is_soft):
         return masked_loss(

@@ -15,8 +15,8 @@ from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.blocks.masks import AttentionPattern, Windowed
-from memdlm.models.networks.prefix import Prefix
+from memdlm.models.blocks.masks import AttentionPattern, SlidingWindow
+from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
@@ -240,7 +240,7 @@ class MemDLMTrainer(GuardedTrainer):
         alone, text, _ = config.batch_shares
         drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
         mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
-        return mode, Windowed(config.batch_reach) if mode == ALONE else None
+        return mode, SlidingWindow(config.batch_reach) if mode == ALONE else None
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
@@ -314,7 +314,7 @@ class MemDLMTrainer(GuardedTrainer):
         self,
         model: nn.Module,
         batch: Batch,
-        prefix: Prefix | None = None,
+        prefix: LowerLayers | None = None,
         attention_pattern: AttentionPattern | None = None,
         *,
         is_soft: Tensor | None = None,

@@ -4,12 +4,9 @@ In memory the modules are called as in every other family; on disk they have the
 """
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -120,38 +117,14 @@ class LLaDAConfig(PublishedConfig):
             raise ConfigError(f"embedding_size {self.embedding_size} is below vocab_size {self.vocab_size}.")
 
 
-class LLaDALayer(GradientCheckpointingLayer):
-    """Pre-norm attention and gated feed-forward."""
+class LLaDALayer(Block):
+    """Attention and a gated feed-forward."""
 
     def __init__(self, config: LLaDAConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.d_model,
-            num_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.include_bias or config.include_qkv_bias,
-            out_bias=config.include_bias,
-            clip_qkv=config.clip_qkv,
-        )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp = GatedMLP(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
-        self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        qkv_bias = config.include_bias or config.include_qkv_bias
+        shape = AttentionShape.of(config, bias=qkv_bias, out_bias=config.include_bias, clip_qkv=config.clip_qkv)
+        feed_forward = GatedMLP(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
+        super().__init__(config, index, shape, feed_forward, norm_bias=config.norm_bias)
 
 
 class EmbeddingScale(nn.Module):
@@ -161,7 +134,7 @@ class EmbeddingScale(nn.Module):
         super().__init__()
         self.factor = width**0.5
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
         """Scale [B, L, D]."""
         return x * self.factor
 
@@ -175,9 +148,8 @@ class LLaDAModel(Backbone):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.build(
-            layers=[LLaDALayer(config, index) for index in range(config.n_layers)],
-            rotary=Rotary(width=config.head_dim, theta=float(config.rope_theta)),
-            norm=RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias),
+            LLaDALayer,
+            norm_bias=config.norm_bias,
             vocab_size=config.embedding_size or config.vocab_size,
             padding_index=None,  # as published: the padding token's embedding is trained like any other
             after_embedding=EmbeddingScale if config.input_emb_norm else None,
@@ -204,7 +176,6 @@ class LLaDAModelLM(MaskedDiffusionLM):
         (".up_proj.", ".mlp.up_proj."),
         (".ff_out.", ".mlp.down_proj."),
     )
-    _no_split_modules = ["LLaDALayer"]
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config, head_bias=config.include_bias)

@@ -6,21 +6,10 @@ Full attention unless an `attention_pattern` says otherwise; decoding passes `Bl
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import (
-    Attention,
-    AttentionShape,
-    GatedMLP,
-    RMSNorm,
-    Rotary,
-    SelfInitialising,
-    accurate,
-)
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP, SelfInitialising, accurate
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -172,43 +161,20 @@ class SparseMLP(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
-class LLaDA2MoeLayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a dense feed-forward (first layers) or experts."""
+class LLaDA2MoeLayer(Block):
+    """Attention, then a dense feed-forward (first layers) or experts."""
 
     def __init__(self, config: LLaDA2MoeConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+        shape = AttentionShape.of(
+            config,
             bias=config.use_qkv_bias,
             out_bias=config.use_bias,
             fused=True,
             qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp: nn.Module
-        if index < config.first_k_dense_replace:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        else:
-            self.mlp = SparseMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        is_dense = index < config.first_k_dense_replace
+        dense = (config.hidden_size, config.intermediate_size)
+        super().__init__(config, index, shape, GatedMLP(*dense) if is_dense else SparseMLP(config))
 
 
 class LLaDA2MoeModel(Backbone):
@@ -223,11 +189,7 @@ class LLaDA2MoeModel(Backbone):
             # Published files then hold shared experts of width 0, which carry nothing.
             self._keys_to_ignore_on_load_unexpected = [r"\.shared_experts\."]
         self.build(
-            layers=[LLaDA2MoeLayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
-            padding_index=config.pad_token_id,
+            LLaDA2MoeLayer, rotated=config.head_dim * config.partial_rotary_factor, padding_index=config.pad_token_id
         )
 
 
@@ -243,6 +205,5 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
         (".self_attn.query_layernorm.", ".self_attn.q_norm."),
         (".self_attn.key_layernorm.", ".self_attn.k_norm."),
     )
-    _no_split_modules = ["LLaDA2MoeLayer"]
     # Half precision would round the bias by more than routing margins.
     _keep_in_fp32_modules_strict = {"expert_bias"}

@@ -6,13 +6,10 @@ are stacked (`memdlm.models.blocks.experts`).
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, accurate
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP, accurate
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -118,49 +115,23 @@ class SparseMLP(nn.Module):
         return self.experts(flat, *self.route(flat)).view_as(x)
 
 
-class LLaDAMoELayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a mixture of experts (plus a shared expert, if any) or a dense feed-forward."""
+class LLaDAMoELayer(Block):
+    """Attention, then a mixture of experts (plus a shared expert, if any) or a dense feed-forward."""
 
     def __init__(self, config: LLaDAMoEConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+        shape = AttentionShape.of(
+            config,
             bias=config.attention_bias,
             qk_norm_eps=config.rms_norm_eps if config.qk_layernorm else None,
             clip_qkv=config.clip_qkv,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module
-        self.shared_expert: nn.Module | None = None
-        if config.moe_layer_freq[index]:
-            self.mlp = SparseMLP(config)
-            if config.shared_expert_intermediate_size is not None:
-                self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size)
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.dense_intermediate_size)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        inner = self.post_attention_layernorm(x)
-        out = self.mlp(inner)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(inner)
-        return x + out
+        is_dense = not config.moe_layer_freq[index]
+        dense = (config.hidden_size, config.dense_intermediate_size)
+        super().__init__(config, index, shape, GatedMLP(*dense) if is_dense else SparseMLP(config))
+        # Saved optimizer states count parameters: those of the norms come before the feed-forward's here.
+        self.mlp = self._modules.pop("mlp")
+        if not is_dense and config.shared_expert_intermediate_size is not None:
+            self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size)
 
 
 class LLaDAMoEModel(Backbone):
@@ -172,11 +143,7 @@ class LLaDAMoEModel(Backbone):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__(config)
         self.build(
-            layers=[LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
-            padding_index=config.pad_token_id,
+            LLaDAMoELayer, rotated=config.head_dim * config.partial_rotary_factor, padding_index=config.pad_token_id
         )
 
 
@@ -185,4 +152,3 @@ class LLaDAMoEModelLM(MaskedDiffusionLM):
 
     config_class = LLaDAMoEConfig
     backbone_class = LLaDAMoEModel
-    _no_split_modules = ["LLaDAMoELayer"]

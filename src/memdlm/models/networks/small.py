@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, SelfInitialising
+from memdlm.models.blocks.layers import Attention, AttentionShape, Block, GatedMLP, SelfInitialising
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
 
@@ -84,47 +82,26 @@ class TokenMixing(SelfInitialising):
         init.normal_(self.left, std=1.0)
         init.normal_(self.right, std=1.0)
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Mix [B, L, D]; positions outside `keep` [B, L] contribute nothing, so padding cannot leak in."""
-        visible = x if keep is None else x * keep[..., None]
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
+        """Mix [B, L, D]; positions outside `is_visible` [B, L] contribute nothing, so padding cannot leak in."""
+        visible = x if is_visible is None else x * is_visible[..., None]
         before = nn.functional.pad(visible, (0, 0, 1, 0))[:, :-1]
         after = nn.functional.pad(visible, (0, 0, 0, 1))[:, 1:]
         return x * self.centre + before * self.left + after * self.right
 
 
-class SmallDLMLayer(GradientCheckpointingLayer):
-    """Pre-norm attention (after token mixing, if any) and gated feed-forward."""
+class SmallDLMLayer(Block):
+    """Attention (after token mixing, if any) and a gated feed-forward."""
 
     def __init__(self, config: SmallDLMConfig, index: int) -> None:
-        super().__init__()
         shape = AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_attention_heads,
             head_dim=config.head_dim,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, index, shape, GatedMLP(config.hidden_size, config.intermediate_size))
         self.mixing = TokenMixing(config.hidden_size) if config.token_mixing else None
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        inner = self.input_layernorm(x)
-        if self.mixing is not None:
-            inner = self.mixing(inner, keep)
-        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class SmallDLMModel(Backbone):
@@ -135,14 +112,11 @@ class SmallDLMModel(Backbone):
 
     def __init__(self, config: SmallDLMConfig) -> None:
         super().__init__(config)
-        rotated = int(config.head_dim * config.partial_rotary_factor)
         self.build(
-            layers=[SmallDLMLayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=rotated - rotated % 2, theta=config.rope_theta),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
+            SmallDLMLayer,
+            rotated=int(config.head_dim * config.partial_rotary_factor) // 2 * 2,
             padding_index=config.pad_token_id,
-            window=config.sliding_window,
+            sliding_window=config.sliding_window,
             after_embedding=TokenMixing if config.token_mixing else None,
             mixes_positions=config.token_mixing,
         )
@@ -153,7 +127,6 @@ class SmallDLM(MaskedDiffusionLM):
 
     config_class = SmallDLMConfig
     backbone_class = SmallDLMModel
-    _no_split_modules = ["SmallDLMLayer"]
 
     @torch.no_grad()
     def prepare_new(self) -> None:
