@@ -120,7 +120,7 @@ def training_steps(
 
         def step() -> None:
             with memory.write(batch.clean, generator=generator(), anchor=batch.noised):
-                differentiate(model, batch, prefix=memory.prefix)
+                differentiate(model, batch, lower_layers=memory.lower_layers)
 
         return step
 

@@ -44,8 +44,8 @@ def step(model, batch, memory=None, *, share=True, seed=0):
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     with memory.write(batch.clean, batch.labels, batch.attention_mask, rng(seed), anchor=batch.noised) as written:
-        prefix = memory.prefix if share else None
-        lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=prefix)
+        lower_layers = memory.lower_layers if share else None
+        lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=lower_layers)
         loss = normalise(lost.sums, lost.counts, "token").squeeze()
         loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -117,23 +117,23 @@ def test_no_prefix_survives_its_block_and_padding_spared_by_the_write_alone_is_n
     with memory.write(
         batch.clean, batch.labels, batch.attention_mask, rng(), anchor=batch.noised, is_padding=is_padding
     ):
-        score(model, batch, schedule=Linear(), weighting="uniform", prefix=memory.prefix)
+        score(model, batch, schedule=Linear(), weighting="uniform", lower_layers=memory.lower_layers)
     assert calls[0] == 3, "two inner states, and the anchor, which is another text"
-    assert memory.prefix is None
+    assert memory.lower_layers is None
 
 
 def test_another_mask_or_pattern_is_another_state():
     from memdlm.models import BlockCausal
 
     model, ids = tiny("small", torch.float64), random_ids(2, 8)
-    prefix, positions = SharedLowerLayers(1), torch.tensor([3, 12])
+    lower_layers, positions = SharedLowerLayers(1), torch.tensor([3, 12])
     keep = torch.ones_like(ids)
     keep[1, 4:] = 0
     for mask in (None, keep):
         for pattern in (None, BlockCausal(2)):
             views = [
                 ModelDenoiser(model, attention_mask=mask, attention_pattern=pattern, lower_layers=each)
-                for each in (prefix, None)
+                for each in (lower_layers, None)
             ]
             with torch.no_grad():
                 assert_close(views[0].logits(ids, positions), views[1].logits(ids, positions))

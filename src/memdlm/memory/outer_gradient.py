@@ -80,7 +80,7 @@ class FirstOrder(OuterGradient):
 
 @final
 class Exact(OuterGradient):
-    """Through the steps' gradients too, and so through the adapted blocks and what `prefix` holds a graph of.
+    """Through the steps' gradients too, and so through the adapted blocks and what `lower_layers` holds a graph of.
 
     `denoise` builds what a step reads the network through. Raises ConfigError when the network's attention cannot be
     differentiated twice.
@@ -92,9 +92,9 @@ class Exact(OuterGradient):
         fast: FastWeights,
         blocks: Sequence[nn.Module],
         denoise: Callable[[LowerLayers | None], Denoise],
-        prefix: SharedLowerLayers | None,
+        lower_layers: SharedLowerLayers | None,
     ) -> None:
-        self.model, self.fast, self.denoise, self.prefix = model, fast, denoise, prefix
+        self.model, self.fast, self.denoise, self.lower_layers = model, fast, denoise, lower_layers
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.blocks = _with_attention_above(model, fast, blocks)
         check_attention(model)
@@ -102,13 +102,13 @@ class Exact(OuterGradient):
     def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
         """Return the values, and the gradient as a function of what it came from."""
         ids, state, autocast = gradient.ids, self.fast.state(), _autocast(values[0].device.type)
-        hidden = None if self.prefix is None else self.prefix.kept(ids)
+        hidden = None if self.lower_layers is None else self.lower_layers.of(ids)
         below = [] if hidden is None else [hidden]
 
         def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
             given = None
-            if self.prefix is not None and lower:
-                given = GivenLowerLayers(self.prefix.first, ids, lower[0])
+            if self.lower_layers is not None and lower:
+                given = GivenLowerLayers(self.lower_layers.first, ids, lower[0])
             with (
                 autocast(),
                 # A block that runs again in the second backward pass would find another attention than now.

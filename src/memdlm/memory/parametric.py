@@ -257,7 +257,7 @@ class ParametricMemory:
         return self.fast.set_aside()
 
     @property
-    def prefix(self) -> LowerLayers | None:
+    def lower_layers(self) -> LowerLayers | None:
         """Inside a block: what calls on the anchor may continue from, see `ModelDenoiser`; None: nothing.
 
         If gradients were enabled when the block was entered with an `anchor`, they flow through it.
@@ -309,13 +309,13 @@ class ParametricMemory:
                 is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
             )
 
-        def denoiser(prefix: LowerLayers | None, is_constant: bool = False) -> ModelDenoiser:
+        def denoiser(lower_layers: LowerLayers | None, is_constant: bool = False) -> ModelDenoiser:
             return ModelDenoiser(
                 self.model,
                 attention_mask=mask,
                 attention_pattern=reading.pattern,
                 right_shift_logits=self.right_shift_logits,
-                lower_layers=prefix,
+                lower_layers=lower_layers,
                 is_constant=is_constant,
             )
 
@@ -338,7 +338,7 @@ class ParametricMemory:
                 counts=counts,
             )
         if self._lower is not None:
-            self._lower.keep(anchor.ids)
+            self._lower.retain(anchor.ids)
         return written
 
     def _anchor(self, clean: Ids, is_maskable: PositionSet, noised: Corrupted | None, draw: Draw) -> Anchor:

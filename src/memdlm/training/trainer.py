@@ -226,7 +226,7 @@ class MemDLMTrainer(GuardedTrainer):
             raise AssertionError("without memory all of the loss is")
         rows = [derive(key) for key in inputs[WRITE]]
         self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
-        lost = self._score(model, batch, self.memory.prefix, pattern, totals=totals)
+        lost = self._score(model, batch, self.memory.lower_layers, pattern, totals=totals)
         self._means.add(
             "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
         )
@@ -281,7 +281,7 @@ class MemDLMTrainer(GuardedTrainer):
         if self.memory is not None:
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
-                with_memory = self._score(model, batch, self.memory.prefix).bound
+                with_memory = self._score(model, batch, self.memory.lower_layers).bound
         columns = (lost.bound, with_memory, lost.counts, batch.noised.t)
         rows = torch.stack([column.to(lost.bound.dtype) for column in columns], dim=1).float()
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
@@ -314,7 +314,7 @@ class MemDLMTrainer(GuardedTrainer):
         self,
         model: nn.Module,
         batch: Batch,
-        prefix: LowerLayers | None = None,
+        lower_layers: LowerLayers | None = None,
         attention_pattern: AttentionPattern | None = None,
         *,
         is_soft: Tensor | None = None,
@@ -327,7 +327,7 @@ class MemDLMTrainer(GuardedTrainer):
             schedule=self.schedule,
             weighting=self.args.loss_weight_type,
             right_shift_logits=self.args.right_shift_logits,
-            prefix=prefix,
+            lower_layers=lower_layers,
             planner=self.args.diffusion.planner(),
             attention_pattern=attention_pattern,
             soft=self._soft,

@@ -43,7 +43,7 @@ class SharedLowerLayers(LowerLayers):
     """Computes each state's lower part once and hands it out as a constant.
 
     The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph: for `ConnectedLowerLayers` and
-    `kept`.
+    `of`.
     """
 
     def __init__(self, first: int, *, anchor: Ids | None = None, is_traced: bool = False) -> None:
@@ -63,7 +63,7 @@ class SharedLowerLayers(LowerLayers):
         """Return what was computed for `state`, with its graph if it has one."""
         return next((hidden for other, hidden in self._known if other.is_same(state)), None)
 
-    def kept(self, ids: Ids) -> Tensor | None:
+    def of(self, ids: Ids) -> Tensor | None:
         """Return what was computed for the text `ids`, with its graph if it has one."""
         return next((hidden for state, hidden in self._known if state.ids is ids), None)
 
@@ -75,7 +75,7 @@ class SharedLowerLayers(LowerLayers):
         """Return the view through which an outer loss continues from here."""
         return ConnectedLowerLayers(self)
 
-    def keep(self, ids: Ids | None) -> None:
+    def retain(self, ids: Ids | None) -> None:
         """Let go of every state but the one of `ids`."""
         self._known = [(state, hidden) for state, hidden in self._known if state.ids is ids]
 
