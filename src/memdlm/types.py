@@ -12,18 +12,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Ids: TypeAlias = Tensor
-"""[B, L] int64 token ids."""
-PositionSet: TypeAlias = Tensor
-"""[B, L] bool, true at the positions that belong to the set."""
-Positions: TypeAlias = Tensor
-"""[N] int64, positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
-Times: TypeAlias = Tensor
-"""[B] float, diffusion time: 0 is clean text, 1 has every maskable token masked."""
-Logits: TypeAlias = Tensor
-"""[N, V] float."""
+Ids: TypeAlias = Int64[Tensor, "B L"]
+"""Token ids."""
+PositionSet: TypeAlias = Bool[Tensor, "B L"]
+"""True at the positions that belong to the set."""
+Positions: TypeAlias = Int64[Tensor, "N"]
+"""Positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
+Times: TypeAlias = Float[Tensor, "B"]
+"""Diffusion time: 0 is clean text, 1 has every maskable token masked."""
+Logits: TypeAlias = Float[Tensor, "N V"]
+"""Of chosen positions."""
+Features: TypeAlias = Float[Tensor, "N D"]
+"""Hidden states of chosen positions."""
+Values: TypeAlias = Float[Tensor, "N"]
+"""One number per chosen position."""
+OfTexts: TypeAlias = Float[Tensor, "B"]
+"""One number per text."""
+OfSamples: TypeAlias = Float[Tensor, "S"]
+"""One number per memory."""
+Elementwise: TypeAlias = Float[Tensor, "*shape"]
+"""What goes in and comes out in the same shape."""
 
 Project: TypeAlias = Callable[[Tensor], Tensor]
 """Turns features [n, D] into logits [n, V]."""
