@@ -3,6 +3,8 @@
 In memory the modules are called as in every other family; on disk they have the published names.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from memdlm.errors import ConfigError
@@ -44,55 +46,37 @@ class LLaDAConfig(PublishedConfig):
         "tie_word_embeddings": "weight_tying",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        d_model: int = 4096,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        n_layers: int = 32,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        multi_query_attention: bool | None = None,
-        clip_qkv: float | None = None,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        include_bias: bool = False,
-        include_qkv_bias: bool = False,
-        bias_for_layer_norm: bool | None = None,
-        input_emb_norm: bool = False,
-        scale_logits: bool = False,
-        weight_tying: bool = False,
-        max_sequence_length: int = 4096,
-        init_std: float = 0.02,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.d_model = d_model
-        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
-        self.mlp_ratio = mlp_ratio
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.multi_query_attention = multi_query_attention
-        self.n_kv_heads = n_kv_heads or (1 if multi_query_attention else n_heads)
-        self.clip_qkv = clip_qkv
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.include_bias = include_bias
-        self.include_qkv_bias = include_qkv_bias
-        self.bias_for_layer_norm = bias_for_layer_norm
-        self.input_emb_norm = input_emb_norm
-        self.scale_logits = scale_logits
-        self.max_sequence_length = max_sequence_length
-        self.init_std = init_std
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    d_model: int = 4096
+    mlp_hidden_size: int = None  # type: ignore[assignment]
+    """Unset: `mlp_ratio` times the width."""
+    mlp_ratio: int = 4
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 0
+    """0 or None: as many as `n_heads`, or 1 with `multi_query_attention`."""
+    multi_query_attention: bool | None = None
+    clip_qkv: float | None = None
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    bias_for_layer_norm: bool | None = None
+    input_emb_norm: bool = False
+    scale_logits: bool = False
+    weight_tying: bool = False
+    max_sequence_length: int = 4096
+    init_std: float = 0.02
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = self.mlp_ratio * self.d_model
+        self.n_kv_heads = self.n_kv_heads or (1 if self.multi_query_attention else self.n_heads)
         self._check(kwargs)
-        # An alias that a caller passes must not be undone by the field's default.
-        kwargs.setdefault("tie_word_embeddings", weight_tying)
-        super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, **kwargs)
+        super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:

@@ -4,6 +4,8 @@ Parameter names and layout on disk are the published ones, one tensor per expert
 are stacked (`memdlm.models.blocks.experts`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,62 +24,42 @@ class LLaDAMoEConfig(PublishedConfig):
     telling_fields = (frozenset({"num_experts", "expert_intermediate_size"}),)
     telling_tensors = (".embed_tokens.",)
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        dense_intermediate_size: int = 8192,
-        expert_intermediate_size: int = 1024,
-        shared_expert_intermediate_size: int | None = None,
-        num_hidden_layers: int = 16,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        num_experts: int = 64,
-        num_experts_per_tok: int = 8,
-        moe_layer_freq: list[int] | None = None,
-        moe_router_enable_expert_bias: bool | None = False,
-        qk_layernorm: bool = True,
-        attention_bias: bool = False,
-        clip_qkv: float | None = None,
-        partial_rotary_factor: float = 1.0,
-        rope_theta: float = 50000.0,
-        rms_norm_eps: float = 1e-5,
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.dense_intermediate_size = dense_intermediate_size
-        self.expert_intermediate_size = expert_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_layer_freq = [1] * num_hidden_layers if moe_layer_freq is None else list(moe_layer_freq)
-        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
-        self.qk_layernorm = qk_layernorm
-        self.attention_bias = attention_bias
-        self.clip_qkv = clip_qkv
-        self.partial_rotary_factor = partial_rotary_factor
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    dense_intermediate_size: int = 8192
+    expert_intermediate_size: int = 1024
+    shared_expert_intermediate_size: int | None = None
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    """0 or None: as many as `num_attention_heads`."""
+    head_dim: int = 0
+    """0 or None: the width divided among the heads."""
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    moe_layer_freq: list[int] = None  # type: ignore[assignment]
+    """Per layer, 1 for experts and 0 for a dense one; unset: experts everywhere."""
+    moe_router_enable_expert_bias: bool | None = False
+    qk_layernorm: bool = True
+    attention_bias: bool = False
+    clip_qkv: float | None = None
+    partial_rotary_factor: float = 1.0
+    rope_theta: float = 50000.0
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.moe_layer_freq is None:
+            self.moe_layer_freq = [1] * self.num_hidden_layers
+        self.moe_layer_freq = list(self.moe_layer_freq)
         self._check(kwargs)
-        super().__init__(
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        super().__post_init__(**kwargs)
 
     def _check(self, others: dict[str, object]) -> None:
         if len(self.moe_layer_freq) != self.num_hidden_layers:

@@ -45,7 +45,7 @@ class Request:
     """Promises that the projection gets no gradient, and the values no second derivative."""
 
 
-# FSDP casts, and torch.compile flattens, what it finds in arguments of kinds that are registered here.
+# FSDP2 casts the tensors that pytrees of a call's arguments hold.
 pytree.register_dataclass(Request)
 
 

@@ -5,6 +5,8 @@ Two aids make retrieval learnable within a minute: every position sees its direc
 the first step. `sliding_window` puts text out of reach of attention, for studies of what a memory alone can recall.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -19,52 +21,34 @@ class SmallDLMConfig(PreTrainedConfig):
     """Sizes of the small dense family; `sliding_window` w lets a position see those at most w away (None: all)."""
 
     model_type = "memdlm_small"
-    keys_to_ignore_at_inference: tuple[str, ...] = ()
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        vocab_size: int = 256,
-        hidden_size: int = 64,
-        intermediate_size: int = 160,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
-        sliding_window: int | None = None,
-        token_mixing: bool = True,
-        tie_query_key_init: bool = True,
-        partial_rotary_factor: float = 0.5,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-6,
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.1,
-        tie_word_embeddings: bool = False,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        if hidden_size % num_attention_heads:
+    vocab_size: int = 256
+    hidden_size: int = 64
+    intermediate_size: int = 160
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    sliding_window: int | None = None
+    token_mixing: bool = True
+    tie_query_key_init: bool = True
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.1
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.sliding_window = sliding_window
-        self.token_mixing = token_mixing
-        self.tie_query_key_init = tie_query_key_init
-        self.partial_rotary_factor = partial_rotary_factor
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        super().__init__(
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        # transformers' constructor of a class that only declares fields leaves this out.
+        self.validate()
 
 
 class TokenMixing(SelfInitialising):
