@@ -36,7 +36,8 @@ from memdlm.diffusion.losses import Nats
 from memdlm.memory import MemoryConfig, ParametricMemory, TrajectoryStep, run_inner_loop, trajectory
 from memdlm.memory.trajectory import Anchor
 from memdlm.models import LLaDAMoEConfig, ModelDenoiser, build_model
-from memdlm.models.blocks.readout import read_in_chunks
+from memdlm.models.blocks.chunked_loss import values_in_chunks
+from memdlm.models.networks.requests import Request
 from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, score
 from memdlm.training.trainer import BARE_EVERY
 
@@ -119,7 +120,7 @@ def training_steps(
 
         def step() -> None:
             with memory.write(batch.clean, generator=generator(), anchor=batch.noised):
-                differentiate(model, batch, prefix=memory.prefix)
+                differentiate(model, batch, lower_layers=memory.lower_layers)
 
         return step
 
@@ -287,25 +288,25 @@ def floor_parts(model: torch.nn.Module, length: int) -> dict[str, Callable[[], A
     memory.fast.reset(1, generator())
     first = len(model.model.layers) - 1
     with torch.no_grad():
-        hidden = model(steps[0].ids, stop_layer=first).hidden_states[-1]
+        hidden = model(steps[0].ids, request=Request(stop_layer=first)).hidden
 
     def frozen() -> None:
         with torch.no_grad():
             for step in steps:
-                model(step.ids, stop_layer=first)
+                model(step.ids, request=Request(stop_layer=first))
 
     def adapted() -> None:
         with memory.fast.attached():
             for _ in steps:
-                out = model.model(inputs_embeds=hidden, start_layer=first).last_hidden_state
+                out = model.model(inputs_embeds=hidden, request=Request(start_layer=first)).last_hidden_state
                 torch.autograd.grad(out.sum(), memory.fast.tensors())
 
     def scored() -> None:
         for step in steps:
             positions = positions_of(step.is_scored)
             rows = hidden.flatten(0, 1)[positions].requires_grad_().clone()
-            readout = Nats(clean.flatten()[positions])
-            values = read_in_chunks(readout, rows, model.lm_head, model.lm_head.weight.shape[0], is_constant=True)
+            per_token = Nats(clean.flatten()[positions])
+            values = values_in_chunks(per_token, rows, model.lm_head, model.lm_head.weight.shape[0], is_constant=True)
             torch.autograd.grad(values.sum(), rows)
 
     return {"frozen": frozen, "adapted": adapted, "scored": scored}

@@ -21,6 +21,7 @@ from decoding import BLOCK, MODELS, V, machine
 
 from memdlm.models import BlockCausal, build_model
 from memdlm.models.blocks import masks
+from memdlm.models.networks.requests import Request
 from memdlm.randomness import derive
 
 SEGMENT = masks.SEGMENT
@@ -37,7 +38,9 @@ def measure(length: int, rounds: int) -> dict:
             masks.SEGMENT = size
             start = time.process_time()
             with torch.no_grad():
-                found[name] = model.model(ids, attention_pattern=BlockCausal(BLOCK), queries=one).last_hidden_state
+                request = Request(queries=one)
+                out = model.model(ids, attention_pattern=BlockCausal(BLOCK), request=request)
+                found[name] = out.last_hidden_state
             times[name].append(time.process_time() - start)
     gap = (found["whole"] - found["segments"]).abs().max().item()
     if gap > 1e-3:

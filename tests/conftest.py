@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
 # Commands that tests start are as small, and would spin beside each other on more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Shapes are checked here and cost nothing elsewhere. Before the package is imported.
+install_import_hook("memdlm", "shape_checks.of_tensors")
 
 
 def pytest_collection_finish():

@@ -115,7 +115,8 @@ def train_sharded(options, *, world=1, rank=0):
         rows = [derive(key) for key in inputs[WRITE]]
         with memory_of(memory, batch, pad_token_id=PAD, randomness=rows):
             totals = {"norm": "token", "total_tokens": total, "total_rows": STEP}
-            lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix, **totals)
+            lower = memory.lower_layers
+            lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=lower, **totals)
             loss = lost.loss * world
             loss.backward()
         mean = loss.detach() / world

@@ -75,7 +75,7 @@ def run(options: dict, rows: slice, world: int = 1) -> dict[str, torch.Tensor]:
     generators = [derive("row", row) for row in range(ROWS)[rows]]
     with memory.write(batch.clean, batch.labels, batch.attention_mask, generators, anchor=batch.noised) as written:
         out = {f"fast/{name}": value.clone() for name, value in memory.fast.named().items()}
-        lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix)
+        lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=memory.lower_layers)
         tokens = int(batch_of(slice(None)).is_maskable.sum())
         loss = normalise(lost.sums, lost.counts, "token", total_tokens=tokens, total_rows=ROWS) * world
         loss.squeeze().backward()

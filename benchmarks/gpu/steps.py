@@ -58,7 +58,7 @@ def steps_of(card: Card, model: nn.Module, *, has_update: bool) -> dict[str, Cal
 
     def memdlm() -> None:
         with memory.write(batch.clean, generator=derive("start"), anchor=batch.noised):
-            finish(prefix=memory.prefix)
+            finish(lower_layers=memory.lower_layers)
 
     return {"mdlm": finish, "memdlm": memdlm}
 

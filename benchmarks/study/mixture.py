@@ -18,12 +18,12 @@ import torch
 from recall_suite import EVEN
 
 from memdlm.evaluation import recall
-from memdlm.models.blocks.masks import Windowed
+from memdlm.models.blocks.masks import SlidingWindow
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
 from memdlm.workflows.studies.recall_study import recall_data, train_arm
 
 REACH, STEPS_PER_KIND = 4, 300
-SKILLS = {"memory alone": (True, Windowed(REACH)), "text alone": (False, None), "both": (True, None)}
+SKILLS = {"memory alone": (True, SlidingWindow(REACH)), "text alone": (False, None), "both": (True, None)}
 """Whether the prompt is written, and who sees whom."""
 
 

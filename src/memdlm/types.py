@@ -12,27 +12,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-Ids: TypeAlias = Tensor
-"""[B, L] int64 token ids."""
-PositionSet: TypeAlias = Tensor
-"""[B, L] bool, true at the positions that belong to the set."""
-Positions: TypeAlias = Tensor
-"""[N] int64, positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
-Times: TypeAlias = Tensor
-"""[B] float, diffusion time: 0 is clean text, 1 has every maskable token masked."""
-Logits: TypeAlias = Tensor
-"""[N, V] float."""
+Ids: TypeAlias = Int64[Tensor, "B L"]
+"""Token ids."""
+PositionSet: TypeAlias = Bool[Tensor, "B L"]
+"""True at the positions that belong to the set."""
+Positions: TypeAlias = Int64[Tensor, "N"]
+"""Positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
+Times: TypeAlias = Float[Tensor, "B"]
+"""Diffusion time: 0 is clean text, 1 has every maskable token masked."""
+Logits: TypeAlias = Float[Tensor, "N V"]
+"""Of chosen positions."""
+Features: TypeAlias = Float[Tensor, "N D"]
+"""Hidden states of chosen positions."""
+Values: TypeAlias = Float[Tensor, "N"]
+"""One number per chosen position."""
+OfTexts: TypeAlias = Float[Tensor, "B"]
+"""One number per text."""
+OfSamples: TypeAlias = Float[Tensor, "S"]
+"""One number per memory."""
+Elementwise: TypeAlias = Float[Tensor, "*shape"]
+"""What goes in and comes out in the same shape."""
 
 Project: TypeAlias = Callable[[Tensor], Tensor]
 """Turns features [n, D] into logits [n, V]."""
-Readout: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
+PerToken: TypeAlias = Callable[[Tensor, slice, Project], Tensor]
 """(features [n, D], which of the N positions they are, project) -> [n] values, each of its own position alone."""
 
 
-class LogitReadout(ABC):
-    """A `Readout` that is a function of the logits and knows its own derivative."""
+class TokenLoss(ABC):
+    """A `PerToken` that is a function of the logits and knows its own derivative."""
 
     def __call__(self, features: Tensor, chosen: slice, project: Project) -> Tensor:
         """Project, then read."""
@@ -70,16 +81,16 @@ class Denoise(ABC):
         """Return [N, D] last hidden states, after the final norm, at `positions`."""
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:
-        """Return [N, D], what `read` hands to a readout; here the logits."""
+        """Return [N, D], what `read` hands to a `PerToken`; here the logits."""
         return self.logits(ids, positions)
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
-        """Return [N] values, `readout` of every position; a network may take the positions in several chunks."""
-        return readout(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
+        """Return [N] values, `per_token` of every position; a network may take the positions in several chunks."""
+        return per_token(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
 
-    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiated once."""
-        values = self.read(ids, positions, readout)
+        values = self.read(ids, positions, per_token)
         return (values * weights.to(values.dtype)).sum(), values.detach()
 
 

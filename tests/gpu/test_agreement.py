@@ -69,7 +69,7 @@ def test_predictions_in_bfloat16_are_no_worse_than_the_cpus(family, device):
 
 def drawn(device, family):
     memory = memory_of(tiny(family).to(device), inner_dropout=0.5)
-    memory.fast.reset(2, rows_of(2))
+    memory.fast.reset(2, rows_of(2), dropout=memory.config.inner_dropout)
     found = list(memory.fast.named().values())
     for update in range(2):
         with memory.fast.dropping(update):

@@ -120,7 +120,7 @@ def test_a_training_step(family, preset, device):
                 inputs, t, draws, schedule=Linear(), epsilon=1e-3, mask_token_id=MASK, spare_padding=False
             )
             with memory_of(memory, batch, pad_token_id=0, randomness=[derive("row", row) for row in range(2)]):
-                lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix)
+                lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=memory.lower_layers)
                 lost.sums.sum().backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -47,7 +47,7 @@ class Counting:
 
     def __call__(self, graph, inputs, **_):
         self.compiled += 1
-        given = [node for node in graph.graph.nodes if node.op == "placeholder" and "cache" in node.name]
+        given = [node for node in graph.graph.nodes if node.op == "placeholder" and "cache_layers" in node.name]
         kinds = [node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in given]
         self.static.append(kinds.count("unguarded") if kinds.count(None) == 0 else None)
         return graph.forward if self.inner is None else torch._inductor.compile(graph, inputs)

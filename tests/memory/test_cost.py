@@ -10,9 +10,9 @@ from memdlm.diffusion import Linear, masked_loss, normalise, positions_of
 from memdlm.diffusion.losses import Nats
 from memdlm.memory import OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.models import ModelDenoiser
-from memdlm.models.blocks import readout
-from memdlm.models.blocks.readout import read_in_chunks
-from memdlm.models.networks.prefix import SharedPrefix
+from memdlm.models.blocks import chunked_loss
+from memdlm.models.blocks.chunked_loss import values_in_chunks
+from memdlm.models.networks.lower_layers import SharedLowerLayers
 from memdlm.training import score
 from rank_worker import batch_of
 from tiny import CONFIGS, MASK, V, random_ids, rng, tiny
@@ -44,8 +44,8 @@ def step(model, batch, memory=None, *, share=True, seed=0):
         loss.backward()
         return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     with memory.write(batch.clean, batch.labels, batch.attention_mask, rng(seed), anchor=batch.noised) as written:
-        prefix = memory.prefix if share else None
-        lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=prefix)
+        lower_layers = memory.lower_layers if share else None
+        lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=lower_layers)
         loss = normalise(lost.sums, lost.counts, "token").squeeze()
         loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -117,23 +117,23 @@ def test_no_prefix_survives_its_block_and_padding_spared_by_the_write_alone_is_n
     with memory.write(
         batch.clean, batch.labels, batch.attention_mask, rng(), anchor=batch.noised, is_padding=is_padding
     ):
-        score(model, batch, schedule=Linear(), weighting="uniform", prefix=memory.prefix)
+        score(model, batch, schedule=Linear(), weighting="uniform", lower_layers=memory.lower_layers)
     assert calls[0] == 3, "two inner states, and the anchor, which is another text"
-    assert memory.prefix is None
+    assert memory.lower_layers is None
 
 
 def test_another_mask_or_pattern_is_another_state():
     from memdlm.models import BlockCausal
 
     model, ids = tiny("small", torch.float64), random_ids(2, 8)
-    prefix, positions = SharedPrefix(1), torch.tensor([3, 12])
+    lower_layers, positions = SharedLowerLayers(1), torch.tensor([3, 12])
     keep = torch.ones_like(ids)
     keep[1, 4:] = 0
     for mask in (None, keep):
         for pattern in (None, BlockCausal(2)):
             views = [
-                ModelDenoiser(model, attention_mask=mask, attention_pattern=pattern, prefix=each)
-                for each in (prefix, None)
+                ModelDenoiser(model, attention_mask=mask, attention_pattern=pattern, lower_layers=each)
+                for each in (lower_layers, None)
             ]
             with torch.no_grad():
                 assert_close(views[0].logits(ids, positions), views[1].logits(ids, positions))
@@ -146,8 +146,8 @@ def test_chunks_change_no_value_and_no_gradient(family, objective, limit, monkey
     results = []
     for size in (None, limit):
         if size is not None:
-            monkeypatch.setattr(readout, "MAX_LOGITS", size)
-            monkeypatch.setattr(readout, "MAX_CONSTANT_LOGITS", size)
+            monkeypatch.setattr(chunked_loss, "MAX_LOGITS", size)
+            monkeypatch.setattr(chunked_loss, "MAX_CONSTANT_LOGITS", size)
         model = tiny(family, torch.float64).train()
         memory = memory_of(model, per_sample=False, inner_loss_type=objective, loss_weight_type="scheduler")
         written, loss, gradients = step(model, batch_of(slice(None)), memory)
@@ -156,8 +156,8 @@ def test_chunks_change_no_value_and_no_gradient(family, objective, limit, monkey
 
 
 def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
-    monkeypatch.setattr(readout, "MAX_LOGITS", 5 * V)
-    monkeypatch.setattr(readout, "MAX_CONSTANT_LOGITS", 4 * V)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 5 * V)
+    monkeypatch.setattr(chunked_loss, "MAX_CONSTANT_LOGITS", 4 * V)
     model = tiny("small")
     seen = []
     model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
@@ -167,31 +167,31 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once(monkeypatch):
 
 
 def test_a_constant_projection_is_projected_once_and_a_learned_one_again(monkeypatch):
-    monkeypatch.setattr(readout, "MAX_LOGITS", 4 * V)
-    monkeypatch.setattr(readout, "MAX_CONSTANT_LOGITS", 4 * V)
+    monkeypatch.setattr(chunked_loss, "MAX_LOGITS", 4 * V)
+    monkeypatch.setattr(chunked_loss, "MAX_CONSTANT_LOGITS", 4 * V)
     hidden = torch.randn(10, 8, generator=rng(), requires_grad=True)
     head, calls = nn.Linear(8, V), []
     head.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
     targets = torch.randint(0, V, (10,), generator=rng(1))
     for is_constant, expected in ((True, [4, 4, 2]), (False, [4, 4, 2] * 2)):
         calls.clear()
-        read_in_chunks(Nats(targets), hidden, head, V, is_constant=is_constant).sum().backward()
+        values_in_chunks(Nats(targets), hidden, head, V, is_constant=is_constant).sum().backward()
         assert sorted(calls) == sorted(expected)
-    values = read_in_chunks(Nats(targets), hidden, head, V, is_constant=True)
+    values = values_in_chunks(Nats(targets), hidden, head, V, is_constant=True)
     (gradient,) = torch.autograd.grad(values.square().sum(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 
 def test_a_second_derivative_passes_through_recomputed_chunks(monkeypatch):
-    """Exact outer gradients differentiate the inner loop again: the chunked readout must not stand in the way."""
+    """Exact outer gradients differentiate the inner loop again: the chunked loss must not stand in the way."""
     hidden = torch.randn(6, 8, generator=rng(), dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, 8, generator=rng(2), dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, V, (6,), generator=rng(1))
     second = []
     for limit in (10**9, 2 * V):
-        monkeypatch.setattr(readout, "MAX_LOGITS", limit)
-        values = read_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V)
+        monkeypatch.setattr(chunked_loss, "MAX_LOGITS", limit)
+        values = values_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V)
         (gradient,) = torch.autograd.grad(values.square().sum(), hidden, create_graph=True)
         second.append(torch.autograd.grad(gradient.square().sum(), (hidden, weight)))
     assert_close(second[1], second[0])
@@ -253,7 +253,7 @@ def test_the_derivative_taken_on_the_spot_is_autograd_s(dtype, tolerance):
     results = []
     for is_constant in (False, True):
         hidden = torch.randn(10, 8, generator=rng()).to(dtype).requires_grad_()
-        values = read_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V, is_constant=is_constant)
+        values = values_in_chunks(Nats(targets), hidden, lambda h: h @ weight.T, V, is_constant=is_constant)
         factors = torch.linspace(0.1, 2, 10, dtype=values.dtype)
         results.append((values, *torch.autograd.grad((values * factors).sum(), hidden)))
     assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)

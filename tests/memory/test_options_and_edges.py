@@ -209,8 +209,8 @@ def state_of(memory, ids):
 def outer_gradients(model, memory, batch: Batch, generators, *, share=True):
     model.zero_grad()
     with memory.write(batch.clean, batch.labels, batch.attention_mask, generators, anchor=batch.noised):
-        prefix = memory.prefix if share else None
-        lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=prefix)
+        lower_layers = memory.lower_layers if share else None
+        lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=lower_layers)
         lost.sums.sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from memdlm.errors import ConfigError
 from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, build_model, load_model
 from memdlm.models.blocks.experts import Experts, grouped_linear, looped_linear, route
 from memdlm.models.networks.llada2 import GroupRouter
+from memdlm.models.networks.requests import Prediction, Request
 from tiny import CONFIGS, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -23,9 +27,20 @@ def test_chosen_positions_are_rows_of_the_whole(family):
     positions = torch.tensor([0, 5, 8, 20])
     whole = model(ids).logits
     assert_close(model(ids, positions=positions).logits, whole.flatten(0, 1)[positions])
-    hidden = model(ids, positions=positions, project=False)
+    hidden = model(ids, positions=positions, request=Request(hidden_only=True))
     assert hidden.logits is None
-    assert_close(model.predict(hidden.hidden_states[0]), whole.flatten(0, 1)[positions])
+    assert_close(model.predict(hidden.hidden), whole.flatten(0, 1)[positions])
+
+
+def test_wrappers_see_the_tensors_of_a_request_and_of_a_prediction():
+    """FSDP2 casts what pytrees hold, accelerate the outputs of a forward pass under autocast."""
+    asked = tree_map_only(torch.Tensor, Tensor.bfloat16, Request(weights=torch.ones(2)))
+    assert isinstance(asked, Request)
+    assert asked.weights.dtype == torch.bfloat16
+    found = convert_to_fp32(Prediction(hidden=torch.ones(2, dtype=torch.bfloat16)))
+    assert isinstance(found, Prediction)
+    assert found.hidden.dtype == torch.float32
+    assert found.logits is None
 
 
 @every_family

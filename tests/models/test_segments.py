@@ -12,6 +12,7 @@ from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal
 from memdlm.models.blocks.masks import SEGMENT, Segments, segments_for
+from memdlm.models.networks.requests import Request
 from tiny import CONFIGS, V, random_ids, tiny
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -51,7 +52,8 @@ def test_logits_and_gradients_are_the_whole_mask_s(family, is_padded, monkeypatc
         model = tiny(family, torch.float64)
         out = model(ids, keep, attention_pattern=BlockCausal(3)).logits
         out[0].log_softmax(-1)[..., 5].mean().backward()
-        narrowed = model(ids, keep, attention_pattern=BlockCausal(3), queries=torch.tensor([[20, 3], [4, 5]])).logits
+        request = Request(queries=torch.tensor([[20, 3], [4, 5]]))
+        narrowed = model(ids, keep, attention_pattern=BlockCausal(3), request=request).logits
         found.append([out, narrowed, *(p.grad for p in model.parameters() if p.grad is not None)])
     for whole, parts in zip(*found, strict=True):
         assert_close(parts, whole, **CLOSE)
@@ -109,4 +111,4 @@ def test_what_is_small_or_no_block_mask_is_formed_whole():
     keep = torch.ones(2, SEGMENT + 1, dtype=torch.bool)
     assert segments_for(None, hidden[:, :SEGMENT], BlockCausal(4)) is None
     assert segments_for(keep[:, None, None], hidden, BlockCausal(4)) is None
-    assert segments_for(keep, hidden, BlockCausal(4)).keep.shape == (2, 1, 1, SEGMENT + 1)
+    assert segments_for(keep, hidden, BlockCausal(4)).is_visible.shape == (2, 1, 1, SEGMENT + 1)

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from memdlm.diffusion import Linear, normalise
 from memdlm.diffusion.losses import Nats, Planner
 from memdlm.models import ModelDenoiser
-from memdlm.models.blocks import readout
-from memdlm.models.blocks.readout import sum_in_chunks
+from memdlm.models.blocks import chunked_loss
+from memdlm.models.blocks.chunked_loss import sum_in_chunks
 from memdlm.randomness import derive
 from memdlm.training import score
 from rank_worker import batch_of
@@ -23,7 +23,7 @@ V = 41
 
 
 def small_chunks(monkeypatch, rows, vocabulary=V):
-    monkeypatch.setattr(readout, "MAX_SUMMED_LOGITS", rows * vocabulary)
+    monkeypatch.setattr(chunked_loss, "MAX_SUMMED_LOGITS", rows * vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,10 @@ def test_a_gpu_gets_chunks_by_its_memory(monkeypatch):
     for name, total in sizes.items():
         card = SimpleNamespace(total_memory=total)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, card=card: card)
-        sizes[name] = readout.at_once(2**23, torch.device("cuda"))
+        sizes[name] = chunked_loss.at_once(2**23, torch.device("cuda"))
     assert sizes["small"] == 2**23
     assert 2**23 < sizes["large"] <= 80 * 10**9 / 32 / 16
-    assert readout.at_once(5, torch.device("cpu")) == 5
+    assert chunked_loss.at_once(5, torch.device("cpu")) == 5
 
 
 def gradients_of(model, batch, norm, is_fused, **options):

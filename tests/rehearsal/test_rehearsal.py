@@ -193,7 +193,7 @@ def test_a_training_step(family, preset):
             spare_padding=False,
         )
         with memory_of(memory, batch, pad_token_id=0, randomness=[derive("row", row) for row in range(2)]):
-            lost = score(model, batch, schedule=Linear(), weighting="scheduler", prefix=memory.prefix)
+            lost = score(model, batch, schedule=Linear(), weighting="scheduler", lower_layers=memory.lower_layers)
             lost.sums.sum().backward()
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         learned = [] if memory.learned is None else [each.grad for each in memory.learned.parameters()]

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from memdlm.data import Collator
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models.blocks.masks import BlockCausal, Full, Windowed
+from memdlm.models.blocks.masks import BlockCausal, Full, SlidingWindow
 from memdlm.training import MemDLMTrainer, TrainingArguments
 from memdlm.training.trainer import BARE_EVERY
 from tiny import MASK, PAD, random_ids, rng, tiny
@@ -68,7 +68,7 @@ def test_a_reach_hides_what_lies_further():
     other = ids.clone()
     other[:, :10] = (other[:, :10] + 1) % PAD
     with torch.no_grad():
-        seen = [model(each, attention_pattern=Windowed(2)).logits[:, -5:] for each in (ids, other)]
+        seen = [model(each, attention_pattern=SlidingWindow(2)).logits[:, -5:] for each in (ids, other)]
         full = [model(each).logits[:, -5:] for each in (ids, other)]
     assert_close(seen[0], seen[1], rtol=0, atol=0)
     assert not torch.allclose(full[0], full[1])

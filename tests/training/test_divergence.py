@@ -198,9 +198,9 @@ def test_a_bound_with_memory_that_is_not_finite_is_not_left_out(bases, tmp_path,
     assert math.isfinite(trainer.evaluate()["eval_nll_memory"])
     real = trainer._score
 
-    def score(model, batch, prefix=None, *args, **kwargs):
-        lost = real(model, batch, prefix, *args, **kwargs)
-        return lost if prefix is None else SimpleNamespace(bound=lost.bound * math.nan)
+    def score(model, batch, lower_layers=None, *args, **kwargs):
+        lost = real(model, batch, lower_layers, *args, **kwargs)
+        return lost if lower_layers is None else SimpleNamespace(bound=lost.bound * math.nan)
 
     monkeypatch.setattr(trainer, "_score", score)
     with pytest.raises(NotFiniteError, match="the evaluation's eval_nll_memory"):

@@ -47,7 +47,7 @@ def test_a_step_passes_the_frozen_blocks_once_per_state(family, checkpointing, t
     # Two steps, each the pre-anchor without a graph and the anchor with one, which the outer loss goes on from.
     assert calls == [False, True] * 2
     assert run.memory is not None
-    assert run.memory.prefix is None, "nothing stays open"
+    assert run.memory.lower_layers is None, "nothing stays open"
 
 
 def test_training_synchronises_one_memory_per_batch_and_says_when_it_cannot(tmp_path):

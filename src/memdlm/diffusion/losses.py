@@ -14,7 +14,7 @@ from torch import Tensor
 from memdlm.diffusion.masking import Corrupted, positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError, unknown
-from memdlm.types import Denoise, Ids, LogitReadout, Logits, Positions, PositionSet, Times
+from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, Times, TokenLoss
 
 Weighting = Callable[[Schedule, Times], Tensor]
 
@@ -49,7 +49,7 @@ def cross_entropy(logits: Logits, targets: Tensor) -> Tensor:
 
 
 @final
-class Nats(LogitReadout):
+class Nats(TokenLoss):
     """The cross-entropy to `targets` [N]."""
 
     def __init__(self, targets: Tensor) -> None:
@@ -176,14 +176,14 @@ def masked_loss(
     says), so that our families never hold more than a chunk of logits, nor compute one twice.
     """
     positions, counts = positions_of(noised.is_masked), is_maskable.sum(-1)
-    readout, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, noised.t)
+    per_token, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, noised.t)
     of_rows = None if norm is None else shares(counts, norm, total_tokens=total_tokens, total_rows=total_rows)
     loss = None
     if of_rows is not None and planner is None:
         of_tokens = (of_rows * weight)[positions // clean.shape[1]]
-        loss, nats = denoise.read_sum(noised.ids, positions, readout, of_tokens)
+        loss, nats = denoise.read_sum(noised.ids, positions, per_token, of_tokens)
     else:
-        nats = denoise.read(noised.ids, positions, readout)
+        nats = denoise.read(noised.ids, positions, per_token)
     per_row = row_sums(nats, positions, clean.shape)
     bound = per_row.detach() * schedule.loss_weight(noised.t)
     if planner is not None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from memdlm.errors import ConfigError, unknown
-from memdlm.types import Times
+from memdlm.types import Elementwise
 
 STABILISER = 1e-6
 """Added to the masking probability before dividing by it, as in the published code."""
@@ -19,14 +18,14 @@ class Schedule(ABC):
     """alpha falls from 1 at t = 0 (clean) to 0 at t = 1; a token is masked with probability 1 - alpha(t)."""
 
     @abstractmethod
-    def alpha(self, t: Times) -> Tensor:
+    def alpha(self, t: Elementwise) -> Elementwise:
         """Return the survival probability, elementwise."""
 
     @abstractmethod
-    def alpha_derivative(self, t: Times) -> Tensor:
+    def alpha_derivative(self, t: Elementwise) -> Elementwise:
         """Return d alpha / dt, elementwise."""
 
-    def loss_weight(self, t: Times) -> Tensor:
+    def loss_weight(self, t: Elementwise) -> Elementwise:
         """Return -alpha'(t) / (1 - alpha(t)): the factor that makes the masked loss a bound (about 1/t if linear)."""
         return -self.alpha_derivative(t) / (1 - self.alpha(t) + STABILISER)
 
@@ -47,11 +46,11 @@ class Schedule(ABC):
 class Linear(Schedule):
     """alpha(t) = 1 - t."""
 
-    def alpha(self, t: Times) -> Tensor:
+    def alpha(self, t: Elementwise) -> Elementwise:
         """Return 1 - t."""
         return 1 - t
 
-    def alpha_derivative(self, t: Times) -> Tensor:
+    def alpha_derivative(self, t: Elementwise) -> Elementwise:
         """Return -1."""
         return -torch.ones_like(t)
 
@@ -61,11 +60,11 @@ class Linear(Schedule):
 class Cosine(Schedule):
     """alpha(t) = 1 - cos(pi/2 (1 - t))."""
 
-    def alpha(self, t: Times) -> Tensor:
+    def alpha(self, t: Elementwise) -> Elementwise:
         """Return 1 - cos(pi/2 (1 - t))."""
         return 1 - torch.cos(math.pi / 2 * (1 - t))
 
-    def alpha_derivative(self, t: Times) -> Tensor:
+    def alpha_derivative(self, t: Elementwise) -> Elementwise:
         """Return -pi/2 sin(pi/2 (1 - t))."""
         return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
 

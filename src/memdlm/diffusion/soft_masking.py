@@ -37,7 +37,7 @@ class Feedback(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoftMask:
-    """How a prediction becomes feedback; also the `Readout` that keeps no more of the logits than that."""
+    """How a prediction becomes feedback; also the `PerToken` function that keeps no more of the logits than that."""
 
     mask_token_id: int
     top_k: int

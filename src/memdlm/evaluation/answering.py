@@ -28,6 +28,7 @@ from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
 from memdlm.templates import MARK, control_of, prompt_ids, rendered_ids
@@ -107,8 +108,7 @@ class Answerer:
     @property
     def max_length(self) -> int | None:
         """Tokens of prompt and response together: as set, or what the model was trained on; None: no limit."""
-        places = getattr(getattr(unwrap(self.model), "config", None), "max_position_embeddings", None)
-        return self.settings.options.max_length or places
+        return self.settings.options.max_length or trained_positions(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with special tokens only if `add_special_tokens` asks for them.

@@ -16,7 +16,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.prompts import SpecialIds
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
-from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.padding import right_padded
 from memdlm.types import Ids, PositionSet
 
@@ -194,7 +194,7 @@ def _check_room(rows: int, length: int, block_size: int | None) -> None:
 
 
 def _warn_if_long(model: nn.Module, length: int) -> None:
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    places = trained_positions(model)
     if places is not None and length > places:
         warnings.warn(
             f"prompt and response have {length} tokens, but the model was trained on {places} positions "

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from memdlm.errors import ConfigError
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.key_values import KeyValueWindow
+from memdlm.models.blocks.key_values import CachedPass
 from memdlm.models.networks.backbone import Backbone
+from memdlm.models.networks.requests import Request
 from memdlm.types import Ids
 
 Forward: TypeAlias = Callable[..., Any]
@@ -42,22 +43,22 @@ class CompiledSteps:
         self.forward = forwards[mode]
         self._seen: set[tuple[object, ...]] = set()
 
-    def hidden(self, shown: Ids, queries: Tensor, window: KeyValueWindow | None, masks: dict[str, Any]) -> Tensor:
+    def hidden(self, shown: Ids, queries: Tensor, cached: CachedPass | None, masks: dict[str, Any]) -> Tensor:
         """Return the normalised states [R, n, D] at `queries` [R, n] of a pass over `shown` [R, W]."""
-        shape = (tuple(shown.shape), window is None, isinstance(getattr(window, "rows", None), slice))
+        shape = (tuple(shown.shape), cached is None, isinstance(getattr(cached, "rows", None), slice))
         is_repeated = shape in self._seen
         self._seen.add(shape)
         forward = self.forward if is_repeated else self.backbone.forward
-        if window is not None:
-            _mark_static(window)
-            window = window.static()
+        if cached is not None:
+            _mark_static(cached)
+            cached = cached.static()
         queries = _padded(queries, self.most_asked)
         if self.first == len(self.backbone.layers):
-            return forward(shown, window=window, queries=queries, **masks).last_hidden_state
-        lower = forward(shown, window=window, stop_layer=self.first, **masks).last_hidden_state
+            return forward(shown, request=Request(cached=cached, queries=queries), **masks).last_hidden_state
+        lower = forward(shown, request=Request(cached=cached, stop_layer=self.first), **masks).last_hidden_state
         # A CUDA graph's output is overwritten when it runs again, which is after this pass.
-        out = self.backbone(inputs_embeds=lower, start_layer=self.first, window=window, queries=queries, **masks)
-        return out.last_hidden_state
+        upper = Request(start_layer=self.first, cached=cached, queries=queries)
+        return self.backbone(inputs_embeds=lower, request=upper, **masks).last_hidden_state
 
 
 def first_changed_block(backbone: Backbone) -> int:
@@ -74,13 +75,13 @@ def _is_changed(module: nn.Module) -> bool:
     return has_hooks or (isinstance(module, Experts) and module.additions is not None)
 
 
-def _mark_static(window: KeyValueWindow) -> None:
+def _mark_static(cached: CachedPass) -> None:
     """Tell torch.compile that the buffers which a pass fills stay where they are.
 
     A CUDA graph may write into inputs of this kind alone; with others torch gives the graph up without an error. Where
     no graph is recorded nothing changes. Another canvas' buffers are noticed, and recorded again.
     """
-    for buffer in window.cache.buffers():
+    for buffer in cached.cache.buffers():
         torch._dynamo.mark_static_address(buffer, guard=False)
 
 

@@ -16,6 +16,7 @@ from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.requests import Request
 from memdlm.types import Denoise, Ids, Logits, Positions
 
 OfRows: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
@@ -104,39 +105,31 @@ class CanvasDenoiser(Denoise):
         # Of the last block nothing is needed but its keys and values.
         one = torch.zeros(len(rows), 1, dtype=torch.int64, device=ids.device)
         with self._reading(rows, ids):
-            self.model(
-                inputs_embeds=hidden,
-                start_layer=prefill.cache.first,
-                window=self.view.window(rows, part, ids.device),
-                queries=one,
-                project=False,
-            )
+            cached = self.view.cached(rows, part, ids.device)
+            upper = Request(start_layer=prefill.cache.first, cached=cached, queries=one, hidden_only=True)
+            self.model(inputs_embeds=hidden, request=upper)
 
     def _ours(self, ids: Ids, shown: Ids, asked: Asked, part: Pass) -> Logits:
         queries, places = asked.queries(part.first)
-        window = self.view.window(asked.rows, part, shown.device)
-        masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if window is None else {}
+        cached = self.view.cached(asked.rows, part, shown.device)
+        masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if cached is None else {}
         begin: dict[str, Any] = {"input_ids": shown}
+        start = None
         if self.prefill is not None and self.prefill.is_due(asked):
-            first = self.prefill.cache.first
-            lower = self.model(input_ids=shown, window=window, stop_layer=first, project=False).hidden_states[0]
+            start = self.prefill.cache.first
+            lower = self.model(input_ids=shown, request=Request(cached=cached, stop_layer=start)).hidden
             self.prefill.keep(ids, asked, part, lower)
-            begin = {"inputs_embeds": lower, "start_layer": first}
+            begin = {"inputs_embeds": lower}
         elif self.compiled is not None:
             width = queries.shape[1]
-            hidden = self.compiled.hidden(shown, queries.to(shown.device, non_blocking=True), window, masks)
+            hidden = self.compiled.hidden(shown, queries.to(shown.device, non_blocking=True), cached, masks)
             return self._network().predict(
                 hidden[:, :width].flatten(0, 1).index_select(0, places.to(shown.device, non_blocking=True))
             )
-        out = self.model(
-            **begin,
-            queries=queries.to(shown.device, non_blocking=True),
-            positions=places.to(shown.device, non_blocking=True),
-            window=window,
-            **masks,
-        )
-        logits: Logits = out.logits
-        return logits
+        queries = queries.to(shown.device, non_blocking=True)
+        places = places.to(shown.device, non_blocking=True)
+        request = Request(start_layer=start, cached=cached, queries=queries)
+        return self.model(**begin, positions=places, request=request, **masks).logits
 
     def _network(self) -> MaskedDiffusionLM:
         network = unwrap(self.model)

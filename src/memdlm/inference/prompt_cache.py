@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from memdlm.errors import ConfigError
 from memdlm.inference.views import Asked, FinishedBlocks, Pass
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.blocks.key_values import KeyValues
+from memdlm.models.blocks.key_values import KeyValueCache
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.types import Ids
@@ -99,13 +99,13 @@ class PromptCache:
         self._seen.append(seen)
         return seen, longest
 
-    def restore(self, cache: KeyValues, row: int, seen: SeenPrompt, length: int) -> None:
+    def restore(self, cache: KeyValueCache, row: int, seen: SeenPrompt, length: int) -> None:
         """Put the first `length` keys and values of `seen` into `cache`."""
         for layer, (key, value) in enumerate(seen.layers):
             for buffer, kept in zip(cache.of(layer, key[None]), (key, value), strict=True):
                 buffer[row, :, :length] = kept[:, :length]
 
-    def keep(self, ids: Ids, cache: KeyValues, row: int, hidden: Sequence[Tensor]) -> None:
+    def keep(self, ids: Ids, cache: KeyValueCache, row: int, hidden: Sequence[Tensor]) -> None:
         """Keep the text `ids` [n], on the CPU; `hidden` are the pieces of [n, D]."""
         length = ids.numel()
         if any(seen.shared_with(ids) == length for seen in self._seen):

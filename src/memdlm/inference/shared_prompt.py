@@ -8,11 +8,12 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from memdlm.models.blocks.key_values import KeyValues, KeyValueWindow, PrefixWindow
+from memdlm.models.blocks.key_values import CachedPass, KeyValueCache, PrefixCachedPass
 from memdlm.models.blocks.masks import BlockCausal
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
-from memdlm.types import Denoise, Ids, Logits, Positions, Readout
+from memdlm.models.networks.requests import Request
+from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
 
 
 def can_share(model: nn.Module) -> bool:
@@ -31,14 +32,15 @@ class SharedPrompt(Denoise):
     def __init__(self, model: nn.Module, prompt_ids: Tensor, pattern: BlockCausal) -> None:
         self.model, self.block = model, pattern.block
         self.seen = prompt_ids.numel() // self.block * self.block
-        self.cache = KeyValues(1, self.seen)
+        self.cache = KeyValueCache(1, self.seen)
         if self.seen:
             columns = torch.arange(self.seen, device=prompt_ids.device)
-            window = KeyValueWindow(self.cache, slice(0, 1), columns[None], 0, self.seen, self._visible(columns))
+            cached = CachedPass(self.cache, slice(0, 1), columns[None], 0, self.seen, self._visible(columns))
             # Of the last layer nothing is needed but its keys and values.
             one = columns.new_zeros(1, 1)
             with torch.no_grad():
-                model(input_ids=prompt_ids[None, : self.seen], window=window, queries=one, project=False)
+                request = Request(cached=cached, queries=one, hidden_only=True)
+                model(input_ids=prompt_ids[None, : self.seen], request=request)
 
     def logits(self, ids: Ids, positions: Positions) -> Logits:
         """Return [N, V] logits of the tokens at `positions` of the texts `ids` [B, L]."""
@@ -46,19 +48,18 @@ class SharedPrompt(Denoise):
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:
         """Return [N, D] normalised last hidden states at `positions`."""
-        return self._call(ids, positions, project=False).hidden_states[-1]
+        return self._call(ids, positions, hidden_only=True).hidden
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
         """Return [N] values, without holding all logits."""
-        values: Tensor = self._call(ids, positions, readout=readout).loss
-        return values
+        return self._call(ids, positions, per_token=per_token).per_token
 
-    def _call(self, ids: Ids, positions: Positions, **arguments: Any) -> Any:
+    def _call(self, ids: Ids, positions: Positions, **wanted: Any) -> Any:
         length = ids.shape[1]
         columns = torch.arange(self.seen, length, device=ids.device)
-        window = PrefixWindow(self.cache, columns[None], self._visible(columns))
+        cached = PrefixCachedPass(self.cache, columns[None], self._visible(columns))
         places = positions // length * len(columns) + positions % length - self.seen
-        return self.model(input_ids=ids[:, self.seen :], window=window, positions=places, **arguments)
+        return self.model(input_ids=ids[:, self.seen :], positions=places, request=Request(cached=cached, **wanted))
 
     def _visible(self, columns: Tensor) -> Tensor:
         seen = torch.arange(int(columns[-1]) + 1, device=columns.device)

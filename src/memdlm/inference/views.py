@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.models.blocks.key_values import KeyValues, KeyValueWindow
+from memdlm.models.blocks.key_values import CachedPass, KeyValueCache
 from memdlm.models.blocks.masks import SEGMENT, Segments
 from memdlm.types import Positions
 
@@ -84,7 +84,7 @@ class View(ABC):
     def plan(self, asked: Asked) -> Pass:
         """Return the pass that answers a question."""
 
-    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow | None:
+    def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass | None:
         """Return what else a pass over `rows` [R] attends to; None: nothing, it sees all it needs."""
         return None
 
@@ -126,7 +126,7 @@ class FinishedBlocks(View):
 
     def __init__(self, lengths: Tensor, block: int, length: int) -> None:
         self.lengths, self.block = lengths, block
-        self.cache = KeyValues(lengths.numel(), length)
+        self.cache = KeyValueCache(lengths.numel(), length)
         self._kept = torch.zeros_like(lengths)
 
     def skip(self, rows: Tensor, lengths: Tensor) -> None:
@@ -138,7 +138,7 @@ class FinishedBlocks(View):
         last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
         return Pass(self._kept[asked.rows], last)
 
-    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow:
+    def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
         """See one's own block and those before it."""
         columns, end = part.columns, int(part.last.max())
         visible: Tensor | Segments | None = None
@@ -151,7 +151,7 @@ class FinishedBlocks(View):
             if part.start is None:
                 earlier &= seen < part.last.to(device, non_blocking=True)[:, None, None]
             visible = earlier[:, None]
-        return _window(self.cache, rows, part, end, visible, device)
+        return _cached_pass(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Keep all blocks but the current one."""
@@ -167,7 +167,7 @@ class Approximate(View):
 
     def __init__(self, lengths: Tensor, length: int, *, refresh: int | None, scope: str) -> None:
         self.lengths, self.refresh, self.scope = lengths, refresh, scope
-        self.cache = KeyValues(lengths.numel(), length)
+        self.cache = KeyValueCache(lengths.numel(), length)
         self._first, self._last = torch.zeros_like(lengths), torch.zeros_like(lengths)
         self._age = 0
 
@@ -184,7 +184,7 @@ class Approximate(View):
             return Pass(torch.zeros_like(ends), ends)
         return Pass(self._first[asked.rows], ends if self.scope == "prefix" else self._last[asked.rows])
 
-    def window(self, rows: Tensor, part: Pass, device: torch.device) -> KeyValueWindow:
+    def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
         """See all of the row."""
         ends = self.lengths[rows]
         end = int(ends.max())
@@ -192,21 +192,19 @@ class Approximate(View):
         visible = None
         if not is_even:
             visible = (torch.arange(end, device=device) < ends.to(device, non_blocking=True)[:, None])[:, None, None, :]
-        return _window(self.cache, rows, part, end, visible, device)
+        return _cached_pass(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Age."""
         self._age += 1
 
 
-def _window(
-    cache: KeyValues, rows: Tensor, part: Pass, end: int, visible: Tensor | Segments | None, device: torch.device
-) -> KeyValueWindow:
+def _cached_pass(
+    cache: KeyValueCache, rows: Tensor, part: Pass, end: int, visible: Tensor | Segments | None, device: torch.device
+) -> CachedPass:
     columns = part.columns
     columns = columns.where(columns < part.last[:, None], torch.tensor(cache.length))
-    return KeyValueWindow(
-        cache, contiguous(rows, device), columns.to(device, non_blocking=True), part.start, end, visible
-    )
+    return CachedPass(cache, contiguous(rows, device), columns.to(device, non_blocking=True), part.start, end, visible)
 
 
 def contiguous(rows: Tensor, device: torch.device) -> slice | Tensor:

@@ -13,7 +13,6 @@ from memdlm.errors import DataError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.foreign import check_places
-from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.checking import (
     check_ids,
     check_kind,
@@ -24,6 +23,7 @@ from memdlm.models.networks.checking import (
     check_token,
     vocabulary_of,
 )
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.options import shortened
 
 
@@ -83,7 +83,7 @@ def _check_beside(tensor: Any, name: str, ids: Tensor, dtypes: tuple[torch.dtype
 
 def warn_if_long(model: nn.Module, length: int) -> None:
     """Warn when more is written at once than the model was trained on."""
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    places = trained_positions(model)
     if places is not None and length > places:
         warnings.warn(
             f"input_ids has {length} tokens to be written at once, but the model was trained on {places} positions "

@@ -69,13 +69,13 @@ class ForwardKL(Objective):
     def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Follow the teacher's distribution."""
 
-        def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
+        def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
             with torch.no_grad():
                 teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
             student = _log_probabilities(features, project, self.distill_temperature)
             return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
-        return denoise.read(step.ids, positions, readout)
+        return denoise.read(step.ids, positions, per_token)
 
 
 @final
@@ -92,13 +92,13 @@ class ReverseKL(Objective):
     def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
         """Stay where the teacher has mass."""
 
-        def readout(features: Tensor, chosen: slice, project: Project) -> Tensor:
+        def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
             with torch.no_grad():
                 teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
             student = _log_probabilities(features, project, self.distill_temperature)
             return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
-        return denoise.read(step.ids, positions, readout)
+        return denoise.read(step.ids, positions, per_token)
 
 
 @final

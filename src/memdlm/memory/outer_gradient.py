@@ -25,8 +25,8 @@ from memdlm.errors import ConfigError
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.lower_layers import GivenLowerLayers, LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import patched, without_checkpointing
-from memdlm.models.networks.prefix import GivenPrefix, Prefix, SharedPrefix
 from memdlm.types import Denoise, Ids
 
 OUTER_GRADIENTS = ("first_order", "exact", "exact_top")
@@ -82,7 +82,7 @@ class FirstOrder(OuterGradient):
 
 @final
 class Exact(OuterGradient):
-    """Through the steps' gradients too, and so through the adapted blocks and what `prefix` holds a graph of.
+    """Through the steps' gradients too, and so through the adapted blocks and what `lower_layers` holds a graph of.
 
     `denoise` builds what a step reads the network through. Raises ConfigError when the network's attention cannot be
     differentiated twice.
@@ -93,10 +93,10 @@ class Exact(OuterGradient):
         model: nn.Module,
         fast: FastWeights,
         blocks: Sequence[nn.Module],
-        denoise: Callable[[Prefix | None], Denoise],
-        prefix: SharedPrefix | None,
+        denoise: Callable[[LowerLayers | None], Denoise],
+        lower_layers: SharedLowerLayers | None,
     ) -> None:
-        self.model, self.fast, self.denoise, self.prefix = model, fast, denoise, prefix
+        self.model, self.fast, self.denoise, self.lower_layers = model, fast, denoise, lower_layers
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.blocks = _with_attention_above(model, fast, blocks)
         check_attention(model)
@@ -104,13 +104,13 @@ class Exact(OuterGradient):
     def traced(self, values: Sequence[Tensor], gradient: InnerGradient) -> Step:
         """Return the values, and the gradient as a function of what it came from."""
         ids, state, autocast = gradient.ids, self.fast.state(), _autocast(values[0].device.type)
-        hidden = None if self.prefix is None else self.prefix.kept(ids)
+        hidden = None if self.lower_layers is None else self.lower_layers.of(ids)
         below = [each for each in (hidden, gradient.gates) if each is not None]
 
         def again(phi: Sequence[Tensor], lower: Sequence[Tensor]) -> list[Tensor]:
             given = None
-            if self.prefix is not None and hidden is not None:
-                given = GivenPrefix(self.prefix.first, ids, lower[0])
+            if self.lower_layers is not None and hidden is not None:
+                given = GivenLowerLayers(self.lower_layers.first, ids, lower[0])
             gates = None if gradient.gates is None else lower[-1]
             with (
                 autocast(),

@@ -34,8 +34,8 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
+from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import checkpointed
-from memdlm.models.networks.prefix import Prefix, SharedPrefix
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive, uniform
 from memdlm.types import Ids, PositionSet
@@ -99,7 +99,7 @@ class ParametricMemory:
         self._identity = Identity(self.fast.network, tokenizer, mask_token_id)
         self._source: WrittenText | SavedMemory | None = None
         """What the open block was made from."""
-        self._prefix: SharedPrefix | None = None
+        self._lower: SharedLowerLayers | None = None
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
         if self.config.attention == "full":
@@ -261,12 +261,12 @@ class ParametricMemory:
         return self.fast.set_aside()
 
     @property
-    def prefix(self) -> Prefix | None:
+    def lower_layers(self) -> LowerLayers | None:
         """Inside a block: what calls on the anchor may continue from, see `ModelDenoiser`; None: nothing.
 
         If gradients were enabled when the block was entered with an `anchor`, they flow through it.
         """
-        return None if self._prefix is None else self._prefix.connected()
+        return None if self._lower is None else self._lower.connected()
 
     def _write_chunks(
         self,
@@ -291,7 +291,7 @@ class ParametricMemory:
                 on_chunk(done)
         if len(parts) > 1:
             # A later call sees the whole text, of which no chunk knows what lies below.
-            self._prefix = None
+            self._lower = None
         return joined(written)
 
     def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
@@ -307,19 +307,19 @@ class ParametricMemory:
             repeated = steps * self.config.num_inner_epochs
             steps = [replace(step, is_sampled=each) for step, each in zip(repeated, chosen, strict=True)]
         if self.first_block > 0:
-            self._prefix = SharedPrefix(
+            self._lower = SharedLowerLayers(
                 self.first_block,
                 anchor=anchor.ids if reading.anchor_has_gradient else None,
                 is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
             )
 
-        def denoiser(prefix: Prefix | None, is_constant: bool = False) -> ModelDenoiser:
+        def denoiser(lower_layers: LowerLayers | None, is_constant: bool = False) -> ModelDenoiser:
             return ModelDenoiser(
                 self.model,
                 attention_mask=mask,
                 attention_pattern=reading.pattern,
                 right_shift_logits=self.right_shift_logits,
-                prefix=prefix,
+                lower_layers=lower_layers,
                 is_constant=is_constant,
             )
 
@@ -327,8 +327,8 @@ class ParametricMemory:
             rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
         outer: OuterGradient = FirstOrder() if reading.is_tracked else Untracked()
         if reading.is_tracked and self.config.outer_gradient != "first_order":
-            outer = Exact(self.model, self.fast, self._adapted, denoiser, self._prefix)
-        denoise = denoiser(self._prefix, is_constant=True)
+            outer = Exact(self.model, self.fast, self._adapted, denoiser, self._lower)
+        denoise = denoiser(self._lower, is_constant=True)
         gate = None if self.learned is None else self.learned.gated(denoise.below, reading.is_tracked)
         with checkpointed(self._adapted if self.config.inner_gradient_checkpointing else ()):
             written = run_inner_loop(
@@ -344,8 +344,8 @@ class ParametricMemory:
                 outer=outer,
                 counts=counts,
             )
-        if self._prefix is not None:
-            self._prefix.keep(anchor.ids)
+        if self._lower is not None:
+            self._lower.retain(anchor.ids)
         return written
 
     def _anchor(self, clean: Ids, is_maskable: PositionSet, noised: Corrupted | None, draw: Draw) -> Anchor:
@@ -366,7 +366,7 @@ class ParametricMemory:
             try:
                 yield
             finally:
-                self._prefix, self._source = None, None
+                self._lower, self._source = None, None
 
 
 @dataclass(frozen=True, slots=True)

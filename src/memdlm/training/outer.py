@@ -19,7 +19,7 @@ from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
-from memdlm.models.networks.prefix import Prefix
+from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
@@ -175,7 +175,7 @@ def score(
     schedule: Schedule,
     weighting: str,
     right_shift_logits: bool = False,
-    prefix: Prefix | None = None,
+    lower_layers: LowerLayers | None = None,
     planner: Planner | None = None,
     attention_pattern: AttentionPattern | None = None,
     soft: SoftMask | None = None,
@@ -189,14 +189,14 @@ def score(
     With `norm` the result has a normalised `loss`, which is what to differentiate: see `masked_loss`.
     With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
-    `prefix` is the open memory's: what its write computed of this very batch is then not computed again.
+    `lower_layers` is the open memory's: what its write computed of this very batch is then not computed again.
     """
     denoise = ModelDenoiser(
         model,
         attention_mask=batch.attention_mask,
         attention_pattern=attention_pattern,
         right_shift_logits=right_shift_logits,
-        prefix=prefix,
+        lower_layers=lower_layers,
     )
     with _softened(model, denoise, batch, soft, is_soft):
         return masked_loss(

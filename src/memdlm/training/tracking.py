@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memdlm.models.blocks.experts import Experts
+from memdlm.models.networks.sizes import active_parameters
 
 BUCKETS = 5
 """Equal parts of the diffusion times (0, 1]; the loss of each is logged on its own."""
@@ -93,17 +93,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
-
-
-def active_parameters(model: nn.Module) -> int:
-    """Return the parameters that take part in one token's prediction: of routed experts, the chosen share."""
-    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", 0) or 0
-    total = sum(parameter.numel() for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, Experts):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            total -= size * (module.num_experts - chosen) // module.num_experts
-    return total
 
 
 NO_MEMORY = -math.inf

@@ -15,8 +15,8 @@ from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.blocks.masks import AttentionPattern, Windowed
-from memdlm.models.networks.prefix import Prefix
+from memdlm.models.blocks.masks import AttentionPattern, SlidingWindow
+from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
@@ -226,7 +226,7 @@ class MemDLMTrainer(GuardedTrainer):
             raise AssertionError("without memory all of the loss is")
         rows = [derive(key) for key in inputs[WRITE]]
         self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
-        lost = self._score(model, batch, self.memory.prefix, pattern, totals=totals)
+        lost = self._score(model, batch, self.memory.lower_layers, pattern, totals=totals)
         self._means.add(
             "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
         )
@@ -240,7 +240,7 @@ class MemDLMTrainer(GuardedTrainer):
         alone, text, _ = config.batch_shares
         drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
         mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
-        return mode, Windowed(config.batch_reach) if mode == ALONE else None
+        return mode, SlidingWindow(config.batch_reach) if mode == ALONE else None
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
@@ -281,7 +281,7 @@ class MemDLMTrainer(GuardedTrainer):
         if self.memory is not None:
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
-                with_memory = self._score(model, batch, self.memory.prefix).bound
+                with_memory = self._score(model, batch, self.memory.lower_layers).bound
         columns = (lost.bound, with_memory, lost.counts, batch.noised.t)
         rows = torch.stack([column.to(lost.bound.dtype) for column in columns], dim=1).float()
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
@@ -314,7 +314,7 @@ class MemDLMTrainer(GuardedTrainer):
         self,
         model: nn.Module,
         batch: Batch,
-        prefix: Prefix | None = None,
+        lower_layers: LowerLayers | None = None,
         attention_pattern: AttentionPattern | None = None,
         *,
         is_soft: Tensor | None = None,
@@ -327,7 +327,7 @@ class MemDLMTrainer(GuardedTrainer):
             schedule=self.schedule,
             weighting=self.args.loss_weight_type,
             right_shift_logits=self.args.right_shift_logits,
-            prefix=prefix,
+            lower_layers=lower_layers,
             planner=self.args.diffusion.planner(),
             attention_pattern=attention_pattern,
             soft=self._soft,

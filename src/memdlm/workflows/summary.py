@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from memdlm.memory.adapters import Adapter
 from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.sites import Site, find_sites
-from memdlm.models.blocks.experts import Experts
 from memdlm.models.hub.families import family_of
 from memdlm.models.hub.loading import model_skeleton
+from memdlm.models.networks.sizes import active_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,28 +74,17 @@ def summarise(
     sites = find_sites(model, config.targets, config.inner_layer_fraction)
     groups = _grouped(sites, config.adapter())
     family = family_of(model.config)
-    total = sum(parameter.numel() for parameter in model.parameters())
     return ModelSummary(
         family=model.config.model_type if family is None else family.name,
         model_class=type(model).__name__,
         dtype=str(model.config.dtype or "float32").removeprefix("torch."),
         sizes={word: int(value) for word, field in SIZES.items() if (value := getattr(model.config, field, None))},
-        num_parameters=total,
-        num_active_parameters=total - _idle_parameters(model),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_active_parameters=active_parameters(model),
         num_layers=int(model.config.num_hidden_layers),
         sites=groups,
         num_fast_parameters=sum(group.num_parameters for group in groups),
     )
-
-
-def _idle_parameters(model: nn.Module) -> int:
-    chosen = getattr(model.config, "num_experts_per_tok", 0)
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, Experts):
-            size = sum(parameter.numel() for parameter in module.parameters()) // module.num_experts
-            idle += size * (module.num_experts - chosen)
-    return idle
 
 
 def _grouped(sites: Sequence[Site], adapter: Adapter) -> tuple[SiteGroup, ...]:

@@ -14,8 +14,8 @@ from memdlm.models.blocks.masks import Segments
 
 
 @final
-class KeyValues:
-    """Room for every layer's keys and values of a canvas [B, T], filled through `KeyValueWindow`s."""
+class KeyValueCache:
+    """Room for every layer's keys and values of a canvas [B, T], filled by `CachedPass`."""
 
     def __init__(self, batch: int, length: int) -> None:
         self.batch, self.length = batch, length
@@ -45,10 +45,10 @@ class KeyValues:
 
 @final
 @dataclass(frozen=True, slots=True)
-class KeyValueWindow:
+class CachedPass:
     """One pass over some columns of some rows: it replaces their keys and values and attends to the first `end`."""
 
-    cache: KeyValues
+    cache: KeyValueCache
     rows: slice | Tensor
     """Which of the B rows the R rows of the pass are, ascending; a slice costs no copy."""
     columns: Tensor
@@ -70,15 +70,15 @@ class KeyValueWindow:
             found.append(buffer[self.rows, :, : self.end])
         return found[0], found[1]
 
-    def static(self) -> "KeyValueWindow":
-        """Return the same window, with shapes that do not depend on which columns it takes or how many it sees."""
+    def static(self) -> "CachedPass":
+        """Return the same pass, with shapes that do not depend on which columns it takes or how many it sees."""
         length, device = self.cache.length, self.columns.device
         if self.is_visible is None:
             is_visible = (torch.arange(length, device=device) < self.end)[None, None, None]
         else:
             seen = self.is_visible.whole(device) if isinstance(self.is_visible, Segments) else self.is_visible
             is_visible = torch.nn.functional.pad(seen, (0, length - self.end))
-        return KeyValueWindow(self.cache, self.rows, self.columns, None, length, is_visible)
+        return CachedPass(self.cache, self.rows, self.columns, None, length, is_visible)
 
     def _row_index(self, device: torch.device) -> Tensor:
         every = torch.arange(self.cache.batch, device=device)
@@ -87,15 +87,15 @@ class KeyValueWindow:
 
 @final
 @dataclass(frozen=True, slots=True)
-class PrefixWindow:
+class PrefixCachedPass:
     """One pass behind a prefix that all rows share: it attends to the prefix and itself, and keeps nothing."""
 
-    prefix: KeyValues
+    prefix: KeyValueCache
     """Of one row, [1, prefix.length], every column filled."""
     columns: Tensor
     """[1, W] int64, from `prefix.length` on."""
     is_visible: Tensor | None
-    """[1, 1, W, prefix.length + W] bool, as in `KeyValueWindow`."""
+    """[1, 1, W, prefix.length + W] bool, as in `CachedPass`."""
 
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prefix's keys and values with `key` and `value` [R, H, W, P] behind them."""
@@ -106,17 +106,8 @@ class PrefixWindow:
         return first, second
 
 
-Window: TypeAlias = KeyValueWindow | PrefixWindow
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How decoding narrows a layer's pass down."""
-
-    window: Window | None = None
-    queries: Tensor | None = None
-    """[R, n] int64: the only places of the pass whose output is needed (of the last layer); None: all."""
+Cached: TypeAlias = CachedPass | PrefixCachedPass
+"""What a pass over some columns attends to beside them."""
 
 
 def at(x: Tensor, places: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The parts every family shares: normalisation, rotary positions, attention, gated feed-forward.
+"""The parts every family shares: normalisation, rotary positions, attention, gated feed-forward, and their block.
 
 B batch, L length, D hidden width, H heads, P width of a head.
 """
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from memdlm.models.blocks.key_values import Reading, at, rows_at
+from memdlm.models.blocks.key_values import Cached, at, rows_at
 from memdlm.models.blocks.masks import Segments
 
 
@@ -92,6 +93,17 @@ class AttentionShape:
     """RMS-normalise queries and keys per head before the rotation, with this epsilon; None: no such norm."""
     clip_qkv: float | None = None
 
+    @classmethod
+    def of(cls, config: Any, **switches: Any) -> "AttentionShape":
+        """Take the sizes from a configuration that calls them as transformers does."""
+        return cls(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            **switches,
+        )
+
 
 class Attention(nn.Module):
     """Bidirectional multi-head attention through transformers' attention interface."""
@@ -123,14 +135,14 @@ class Attention(nn.Module):
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
         mask: Tensor | Segments | None,
-        reading: Reading | None = None,
+        cached: Cached | None = None,
+        queries: Tensor | None = None,
     ) -> Tensor:
         """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` or `segments_for` returned.
 
-        With a `reading`, over its window too, and only for its queries.
+        `cached` adds the keys and values of earlier passes. With `queries` [B, n] only these places attend: [B, n, D].
         """
         shape = self.shape
-        queries = None if reading is None else reading.queries
         if shape.fused:
             query, key, value = self.query_key_value(x).split(self.widths, dim=-1)
             query = at(query, queries)
@@ -143,8 +155,8 @@ class Attention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query = rotary.rotate(query, *(rows_at(each, queries) for each in angles))
         key = rotary.rotate(key, *angles)
-        if reading is not None and reading.window is not None:
-            key, value = reading.window.join(self.layer_idx, key, value)
+        if cached is not None:
+            key, value = cached.join(self.layer_idx, key, value)
         if isinstance(mask, Segments) and queries is not None:
             mask = mask.rows(queries)
         elif isinstance(mask, Tensor):
@@ -204,3 +216,45 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last dimension."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(GradientCheckpointingLayer):
+    """Pre-norm attention, then a pre-norm feed-forward, each added to what came in.
+
+    A family's layer gives the feed-forward, dense or of experts. It may set `mixing`, in which neighbours meet before
+    attention, and a `shared_expert` beside the feed-forward.
+    """
+
+    mixing: nn.Module | None
+    shared_expert: nn.Module | None
+
+    def __init__(
+        self, config: Any, index: int, shape: AttentionShape, feed_forward: nn.Module, *, norm_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, shape, index)
+        self.mlp = feed_forward
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, bias=norm_bias)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, bias=norm_bias)
+        self.mixing = self.shared_expert = None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        angles: tuple[Tensor, Tensor],
+        mask: Tensor | Segments | None,
+        is_visible: Tensor | None,
+        cached: Cached | None = None,
+        queries: Tensor | None = None,
+    ) -> Tensor:
+        """Run on [B, L, D]; with `queries` [B, n] the output is that of these places alone, [B, n, D]."""
+        inner = self.input_layernorm(x)
+        if self.mixing is not None:
+            inner = self.mixing(inner, is_visible)
+        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, cached, queries)
+        inner = self.post_attention_layernorm(x)
+        out = self.mlp(inner)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(inner)
+        return x + out

@@ -2,7 +2,7 @@
 
 A network here never infers causality. It is told three things, and they are intersected:
 
-* the pattern, an explicit object: `Full()`, `BlockCausal(block)` or `Windowed(reach)`;
+* the pattern, an explicit object: `Full()`, `BlockCausal(block)` or `SlidingWindow(reach)`;
 * `attention_mask`: None; 2-D bool or 0/1 integers, true where a position may be seen; 4-D bool
   [B or 1, heads or 1, L, L], true where query (row) may see key (column); or 4-D float, added to the scores;
 * the network's own sliding window, if it has one.
@@ -59,14 +59,14 @@ class BlockCausal(AttentionPattern):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Windowed(AttentionPattern):
+class SlidingWindow(AttentionPattern):
     """A position sees those at most `reach` away: what lies further must be remembered otherwise."""
 
     reach: int
 
     def __post_init__(self) -> None:
         if isinstance(self.reach, bool) or not isinstance(self.reach, int) or not 0 <= self.reach < 2**31:
-            raise ConfigError(f"Windowed.reach must be an integer of at least 0, got {shortened(self.reach)}.")
+            raise ConfigError(f"SlidingWindow.reach must be an integer of at least 0, got {shortened(self.reach)}.")
 
     def allowed(self, length: int, device: torch.device) -> Tensor:
         """Return a band along the diagonal."""
@@ -91,7 +91,7 @@ class Segments:
     first: int
     width: int
     end: int
-    keep: Tensor | None = None
+    is_visible: Tensor | None = None
     """[B, 1, 1, end] bool, true where a key is no padding; None: everywhere."""
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
@@ -104,11 +104,11 @@ class Segments:
     def of(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
         """Return [B or 1, 1, n, m] bool for queries and keys of a part."""
         column = torch.arange(self.first + queries.start, self.first + queries.stop, device=device)
-        return self._seen(column, keys.stop, device)[None, None] & self._kept(keys)
+        return self._seen(column, keys.stop, device)[None, None] & self._visible(keys)
 
     def rows(self, queries: Tensor) -> Tensor:
         """Return [R, 1, n, end] bool for the queries [R, n]."""
-        return self._seen(self.first + queries, self.end, queries.device)[:, None] & self._kept(slice(0, self.end))
+        return self._seen(self.first + queries, self.end, queries.device)[:, None] & self._visible(slice(0, self.end))
 
     def whole(self, device: torch.device) -> Tensor:
         """Return [B or 1, 1, width, end] bool: all of it."""
@@ -118,8 +118,8 @@ class Segments:
         keys = torch.arange(end, device=device)
         return (keys // self.block) <= (column[..., None] // self.block)
 
-    def _kept(self, keys: slice) -> Tensor | bool:
-        return True if self.keep is None else self.keep[..., keys]
+    def _visible(self, keys: slice) -> Tensor | bool:
+        return True if self.is_visible is None else self.is_visible[..., keys]
 
 
 def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern) -> Segments | None:
@@ -134,12 +134,12 @@ def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: Attenti
         return Segments(pattern.block, 0, length, length)
     if attention_mask.dim() != 2:
         return None
-    keep, is_bias = _as_four_dimensional(attention_mask, batch, length)
-    return None if is_bias else Segments(pattern.block, 0, length, length, keep)
+    is_visible, is_bias = _as_four_dimensional(attention_mask, batch, length)
+    return None if is_bias else Segments(pattern.block, 0, length, length, is_visible)
 
 
-def keep_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the [B, L] bool keep mask inside `attention_mask`, or None when there is none or it is 4-D."""
+def visible_tokens(attention_mask: Tensor | None) -> Tensor | None:
+    """Return which tokens `attention_mask` shows, [B, L] bool, or None when there is none or it is 4-D."""
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return attention_mask.bool()
@@ -150,21 +150,21 @@ def attention_scores_mask(
     hidden: Tensor,
     *,
     pattern: AttentionPattern,
-    window: int | None = None,
+    sliding_window: int | None = None,
     additive: bool = False,
 ) -> Tensor | None:
-    """Combine pattern, mask and window into what the attention function takes.
+    """Combine pattern, mask and sliding window into what the attention function takes.
 
-    `hidden` [B, L, D] gives sizes, device and dtype. `window` w lets i see j only where |i - j| <= w. Returns
-    None (no restriction), a bool [B or 1, heads or 1, 1 or L, L], or, if `additive` or if a float mask came
-    in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
+    `hidden` [B, L, D] gives sizes, device and dtype. `sliding_window` w lets i see j only where
+    |i - j| <= w. Returns None (no restriction), a bool [B or 1, heads or 1, 1 or L, L], or, if `additive` or if a float
+    mask came in, a tensor of `hidden.dtype` to add to the scores. Raises ConfigError for any other form or size.
     """
     batch, length = hidden.shape[:2]
     if not isinstance(pattern, AttentionPattern):
         raise ConfigError(f"attention_pattern must be an AttentionPattern, such as Full(), got {shortened(pattern)}.")
     allowed = pattern.allowed(length, hidden.device)
-    if window is not None:
-        near = Windowed(window).allowed(length, hidden.device)
+    if sliding_window is not None:
+        near = SlidingWindow(sliding_window).allowed(length, hidden.device)
         allowed = near if allowed is None else allowed & near
     if allowed is not None:
         allowed = allowed[None, None]

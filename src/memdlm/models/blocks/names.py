@@ -21,18 +21,9 @@ def renamings(table: NameTable) -> tuple[WeightRenaming, ...]:
 
 def to_published(path: str, table: NameTable) -> str:
     """Return the published name of our module or tensor `path`."""
-    return _rewrite(path, [(ours, published) for published, ours in reversed(table)])
-
-
-def to_ours(path: str, table: NameTable) -> str:
-    """Return our name of the published module or tensor `path`; names that are ours already stay."""
-    return _rewrite(path, table)
-
-
-def _rewrite(path: str, pairs: NameTable) -> str:
     path += "."  # fragments end with a dot, so the last part of a module's name needs one
-    for old, new in pairs:
-        path = re.sub(_pattern(old), new, path, count=1)
+    for published, ours in reversed(table):
+        path = re.sub(_pattern(ours), published, path, count=1)
     return path.removesuffix(".")
 
 

@@ -5,7 +5,7 @@ model types for one network.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -15,12 +15,12 @@ _CLASSES: list["type[PublishedConfig]"] = []
 class PublishedConfig(PreTrainedConfig):
     """A configuration that reads published files unedited and writes back the `model_type` that it came with."""
 
-    keys_to_ignore_at_inference: tuple[str, ...] = ()
-    published_architectures: tuple[str, ...] = ()
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ()
+    published_architectures: ClassVar[tuple[str, ...]] = ()
     """Names that published files give the network's class, compared without case."""
-    telling_fields: tuple[frozenset[str], ...] = ()
+    telling_fields: ClassVar[tuple[frozenset[str], ...]] = ()
     """Sets of fields; a file that has all of one set describes this family."""
-    telling_tensors: tuple[str, ...] = ()
+    telling_tensors: ClassVar[tuple[str, ...]] = ()
     """Parts of tensor names that only this family has."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -28,9 +28,11 @@ class PublishedConfig(PreTrainedConfig):
         if "published_architectures" in vars(cls):
             _CLASSES.append(cls)
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         self.published_model_type = str(kwargs.pop("published_model_type", type(self).model_type))
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
+        # transformers' constructor of a class that only declares fields leaves this out.
+        self.validate()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -11,8 +12,9 @@ from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.foreign import ForeignModel, chooses_positions
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
-from memdlm.models.networks.prefix import Prefix, SharedPrefix, State
-from memdlm.types import Denoise, Ids, Logits, Positions, Readout
+from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers, State
+from memdlm.models.networks.requests import Request
+from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
 
 
 @final
@@ -24,8 +26,8 @@ class ModelDenoiser(Denoise):
     i // m. With `right_shift_logits` (networks converted from autoregressive ones) the token at column i is predicted
     by the network's output at column i - 1; column 0 keeps its own.
 
-    A `prefix` supplies what lies below its first block. `is_constant` promises that only what is attached to the model
-    from outside is differentiated, once: the vocabulary projection then costs less memory.
+    `lower_layers` supplies what lies below its first block. `is_constant` promises that only what is attached to the
+    model from outside is differentiated, once: the vocabulary projection then costs less memory.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class ModelDenoiser(Denoise):
         attention_mask: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         right_shift_logits: bool = False,
-        prefix: Prefix | None = None,
+        lower_layers: LowerLayers | None = None,
         is_constant: bool = False,
     ) -> None:
         self.model, self.attention_mask = model, attention_mask
@@ -43,7 +45,7 @@ class ModelDenoiser(Denoise):
         network = unwrap(model)
         self.is_ours = isinstance(network, MaskedDiffusionLM)
         self.foreign = None if chooses_positions(network) else ForeignModel(model, network)
-        self.prefix = prefix if self.is_ours or self.foreign is not None else None
+        self.lower_layers = lower_layers if self.is_ours or self.foreign is not None else None
         self.is_constant = is_constant
 
     def logits(self, ids: Ids, positions: Positions) -> Logits:
@@ -62,13 +64,13 @@ class ModelDenoiser(Denoise):
                 return self.foreign.hidden(
                     ids, self._shifted(ids, positions), self._mask_for(ids), self.attention_pattern
                 )
-        return self._call(ids, positions, project=False).hidden_states[-1]
+        return self._call(ids, positions, Request(hidden_only=True)).hidden
 
     def below(self, ids: Ids, positions: Positions) -> Tensor:
-        """Return [N, D], the input of the first block above the prefix at `positions`, with the graph that it has."""
+        """Return [N, D], the input of the first block above `lower_layers`, at `positions`, with its graph."""
         hidden = self._below(ids)
-        if isinstance(self.prefix, SharedPrefix):
-            hidden = self.prefix.kept(ids)
+        if isinstance(self.lower_layers, SharedLowerLayers):
+            hidden = self.lower_layers.of(ids)
         assert hidden is not None, "there is a boundary"
         return hidden.flatten(0, 1)[self._shifted(ids, positions)]
 
@@ -76,49 +78,49 @@ class ModelDenoiser(Denoise):
         """Return the hidden states; of a network that is not ours, the logits."""
         return self.hidden(ids, positions) if self.is_ours else self.logits(ids, positions)
 
-    def read(self, ids: Ids, positions: Positions, readout: Readout) -> Tensor:
+    def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
         """Return [N] values; our families never hold more than a chunk of logits for it."""
         if not self.is_ours:
-            return super().read(ids, positions, readout)
-        values: Tensor = self._call(ids, positions, readout=readout, constant_projection=self.is_constant).loss
-        return values
+            return super().read(ids, positions, per_token)
+        return self._call(ids, positions, Request(per_token=per_token, is_constant=self.is_constant)).per_token
 
-    def read_sum(self, ids: Ids, positions: Positions, readout: Readout, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted sum and the values; of our families without computing a chunk of logits twice."""
         if not self.is_ours or self.is_constant:
-            return super().read_sum(ids, positions, readout, weights)
-        out = self._call(ids, positions, readout=readout, readout_weights=weights)
-        return out.loss, out.logits
+            return super().read_sum(ids, positions, per_token, weights)
+        out = self._call(ids, positions, Request(per_token=per_token, weights=weights))
+        return out.total, out.per_token
 
-    def _call(self, ids: Ids, positions: Positions, **arguments: Any) -> Any:
-        arguments |= {"attention_mask": self._mask_for(ids), "positions": self._shifted(ids, positions)}
+    def _call(self, ids: Ids, positions: Positions, request: Request | None = None) -> Any:
+        arguments: dict[str, Any] = {"attention_mask": self._mask_for(ids), "positions": self._shifted(ids, positions)}
         if self.attention_pattern is not None:
             arguments["attention_pattern"] = self.attention_pattern
         hidden = self._below(ids)
-        if self.prefix is None or hidden is None:
-            return self.model(input_ids=ids, **arguments)
-        return self.model(inputs_embeds=hidden, start_layer=self.prefix.first, **arguments)
+        if self.lower_layers is not None and hidden is not None:
+            request = replace(Request() if request is None else request, start_layer=self.lower_layers.first)
+            return self.model(inputs_embeds=hidden, request=request, **arguments)
+        # A network of another kind that takes `positions` knows no requests.
+        return self.model(input_ids=ids, **arguments, **({} if request is None else {"request": request}))
 
     @contextmanager
     def _continued(self, foreign: ForeignModel, ids: Ids) -> Iterator[None]:
-        hidden = self._below(ids)
-        with nullcontext() if self.prefix is None or hidden is None else foreign.resumed(self.prefix.first, hidden):
+        hidden, lower = self._below(ids), self.lower_layers
+        with nullcontext() if lower is None or hidden is None else foreign.resumed(lower.first, hidden):
             yield
 
     def _below(self, ids: Ids) -> Tensor | None:
-        """Return the hidden states at the prefix's boundary, if a call on `ids` may begin there."""
-        if self.prefix is None:
+        """Return the hidden states at the boundary of the lower layers, if a call on `ids` may begin there."""
+        if self.lower_layers is None:
             return None
-        first, mask, pattern = self.prefix.first, self._mask_for(ids), self.attention_pattern
+        first, mask, pattern = self.lower_layers.first, self._mask_for(ids), self.attention_pattern
 
         def lower() -> Tensor:
             if self.foreign is not None:
                 return self.foreign.below(ids, mask, pattern, stop=first)
-            out = self.model(input_ids=ids, attention_mask=mask, attention_pattern=pattern, stop_layer=first)
-            hidden: Tensor = out.hidden_states[-1]
-            return hidden
+            request = Request(stop_layer=first)
+            return self.model(input_ids=ids, attention_mask=mask, attention_pattern=pattern, request=request).hidden
 
-        return self.prefix.hidden(State(ids, self.attention_mask, pattern), lower)
+        return self.lower_layers.hidden(State(ids, self.attention_mask, pattern), lower)
 
     def _shifted(self, ids: Ids, positions: Positions) -> Positions:
         positions = positions.to(ids.device, non_blocking=True)

@@ -10,16 +10,23 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 from memdlm.errors import ConfigError, DataError
-from memdlm.models.blocks.key_values import Reading, Window, at
+from memdlm.models.blocks.chunked_loss import sum_in_chunks, values_in_chunks
+from memdlm.models.blocks.key_values import at
 from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
-from memdlm.models.blocks.masks import AttentionPattern, Full, Segments, attention_scores_mask, keep_mask, segments_for
-from memdlm.models.blocks.names import NameTable, to_ours, to_published
-from memdlm.models.blocks.readout import read_in_chunks, sum_in_chunks
+from memdlm.models.blocks.masks import (
+    AttentionPattern,
+    Full,
+    Segments,
+    attention_scores_mask,
+    segments_for,
+    visible_tokens,
+)
+from memdlm.models.blocks.names import NameTable, to_published
 from memdlm.models.lora.adapters import adapter_config
 from memdlm.models.lora.files import save_outer_adapter
 from memdlm.models.networks.checking import check_ids, check_positions, check_together, is_index, kind_of
+from memdlm.models.networks.requests import Prediction, Request
 from memdlm.models.quantisation.four_bit import is_four_bit
-from memdlm.types import Readout
 
 
 class DiffusionPreTrainedModel(PreTrainedModel):
@@ -42,28 +49,31 @@ class Backbone(DiffusionPreTrainedModel):
 
     def build(
         self,
+        layer: Callable[[Any, int], nn.Module],
         *,
-        layers: list[nn.Module],
-        rotary: Rotary,
-        norm: RMSNorm,
-        vocab_size: int,
+        norm_bias: bool = False,
+        rotated: float | None = None,
+        vocab_size: int | None = None,
         padding_index: int | None = None,
-        window: int | None = None,
+        sliding_window: int | None = None,
         after_embedding: Callable[[int], nn.Module] | None = None,
         mixes_positions: bool = False,
     ) -> None:
         """Create the modules; called once by the family's `__init__`.
 
-        The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only place
-        where positions meet.
+        `layer` makes the block of an index. Of a head, the first `rotated` dimensions turn with the position (None:
+        all). The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only
+        place where positions meet.
         """
-        width = self.config.hidden_size
-        self.embed_tokens = nn.Embedding(vocab_size, width, padding_index)
+        config: Any = self.config
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size if vocab_size is None else vocab_size, width, padding_index)
         self.after_embedding = None if after_embedding is None else after_embedding(width)
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-        self.rotary, self.window = rotary, window
-        self.is_cacheable = window is None and not mixes_positions
+        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(width, config.rms_norm_eps, bias=norm_bias)
+        self.rotary = Rotary(width=int(config.head_dim if rotated is None else rotated), theta=float(config.rope_theta))
+        self.sliding_window = sliding_window
+        self.is_cacheable = sliding_window is None and not mixes_positions
         """Whether the keys and values of a finished block stay valid under a block-causal pattern."""
         self.gradient_checkpointing = False
         self.post_init()
@@ -77,48 +87,37 @@ class Backbone(DiffusionPreTrainedModel):
         position_ids: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         output_hidden_states: bool = False,
-        start_layer: int | None = None,
-        stop_layer: int | None = None,
-        window: Window | None = None,
-        queries: Tensor | None = None,
+        request: Request | None = None,
     ) -> BaseModelOutput:
-        """Run the layers.
+        """Run the layers, or those that `request` names.
 
         `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.blocks.masks`;
         `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
         entry i the output of layer i-1, and the last entry the final, normalised state.
-
-        The pass can be cut in two: with `stop_layer` it ends before that layer and `last_hidden_state` is that
-        layer's input; handed back as `inputs_embeds` with the same number as `start_layer`, it goes on from there.
-
-        Decoding narrows it down: with a `window` the ids are some columns of a canvas, which attend to the keys and
-        values the window's cache holds as well (what may be seen is then the window's to say, and only networks that
-        are `is_cacheable` can do it); with `queries` [B, n] the last layer's output is that of these places alone:
-        `last_hidden_state` is [B, n, D].
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
         self._check_inputs(input_ids, inputs_embeds, attention_mask, position_ids)
+        request = Request() if request is None else request
+        start, stop, cached, queries = request.start_layer, request.stop_layer, request.cached, request.queries
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        keep = keep_mask(attention_mask)
-        mask = self._mask(attention_mask, hidden, attention_pattern) if window is None else window.is_visible
+        is_visible = visible_tokens(attention_mask)
+        mask = self._mask(attention_mask, hidden, attention_pattern) if cached is None else cached.is_visible
         if position_ids is None:
             places = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            position_ids = places if window is None else window.columns
+            position_ids = places if cached is None else cached.columns
         angles = self.rotary.angles(position_ids, hidden)
-        if self.after_embedding is not None and start_layer is None:
-            hidden = self.after_embedding(hidden, keep)
+        if self.after_embedding is not None and start is None:
+            hidden = self.after_embedding(hidden, is_visible)
         states = [hidden]
-        if queries is not None and start_layer == len(self.layers):
+        if queries is not None and start == len(self.layers):
             hidden = at(hidden, queries)
-        for layer in self.layers[start_layer:stop_layer]:
+        for layer in self.layers[start:stop]:
             narrowed = queries if layer is self.layers[-1] else None
-            # Without it the call is what checkpointing and patched layers have always seen.
-            more = () if window is None and narrowed is None else (Reading(window, narrowed),)
-            hidden = layer(hidden, self.rotary, angles, mask, keep, *more)
+            hidden = layer(hidden, self.rotary, angles, mask, is_visible, cached, narrowed)
             if output_hidden_states:
                 states.append(hidden)
-        if stop_layer is None:
+        if stop is None:
             hidden = self.norm(hidden)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
@@ -153,11 +152,13 @@ class Backbone(DiffusionPreTrainedModel):
     ) -> Tensor | Segments | None:
         """Return what the layers' attention takes, for a pass that stands alone."""
         pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
-        if self.window is None and not is_eager:
+        if self.sliding_window is None and not is_eager:
             segments = segments_for(attention_mask, hidden, pattern)
             if segments is not None:
                 return segments
-        return attention_scores_mask(attention_mask, hidden, pattern=pattern, window=self.window, additive=is_eager)
+        return attention_scores_mask(
+            attention_mask, hidden, pattern=pattern, sliding_window=self.sliding_window, additive=is_eager
+        )
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):
@@ -183,11 +184,6 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         The projections of a single expert may be asked for too, as `...mlp.experts.3.up_proj`.
         """
         return to_published(path, cls.published_names)
-
-    @classmethod
-    def our_module_name(cls, published: str) -> str:
-        """Return the path in this class of a module that published checkpoints call `published`."""
-        return to_ours(published, cls.published_names)
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Project normalised states [..., D] onto the vocabulary: [..., V]."""
@@ -221,25 +217,13 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         position_ids: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
         positions: Tensor | None = None,
-        project: bool = True,
-        readout: Readout | None = None,
-        constant_projection: bool = False,
-        readout_weights: Tensor | None = None,
         output_hidden_states: bool = False,
-        start_layer: int | None = None,
-        stop_layer: int | None = None,
-        window: Window | None = None,
-        queries: Tensor | None = None,
-    ) -> MaskedLMOutput:
-        """Predict tokens.
+        request: Request | None = None,
+    ) -> MaskedLMOutput | Prediction:
+        """Predict tokens: logits [B, L, V], or what `request` asks for instead.
 
         `positions` [N] int64 (row * L + column) chooses what is predicted: logits are then [N, V], and nothing
-        else reaches the vocabulary projection; None: all, [B, L, V]. With `project=False` there are no logits
-        and `hidden_states` holds one tensor, the normalised states [N, D] (or [B, L, D]); so too with `stop_layer`.
-        With `readout`, which needs `positions`, there are no logits either: `loss` is [N], read in chunks as
-        `memdlm.models.blocks.readout` says, and `constant_projection` is its `is_constant`. With `readout_weights` [N]
-        too, `loss` is the weighted sum [], and `logits` holds the values [N], without gradient. The other arguments are
-        those of `Backbone.forward`; with `queries` [B, n], `positions` count in their grid (row * n + place).
+        else reaches the vocabulary projection. The other arguments are those of `Backbone.forward`.
         """
         out = self.model(
             input_ids,
@@ -248,25 +232,26 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
             position_ids=position_ids,
             attention_pattern=attention_pattern,
             output_hidden_states=output_hidden_states,
-            start_layer=start_layer,
-            stop_layer=stop_layer,
-            window=window,
-            queries=queries,
+            request=request,
         )
         hidden = out.last_hidden_state
         if positions is not None:
             if not torch.compiler.is_compiling():
                 check_positions(positions, hidden)
             hidden = hidden.flatten(0, 1).index_select(0, positions)
-        if readout is not None:
-            width = self.lm_head.weight.shape[0]
-            if readout_weights is not None:
-                parameters = tuple(self.lm_head.parameters())
-                total, values = sum_in_chunks(readout, hidden, self.predict, width, readout_weights, parameters)
-                return MaskedLMOutput(loss=total, logits=values)
-            return MaskedLMOutput(
-                loss=read_in_chunks(readout, hidden, self.predict, width, is_constant=constant_projection)
-            )
-        if not project or stop_layer is not None:
-            return MaskedLMOutput(hidden_states=(hidden,))
-        return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)
+        if request is None:
+            return MaskedLMOutput(logits=self.predict(hidden), hidden_states=out.hidden_states)
+        return self._answer(request, hidden)
+
+    def _answer(self, request: Request, hidden: Tensor) -> Prediction:
+        if request.hidden_only or request.stop_layer is not None:
+            return Prediction(hidden=hidden)
+        if request.per_token is None:
+            return Prediction(logits=self.predict(hidden))
+        per_token, width = request.per_token, self.lm_head.weight.shape[0]
+        if request.weights is None:
+            values = values_in_chunks(per_token, hidden, self.predict, width, is_constant=request.is_constant)
+            return Prediction(per_token=values)
+        parameters = tuple(self.lm_head.parameters())
+        total, values = sum_in_chunks(per_token, hidden, self.predict, width, request.weights, parameters)
+        return Prediction(per_token=values, total=total)

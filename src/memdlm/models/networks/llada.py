@@ -3,13 +3,12 @@
 In memory the modules are called as in every other family; on disk they have the published names.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -47,55 +46,37 @@ class LLaDAConfig(PublishedConfig):
         "tie_word_embeddings": "weight_tying",
     }
 
-    def __init__(
-        self,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        d_model: int = 4096,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        n_layers: int = 32,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        multi_query_attention: bool | None = None,
-        clip_qkv: float | None = None,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        include_bias: bool = False,
-        include_qkv_bias: bool = False,
-        bias_for_layer_norm: bool | None = None,
-        input_emb_norm: bool = False,
-        scale_logits: bool = False,
-        weight_tying: bool = False,
-        max_sequence_length: int = 4096,
-        init_std: float = 0.02,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size
-        self.d_model = d_model
-        self.mlp_hidden_size = mlp_ratio * d_model if mlp_hidden_size is None else mlp_hidden_size
-        self.mlp_ratio = mlp_ratio
-        self.n_layers = n_layers
-        self.n_heads = n_heads
-        self.multi_query_attention = multi_query_attention
-        self.n_kv_heads = n_kv_heads or (1 if multi_query_attention else n_heads)
-        self.clip_qkv = clip_qkv
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.include_bias = include_bias
-        self.include_qkv_bias = include_qkv_bias
-        self.bias_for_layer_norm = bias_for_layer_norm
-        self.input_emb_norm = input_emb_norm
-        self.scale_logits = scale_logits
-        self.max_sequence_length = max_sequence_length
-        self.init_std = init_std
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    d_model: int = 4096
+    mlp_hidden_size: int = None  # type: ignore[assignment]
+    """Unset: `mlp_ratio` times the width."""
+    mlp_ratio: int = 4
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 0
+    """0 or None: as many as `n_heads`, or 1 with `multi_query_attention`."""
+    multi_query_attention: bool | None = None
+    clip_qkv: float | None = None
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    include_bias: bool = False
+    include_qkv_bias: bool = False
+    bias_for_layer_norm: bool | None = None
+    input_emb_norm: bool = False
+    scale_logits: bool = False
+    weight_tying: bool = False
+    max_sequence_length: int = 4096
+    init_std: float = 0.02
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mlp_hidden_size is None:
+            self.mlp_hidden_size = self.mlp_ratio * self.d_model
+        self.n_kv_heads = self.n_kv_heads or (1 if self.multi_query_attention else self.n_heads)
         self._check(kwargs)
-        # An alias that a caller passes must not be undone by the field's default.
-        kwargs.setdefault("tie_word_embeddings", weight_tying)
-        super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, **kwargs)
+        super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -120,38 +101,14 @@ class LLaDAConfig(PublishedConfig):
             raise ConfigError(f"embedding_size {self.embedding_size} is below vocab_size {self.vocab_size}.")
 
 
-class LLaDALayer(GradientCheckpointingLayer):
-    """Pre-norm attention and gated feed-forward."""
+class LLaDALayer(Block):
+    """Attention and a gated feed-forward."""
 
     def __init__(self, config: LLaDAConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.d_model,
-            num_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            bias=config.include_bias or config.include_qkv_bias,
-            out_bias=config.include_bias,
-            clip_qkv=config.clip_qkv,
-        )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp = GatedMLP(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
-        self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        qkv_bias = config.include_bias or config.include_qkv_bias
+        shape = AttentionShape.of(config, bias=qkv_bias, out_bias=config.include_bias, clip_qkv=config.clip_qkv)
+        feed_forward = GatedMLP(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
+        super().__init__(config, index, shape, feed_forward, norm_bias=config.norm_bias)
 
 
 class EmbeddingScale(nn.Module):
@@ -161,7 +118,7 @@ class EmbeddingScale(nn.Module):
         super().__init__()
         self.factor = width**0.5
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
         """Scale [B, L, D]."""
         return x * self.factor
 
@@ -175,9 +132,8 @@ class LLaDAModel(Backbone):
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config)
         self.build(
-            layers=[LLaDALayer(config, index) for index in range(config.n_layers)],
-            rotary=Rotary(width=config.head_dim, theta=float(config.rope_theta)),
-            norm=RMSNorm(config.d_model, config.rms_norm_eps, bias=config.norm_bias),
+            LLaDALayer,
+            norm_bias=config.norm_bias,
             vocab_size=config.embedding_size or config.vocab_size,
             padding_index=None,  # as published: the padding token's embedding is trained like any other
             after_embedding=EmbeddingScale if config.input_emb_norm else None,
@@ -204,7 +160,6 @@ class LLaDAModelLM(MaskedDiffusionLM):
         (".up_proj.", ".mlp.up_proj."),
         (".ff_out.", ".mlp.down_proj."),
     )
-    _no_split_modules = ["LLaDALayer"]
 
     def __init__(self, config: LLaDAConfig) -> None:
         super().__init__(config, head_bias=config.include_bias)

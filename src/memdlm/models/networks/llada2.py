@@ -3,24 +3,15 @@
 Full attention unless an `attention_pattern` says otherwise; decoding passes `BlockCausal`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import (
-    Attention,
-    AttentionShape,
-    GatedMLP,
-    RMSNorm,
-    Rotary,
-    SelfInitialising,
-    accurate,
-)
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP, SelfInitialising, accurate
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -33,65 +24,41 @@ class LLaDA2MoeConfig(PublishedConfig):
     telling_fields = (frozenset({"first_k_dense_replace"}), frozenset({"n_group"}))
     telling_tensors = ("word_embeddings.", ".query_key_value.")
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        intermediate_size: int = 5120,
-        moe_intermediate_size: int = 512,
-        num_hidden_layers: int = 20,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        num_experts: int = 256,
-        num_experts_per_tok: int = 8,
-        num_shared_experts: int | None = 1,
-        first_k_dense_replace: int = 1,
-        n_group: int = 8,
-        topk_group: int = 4,
-        routed_scaling_factor: float = 2.5,
-        moe_router_enable_expert_bias: bool = True,
-        use_qkv_bias: bool = False,
-        use_bias: bool = False,
-        use_qk_norm: bool = True,
-        partial_rotary_factor: float = 0.5,
-        rope_theta: float = 600000.0,
-        rms_norm_eps: float = 1e-6,
-        max_position_embeddings: int = 32768,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.moe_intermediate_size = moe_intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        # 0 is the published default for "as many as query heads".
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.num_shared_experts = num_shared_experts
-        self.first_k_dense_replace = first_k_dense_replace
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.routed_scaling_factor = routed_scaling_factor
-        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
-        self.use_qkv_bias = use_qkv_bias
-        self.use_bias = use_bias
-        self.use_qk_norm = use_qk_norm
-        self.partial_rotary_factor = partial_rotary_factor
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    intermediate_size: int = 5120
+    moe_intermediate_size: int = 512
+    num_hidden_layers: int = 20
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    """0 or None: as many as `num_attention_heads`."""
+    head_dim: int = 0
+    """0 or None: the width divided among the heads."""
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    num_shared_experts: int | None = 1
+    first_k_dense_replace: int = 1
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    moe_router_enable_expert_bias: bool = True
+    use_qkv_bias: bool = False
+    use_bias: bool = False
+    use_qk_norm: bool = True
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 600000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self._check(kwargs)
-        kwargs.update(pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings)
-        super().__init__(**kwargs)
+        super().__post_init__(**kwargs)
 
     def _check(self, others: dict[str, object]) -> None:
         size = self.num_experts // max(1, self.n_group)
@@ -172,43 +139,20 @@ class SparseMLP(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
-class LLaDA2MoeLayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a dense feed-forward (first layers) or experts."""
+class LLaDA2MoeLayer(Block):
+    """Attention, then a dense feed-forward (first layers) or experts."""
 
     def __init__(self, config: LLaDA2MoeConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+        shape = AttentionShape.of(
+            config,
             bias=config.use_qkv_bias,
             out_bias=config.use_bias,
             fused=True,
             qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp: nn.Module
-        if index < config.first_k_dense_replace:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        else:
-            self.mlp = SparseMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        is_dense = index < config.first_k_dense_replace
+        dense = (config.hidden_size, config.intermediate_size)
+        super().__init__(config, index, shape, GatedMLP(*dense) if is_dense else SparseMLP(config))
 
 
 class LLaDA2MoeModel(Backbone):
@@ -223,11 +167,7 @@ class LLaDA2MoeModel(Backbone):
             # Published files then hold shared experts of width 0, which carry nothing.
             self._keys_to_ignore_on_load_unexpected = [r"\.shared_experts\."]
         self.build(
-            layers=[LLaDA2MoeLayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
-            padding_index=config.pad_token_id,
+            LLaDA2MoeLayer, rotated=config.head_dim * config.partial_rotary_factor, padding_index=config.pad_token_id
         )
 
 
@@ -243,6 +183,5 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
         (".self_attn.query_layernorm.", ".self_attn.q_norm."),
         (".self_attn.key_layernorm.", ".self_attn.k_norm."),
     )
-    _no_split_modules = ["LLaDA2MoeLayer"]
     # Half precision would round the bias by more than routing margins.
     _keep_in_fp32_modules_strict = {"expert_bias"}

@@ -4,15 +4,14 @@ Parameter names and layout on disk are the published ones, one tensor per expert
 are stacked (`memdlm.models.blocks.experts`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, accurate
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.layers import AttentionShape, Block, GatedMLP, accurate
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
@@ -25,62 +24,42 @@ class LLaDAMoEConfig(PublishedConfig):
     telling_fields = (frozenset({"num_experts", "expert_intermediate_size"}),)
     telling_tensors = (".embed_tokens.",)
 
-    def __init__(
-        self,
-        vocab_size: int = 157184,
-        hidden_size: int = 2048,
-        dense_intermediate_size: int = 8192,
-        expert_intermediate_size: int = 1024,
-        shared_expert_intermediate_size: int | None = None,
-        num_hidden_layers: int = 16,
-        num_attention_heads: int = 16,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        num_experts: int = 64,
-        num_experts_per_tok: int = 8,
-        moe_layer_freq: list[int] | None = None,
-        moe_router_enable_expert_bias: bool | None = False,
-        qk_layernorm: bool = True,
-        attention_bias: bool = False,
-        clip_qkv: float | None = None,
-        partial_rotary_factor: float = 1.0,
-        rope_theta: float = 50000.0,
-        rms_norm_eps: float = 1e-5,
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.dense_intermediate_size = dense_intermediate_size
-        self.expert_intermediate_size = expert_intermediate_size
-        self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        self.moe_layer_freq = [1] * num_hidden_layers if moe_layer_freq is None else list(moe_layer_freq)
-        self.moe_router_enable_expert_bias = moe_router_enable_expert_bias
-        self.qk_layernorm = qk_layernorm
-        self.attention_bias = attention_bias
-        self.clip_qkv = clip_qkv
-        self.partial_rotary_factor = partial_rotary_factor
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    dense_intermediate_size: int = 8192
+    expert_intermediate_size: int = 1024
+    shared_expert_intermediate_size: int | None = None
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 0
+    """0 or None: as many as `num_attention_heads`."""
+    head_dim: int = 0
+    """0 or None: the width divided among the heads."""
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    moe_layer_freq: list[int] = None  # type: ignore[assignment]
+    """Per layer, 1 for experts and 0 for a dense one; unset: experts everywhere."""
+    moe_router_enable_expert_bias: bool | None = False
+    qk_layernorm: bool = True
+    attention_bias: bool = False
+    clip_qkv: float | None = None
+    partial_rotary_factor: float = 1.0
+    rope_theta: float = 50000.0
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.moe_layer_freq is None:
+            self.moe_layer_freq = [1] * self.num_hidden_layers
+        self.moe_layer_freq = list(self.moe_layer_freq)
         self._check(kwargs)
-        super().__init__(
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        super().__post_init__(**kwargs)
 
     def _check(self, others: dict[str, object]) -> None:
         if len(self.moe_layer_freq) != self.num_hidden_layers:
@@ -118,49 +97,23 @@ class SparseMLP(nn.Module):
         return self.experts(flat, *self.route(flat)).view_as(x)
 
 
-class LLaDAMoELayer(GradientCheckpointingLayer):
-    """Pre-norm attention, then a mixture of experts (plus a shared expert, if any) or a dense feed-forward."""
+class LLaDAMoELayer(Block):
+    """Attention, then a mixture of experts (plus a shared expert, if any) or a dense feed-forward."""
 
     def __init__(self, config: LLaDAMoEConfig, index: int) -> None:
-        super().__init__()
-        shape = AttentionShape(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+        shape = AttentionShape.of(
+            config,
             bias=config.attention_bias,
             qk_norm_eps=config.rms_norm_eps if config.qk_layernorm else None,
             clip_qkv=config.clip_qkv,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module
-        self.shared_expert: nn.Module | None = None
-        if config.moe_layer_freq[index]:
-            self.mlp = SparseMLP(config)
-            if config.shared_expert_intermediate_size is not None:
-                self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size)
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.dense_intermediate_size)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        x = at(x, queries) + self.self_attn(self.input_layernorm(x), rotary, angles, mask, reading)
-        inner = self.post_attention_layernorm(x)
-        out = self.mlp(inner)
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(inner)
-        return x + out
+        is_dense = not config.moe_layer_freq[index]
+        dense = (config.hidden_size, config.dense_intermediate_size)
+        super().__init__(config, index, shape, GatedMLP(*dense) if is_dense else SparseMLP(config))
+        # Saved optimizer states count parameters: those of the norms come before the feed-forward's here.
+        self.mlp = self._modules.pop("mlp")
+        if not is_dense and config.shared_expert_intermediate_size is not None:
+            self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size)
 
 
 class LLaDAMoEModel(Backbone):
@@ -172,11 +125,7 @@ class LLaDAMoEModel(Backbone):
     def __init__(self, config: LLaDAMoEConfig) -> None:
         super().__init__(config)
         self.build(
-            layers=[LLaDAMoELayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=int(config.head_dim * config.partial_rotary_factor), theta=float(config.rope_theta)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
-            padding_index=config.pad_token_id,
+            LLaDAMoELayer, rotated=config.head_dim * config.partial_rotary_factor, padding_index=config.pad_token_id
         )
 
 
@@ -185,4 +134,3 @@ class LLaDAMoEModelLM(MaskedDiffusionLM):
 
     config_class = LLaDAMoEConfig
     backbone_class = LLaDAMoEModel
-    _no_split_modules = ["LLaDAMoELayer"]

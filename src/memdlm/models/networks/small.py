@@ -5,15 +5,15 @@ Two aids make retrieval learnable within a minute: every position sees its direc
 the first step. `sliding_window` puts text out of reach of attention, for studies of what a memory alone can recall.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from memdlm.errors import ConfigError
-from memdlm.models.blocks.key_values import Reading, at
-from memdlm.models.blocks.layers import Attention, AttentionShape, GatedMLP, RMSNorm, Rotary, SelfInitialising
+from memdlm.models.blocks.layers import Attention, AttentionShape, Block, GatedMLP, SelfInitialising
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
 
@@ -21,52 +21,34 @@ class SmallDLMConfig(PreTrainedConfig):
     """Sizes of the small dense family; `sliding_window` w lets a position see those at most w away (None: all)."""
 
     model_type = "memdlm_small"
-    keys_to_ignore_at_inference: tuple[str, ...] = ()
+    keys_to_ignore_at_inference: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        vocab_size: int = 256,
-        hidden_size: int = 64,
-        intermediate_size: int = 160,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
-        sliding_window: int | None = None,
-        token_mixing: bool = True,
-        tie_query_key_init: bool = True,
-        partial_rotary_factor: float = 0.5,
-        rope_theta: float = 10000.0,
-        rms_norm_eps: float = 1e-6,
-        max_position_embeddings: int = 8192,
-        initializer_range: float = 0.1,
-        tie_word_embeddings: bool = False,
-        pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        **kwargs: object,
-    ) -> None:
-        if hidden_size % num_attention_heads:
+    vocab_size: int = 256
+    hidden_size: int = 64
+    intermediate_size: int = 160
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    sliding_window: int | None = None
+    token_mixing: bool = True
+    tie_query_key_init: bool = True
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.1
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}."
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.head_dim = hidden_size // num_attention_heads
-        self.sliding_window = sliding_window
-        self.token_mixing = token_mixing
-        self.tie_query_key_init = tie_query_key_init
-        self.partial_rotary_factor = partial_rotary_factor
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.initializer_range = initializer_range
-        super().__init__(
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        # transformers' constructor of a class that only declares fields leaves this out.
+        self.validate()
 
 
 class TokenMixing(SelfInitialising):
@@ -84,47 +66,26 @@ class TokenMixing(SelfInitialising):
         init.normal_(self.left, std=1.0)
         init.normal_(self.right, std=1.0)
 
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """Mix [B, L, D]; positions outside `keep` [B, L] contribute nothing, so padding cannot leak in."""
-        visible = x if keep is None else x * keep[..., None]
+    def forward(self, x: Tensor, is_visible: Tensor | None) -> Tensor:
+        """Mix [B, L, D]; positions outside `is_visible` [B, L] contribute nothing, so padding cannot leak in."""
+        visible = x if is_visible is None else x * is_visible[..., None]
         before = nn.functional.pad(visible, (0, 0, 1, 0))[:, :-1]
         after = nn.functional.pad(visible, (0, 0, 0, 1))[:, 1:]
         return x * self.centre + before * self.left + after * self.right
 
 
-class SmallDLMLayer(GradientCheckpointingLayer):
-    """Pre-norm attention (after token mixing, if any) and gated feed-forward."""
+class SmallDLMLayer(Block):
+    """Attention (after token mixing, if any) and a gated feed-forward."""
 
     def __init__(self, config: SmallDLMConfig, index: int) -> None:
-        super().__init__()
         shape = AttentionShape(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_attention_heads,
             head_dim=config.head_dim,
         )
-        self.self_attn = Attention(config, shape, index)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, index, shape, GatedMLP(config.hidden_size, config.intermediate_size))
         self.mixing = TokenMixing(config.hidden_size) if config.token_mixing else None
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        angles: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        keep: Tensor | None,
-        reading: Reading | None = None,
-    ) -> Tensor:
-        """Run one layer on [B, L, D]; with a `reading`, the output is that of its queries alone."""
-        queries = None if reading is None else reading.queries
-        inner = self.input_layernorm(x)
-        if self.mixing is not None:
-            inner = self.mixing(inner, keep)
-        x = at(x, queries) + self.self_attn(inner, rotary, angles, mask, reading)
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class SmallDLMModel(Backbone):
@@ -135,14 +96,11 @@ class SmallDLMModel(Backbone):
 
     def __init__(self, config: SmallDLMConfig) -> None:
         super().__init__(config)
-        rotated = int(config.head_dim * config.partial_rotary_factor)
         self.build(
-            layers=[SmallDLMLayer(config, index) for index in range(config.num_hidden_layers)],
-            rotary=Rotary(width=rotated - rotated % 2, theta=config.rope_theta),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            vocab_size=config.vocab_size,
+            SmallDLMLayer,
+            rotated=int(config.head_dim * config.partial_rotary_factor) // 2 * 2,
             padding_index=config.pad_token_id,
-            window=config.sliding_window,
+            sliding_window=config.sliding_window,
             after_embedding=TokenMixing if config.token_mixing else None,
             mixes_positions=config.token_mixing,
         )
@@ -153,7 +111,6 @@ class SmallDLM(MaskedDiffusionLM):
 
     config_class = SmallDLMConfig
     backbone_class = SmallDLMModel
-    _no_split_modules = ["SmallDLMLayer"]
 
     @torch.no_grad()
     def prepare_new(self) -> None:

@@ -19,8 +19,8 @@ from memdlm.data.specs import parse_specs
 from memdlm.errors import CheckpointError, DataError, MemDLMError
 from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.sites import find_sites
+from memdlm.models.blocks.chunked_loss import BYTES, MAX_SUMMED_LOGITS, at_once
 from memdlm.models.blocks.experts import Experts
-from memdlm.models.blocks.readout import BYTES, MAX_SUMMED_LOGITS, at_once
 from memdlm.models.hub.loading import DTYPES, model_skeleton
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.models.lora.adapters import LoRAOptions, count_outer_lora

@@ -12,7 +12,7 @@ from rich.console import Console
 from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
 from memdlm.files import resolved
 from memdlm.inference import Decoder, encode_prompts
-from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.options import option, validate
 from memdlm.outputs import output_file
 from memdlm.randomness import derive
@@ -113,9 +113,8 @@ class Chat:
         return messages
 
     def _room(self) -> int | None:
-        if self.options.max_context is not None:
-            return self.options.max_context
-        return getattr(getattr(unwrap(self.decoder.model), "config", None), "max_position_embeddings", None)
+        given = self.options.max_context
+        return trained_positions(self.decoder.model) if given is None else given
 
     def _command(self, text: str) -> bool:
         """Obey a command; returns whether the conversation goes on."""

@@ -16,7 +16,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.masked_loss import loss_under, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory, compress
 from memdlm.memory.files.saved import MEMORY
-from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.sizes import trained_positions
 from memdlm.options import option
 from memdlm.outputs import Output, output_folder
 from memdlm.randomness import derive
@@ -84,7 +84,7 @@ def _memorize(options: MemorizeOptions, config: MemoryConfig, display: Display, 
     document = read_document(str(options.file))
     model, tokenizer = load_parts(options, display)
     ids = document_ids(document, tokenizer, as_message=options.as_message)
-    places = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
+    places = trained_positions(model)
     if config.chunk_length is None and places is not None and len(ids) > places:
         display.say(f"{len(ids)} tokens are written in chunks of {places}, the positions the model was trained on.")
         config = dataclasses.replace(config, chunk_length=places)

@@ -1,4 +1,4 @@
-"""From hidden states to one value per position without ever holding all logits.
+"""Chunked linear cross-entropy, and whatever else is computed from each token's logits: never all logits at once.
 
 Logits of N positions take N x V numbers, four times over while they are differentiated. Above a size, positions are
 therefore taken in chunks. Where the projection's weights get no gradient (a write), each chunk's derivative by its
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from memdlm.types import LogitReadout, Project, Readout
+from memdlm.types import PerToken, Project, TokenLoss
 
 MAX_LOGITS = 2**26
 """Logits (numbers) up to which nothing is chunked when chunks have to be recomputed; on a GPU at least so many."""
@@ -41,38 +41,38 @@ def at_once(least: int, device: torch.device) -> int:
     return max(least, torch.cuda.get_device_properties(device).total_memory // (SHARE * BYTES))
 
 
-def read_in_chunks(
-    readout: Readout, hidden: Tensor, project: Project, vocab_size: int, *, is_constant: bool = False
+def values_in_chunks(
+    per_token: PerToken, hidden: Tensor, project: Project, vocab_size: int, *, is_constant: bool = False
 ) -> Tensor:
-    """Return `readout` of all positions, [N], for `hidden` [N, D].
+    """Return `per_token` of all positions, [N], for `hidden` [N, D].
 
     `is_constant` promises that no gradient with respect to the projection, and no second derivative, will be asked
     for. Values and gradients are those of one call with all positions, up to rounding.
     """
     count = hidden.shape[0]
     limit = at_once(MAX_CONSTANT_LOGITS if is_constant or not torch.is_grad_enabled() else MAX_LOGITS, hidden.device)
-    is_written = is_constant and torch.is_grad_enabled() and isinstance(readout, LogitReadout) and count > 0
+    is_written = is_constant and torch.is_grad_enabled() and isinstance(per_token, TokenLoss) and count > 0
     if count * vocab_size <= limit and not is_written:
-        return readout(hidden, slice(0, count), project)
+        return per_token(hidden, slice(0, count), project)
     rows = max(1, limit // vocab_size)
     chunks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
     if not torch.is_grad_enabled():
-        return torch.cat([readout(hidden[chunk], chunk, project) for chunk in chunks])
+        return torch.cat([per_token(hidden[chunk], chunk, project) for chunk in chunks])
     if is_constant:
-        values: Tensor = _RowGradients.apply(hidden, readout, project, chunks)
+        values: Tensor = _RowGradients.apply(hidden, per_token, project, chunks)
         return values
-    return torch.cat([checkpoint(readout, hidden[each], each, project, use_reentrant=False) for each in chunks])
+    return torch.cat([checkpoint(per_token, hidden[each], each, project, use_reentrant=False) for each in chunks])
 
 
 def sum_in_chunks(
-    readout: Readout,
+    per_token: PerToken,
     hidden: Tensor,
     project: Project,
     vocab_size: int,
     weights: Tensor,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return (the sum [] of `weights` [N] times `readout` of all positions, those values [N] without gradient).
+    """Return (the sum [] of `weights` [N] times `per_token` of all positions, those values [N] without gradient).
 
     `parameters` are all that `project` is made of and that may need a gradient. The sum can be differentiated by them
     and by `hidden` [N, D], once; not by `weights`. Values and gradients are those of one call, up to rounding.
@@ -81,12 +81,12 @@ def sum_in_chunks(
     trained = [each for each in parameters if each.requires_grad]
     # A parameter that is elsewhere (sharded to nothing) gets its gradient where its module's own hooks can see it.
     is_whole = all(each.numel() for each in trained)
-    if not torch.is_grad_enabled() or not isinstance(readout, LogitReadout) or not count or not is_whole:
-        values = read_in_chunks(readout, hidden, project, vocab_size)
+    if not torch.is_grad_enabled() or not isinstance(per_token, TokenLoss) or not count or not is_whole:
+        values = values_in_chunks(per_token, hidden, project, vocab_size)
         return (values * weights.to(values.dtype)).sum(), values.detach()
     rows = max(1, at_once(MAX_SUMMED_LOGITS, hidden.device) // vocab_size)
     chunks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-    total, values = _Summed.apply(hidden, weights, readout, project, chunks, *trained)
+    total, values = _Summed.apply(hidden, weights, per_token, project, chunks, *trained)
     return total, values
 
 
@@ -98,7 +98,7 @@ class _Summed(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weights: Tensor,
-        readout: LogitReadout,
+        per_token: TokenLoss,
         project: Project,
         chunks: list[slice],
         *parameters: Tensor,
@@ -113,7 +113,7 @@ class _Summed(torch.autograd.Function):
                 rows = hidden[chunk].detach().requires_grad_()
                 # A view, because torch's counters and module trackers refuse a leaf as a module's input here.
                 logits = project(rows.view_as(rows))
-                found, arriving = readout.consume(logits, chunk)
+                found, arriving = per_token.consume(logits, chunk)
                 arriving = arriving.mul_(relative[chunk, None].to(arriving.dtype))
                 gradient, *more = torch.autograd.grad(logits, (rows, *parameters), arriving, allow_unused=True)
             del logits, arriving
@@ -153,18 +153,18 @@ class _RowGradients(torch.autograd.Function):
     """A value depends on its own row alone, so the row's derivative, times what arrives, is the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, readout: Readout, project: Project, chunks: list[slice]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, per_token: PerToken, project: Project, chunks: list[slice]) -> Tensor:
         values, gradients = [], []
         for chunk in chunks:
             with torch.enable_grad():
                 rows = hidden[chunk].detach().requires_grad_()
                 # A view, because torch's counters and module trackers refuse a leaf as a module's input here.
-                if isinstance(readout, LogitReadout):
+                if isinstance(per_token, TokenLoss):
                     logits = project(rows.view_as(rows))
-                    found, arriving = readout.consume(logits, chunk)
+                    found, arriving = per_token.consume(logits, chunk)
                     (gradient,) = torch.autograd.grad(logits, rows, arriving)
                 else:
-                    found = readout(rows.view_as(rows), chunk, project)
+                    found = per_token(rows.view_as(rows), chunk, project)
                     (gradient,) = torch.autograd.grad(found.sum(), rows)
             values.append(found.detach())
             gradients.append(gradient)

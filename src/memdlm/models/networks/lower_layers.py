@@ -28,7 +28,7 @@ class State:
         return self.ids is other.ids and self.attention_mask is other.attention_mask and self.pattern == other.pattern
 
 
-class Prefix(ABC):
+class LowerLayers(ABC):
     """Where a call that starts at block `first` gets the hidden states from."""
 
     first: int
@@ -39,11 +39,11 @@ class Prefix(ABC):
 
 
 @final
-class SharedPrefix(Prefix):
+class SharedLowerLayers(LowerLayers):
     """Computes each state's lower part once and hands it out as a constant.
 
-    The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph: for `ConnectedPrefix` and
-    `kept`.
+    The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph: for `ConnectedLowerLayers` and
+    `of`.
     """
 
     def __init__(self, first: int, *, anchor: Ids | None = None, is_traced: bool = False) -> None:
@@ -63,7 +63,7 @@ class SharedPrefix(Prefix):
         """Return what was computed for `state`, with its graph if it has one."""
         return next((hidden for other, hidden in self._known if other.is_same(state)), None)
 
-    def kept(self, ids: Ids) -> Tensor | None:
+    def of(self, ids: Ids) -> Tensor | None:
         """Return what was computed for the text `ids`, with its graph if it has one."""
         return next((hidden for state, hidden in self._known if state.ids is ids), None)
 
@@ -71,20 +71,20 @@ class SharedPrefix(Prefix):
         """Whether gradients flow through what is kept for `state`."""
         return self._is_traced or state.ids is self._anchor
 
-    def connected(self) -> "ConnectedPrefix":
-        """Return the view through which an outer loss continues from this prefix."""
-        return ConnectedPrefix(self)
+    def connected(self) -> "ConnectedLowerLayers":
+        """Return the view through which an outer loss continues from here."""
+        return ConnectedLowerLayers(self)
 
-    def keep(self, ids: Ids | None) -> None:
+    def retain(self, ids: Ids | None) -> None:
         """Let go of every state but the one of `ids`."""
         self._known = [(state, hidden) for state, hidden in self._known if state.ids is ids]
 
 
 @final
-class ConnectedPrefix(Prefix):
-    """Hands out what a `SharedPrefix` holds, but only where no gradient is lost by it."""
+class ConnectedLowerLayers(LowerLayers):
+    """Hands out what a `SharedLowerLayers` holds, but only where no gradient is lost by it."""
 
-    def __init__(self, shared: SharedPrefix) -> None:
+    def __init__(self, shared: SharedLowerLayers) -> None:
         self.first, self._shared = shared.first, shared
 
     def hidden(self, state: State, lower: Callable[[], Tensor]) -> Tensor | None:
@@ -95,7 +95,7 @@ class ConnectedPrefix(Prefix):
 
 
 @final
-class GivenPrefix(Prefix):
+class GivenLowerLayers(LowerLayers):
     """Hands out `hidden` [B, L, D] for the text `ids`, and nothing for any other."""
 
     def __init__(self, first: int, ids: Ids, hidden: Tensor) -> None:
