@@ -4,6 +4,10 @@ from typing import Any, get_args
 
 from beartype import beartype
 from jaxtyping import AbstractArray
+from transformers import PreTrainedConfig
+
+# The constructors that transformers makes for configurations take more than their signatures say.
+PreTrainedConfig.__no_type_check__ = True
 
 
 def of_tensors(function: Any) -> Any:
