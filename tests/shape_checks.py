@@ -1,4 +1,7 @@
-"""Checks the shapes that signatures declare, in every function that a test runs."""
+"""Checks the shapes that signatures declare, in every function that a test runs.
+
+A test that passes wrong ones on purpose is marked `wrong_shapes`, so that it sees the function's own refusal.
+"""
 
 from typing import Any, get_args
 
