@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -27,6 +28,20 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _checks_are_no_callers():
+    """Whoever opened a block is named by file and line, and not by the checks in between."""
+    from memdlm.memory import open_block
+
+    open_block.PASSED_BY.append("jaxtyping")
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request):
+    """Leave a test alone that passes wrong shapes on purpose."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_shapes") is not None)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def make_folder(path: Path) -> None:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path)) from error
 
 
-def sha256(path: Path) -> str:
+def digest_of(path: Path) -> str:
     """Return the checksum of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -17,12 +17,22 @@ from torch import Tensor
 
 Ids: TypeAlias = Int64[Tensor, "B L"]
 """Token ids."""
+TextIds: TypeAlias = Int64[Tensor, "P"]
+"""Token ids of one text."""
+ContextIds: TypeAlias = Int64[Tensor, "B C"]
+"""Token ids of texts beside those of a batch."""
+ContextSet: TypeAlias = Bool[Tensor, "B C"]
+"""True at the positions of such texts that belong to the set."""
 PositionSet: TypeAlias = Bool[Tensor, "B L"]
 """True at the positions that belong to the set."""
 Positions: TypeAlias = Int64[Tensor, "N"]
 """Positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
 Times: TypeAlias = Float[Tensor, "B"]
 """Diffusion time: 0 is clean text, 1 has every maskable token masked."""
+ViewSet: TypeAlias = Bool[Tensor, "_ L"]
+"""The same for some views of each text."""
+ViewTimes: TypeAlias = Float[Tensor, "_"]
+"""Diffusion times of some views of each text."""
 Logits: TypeAlias = Float[Tensor, "N V"]
 """Of chosen positions."""
 Features: TypeAlias = Float[Tensor, "N D"]

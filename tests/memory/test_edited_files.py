@@ -71,7 +71,7 @@ def put(folder, name, content):
         return
     for file in (WEIGHTS, CONFIG):
         if name != HEADER or isinstance(sums[file], str):
-            sums[file] = saved.sha256(folder / file)
+            sums[file] = saved.digest_of(folder / file)
     sums[HEADER] = saved._checksum(header)
     (folder / HEADER).write_text(json.dumps(header), errors="surrogatepass")
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.errors import DataError
-from memdlm.files import cache_folder, replace_files, sha256
+from memdlm.files import cache_folder, digest_of, replace_files
 from memdlm.outputs import Kind, content
 
 MANIFEST, FORMAT, WITHOUT_CHECKSUMS = "manifest.json", 2, 1
@@ -72,7 +72,7 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path} is missing. {AGAIN}")
-        if sha256(path) != expected:
+        if digest_of(path) != expected:
             raise DataError(f"{path} is damaged: its checksum is not that of what was written. {AGAIN}")
 
 

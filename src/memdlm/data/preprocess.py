@@ -35,7 +35,7 @@ from memdlm.data.records import read_directory
 from memdlm.data.sources import limited, source_state
 from memdlm.data.specs import DatasetSpec, parse_specs
 from memdlm.errors import DataError
-from memdlm.files import make_folder, sha256, writing
+from memdlm.files import digest_of, make_folder, writing
 from memdlm.outputs import Output, content, find, output_folder
 from memdlm.version import __version__
 
@@ -131,7 +131,7 @@ _PIECE_NAME = re.compile(r".+-\d{9}(\.[0-9a-f]{16}|)(\.\d+\.tmp|\.arrow)")
 def _whole_piece(folder: Path, split: str, start: int) -> Path | None:
     """Return the finished piece, None when there is none that is as it was written."""
     for file in folder.glob(f"{glob.escape(split)}-{start:09d}.*.arrow"):
-        if file.suffixes[-2:-1] == [f".{sha256(file)[:16]}"]:
+        if file.suffixes[-2:-1] == [f".{digest_of(file)[:16]}"]:
             return file
         file.unlink()
     return None
@@ -167,7 +167,7 @@ def _write_piece(rows: Sequence[Mapping[str, Any]], folder: Path, split: str, st
     temporary = folder / f"{split}-{start:09d}.{os.getpid()}.tmp"
     with arrow.ipc.new_stream(str(temporary), schema) as stream:
         stream.write_table(arrow.Table.from_pydict({name: [row[name] for row in rows] for name in types}, schema))
-    file = folder / f"{split}-{start:09d}.{sha256(temporary)[:16]}.arrow"
+    file = folder / f"{split}-{start:09d}.{digest_of(temporary)[:16]}.arrow"
     os.replace(temporary, file)
     return file
 
@@ -188,7 +188,7 @@ def _assemble(pieces: Mapping[str, Sequence[Path]], made_with: Mapping[str, Any]
     }
     with output.replaced() as folder:
         splits.save_to_disk(str(folder))
-        manifest[SUMS] = {name: sha256(folder / name) for name in sorted(content(folder)) if name[-1] != "/"}
+        manifest[SUMS] = {name: digest_of(folder / name) for name in sorted(content(folder)) if name[-1] != "/"}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 

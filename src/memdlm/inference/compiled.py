@@ -12,7 +12,6 @@ from memdlm.models.blocks.experts import Experts
 from memdlm.models.blocks.key_values import CachedPass
 from memdlm.models.networks.backbone import Backbone
 from memdlm.models.networks.requests import Request
-from memdlm.types import Ids
 
 Forward: TypeAlias = Callable[..., Any]
 _COMPILED: "WeakKeyDictionary[nn.Module, dict[str, Forward]]" = WeakKeyDictionary()
@@ -43,7 +42,7 @@ class CompiledSteps:
         self.forward = forwards[mode]
         self._seen: set[tuple[object, ...]] = set()
 
-    def hidden(self, shown: Ids, queries: Tensor, cached: CachedPass | None, masks: dict[str, Any]) -> Tensor:
+    def hidden(self, shown: Tensor, queries: Tensor, cached: CachedPass | None, masks: dict[str, Any]) -> Tensor:
         """Return the normalised states [R, n, D] at `queries` [R, n] of a pass over `shown` [R, W]."""
         shape = (tuple(shown.shape), cached is None, isinstance(getattr(cached, "rows", None), slice))
         is_repeated = shape in self._seen

@@ -109,7 +109,7 @@ class CanvasDenoiser(Denoise):
             upper = Request(start_layer=prefill.cache.first, cached=cached, queries=one, hidden_only=True)
             self.model(inputs_embeds=hidden, request=upper)
 
-    def _ours(self, ids: Ids, shown: Ids, asked: Asked, part: Pass) -> Logits:
+    def _ours(self, ids: Ids, shown: Tensor, asked: Asked, part: Pass) -> Logits:
         queries, places = asked.queries(part.first)
         cached = self.view.cached(asked.rows, part, shown.device)
         masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if cached is None else {}
@@ -136,7 +136,7 @@ class CanvasDenoiser(Denoise):
         assert isinstance(network, MaskedDiffusionLM)
         return network
 
-    def _foreign(self, shown: Ids, asked: Asked, part: Pass) -> Logits:
+    def _foreign(self, shown: Tensor, asked: Asked, part: Pass) -> Logits:
         denoise = ModelDenoiser(
             self.model,
             attention_mask=self._keep(part, shown),

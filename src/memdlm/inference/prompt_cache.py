@@ -16,7 +16,7 @@ from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.key_values import KeyValueCache
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
-from memdlm.types import Ids
+from memdlm.types import Ids, TextIds
 
 
 @final
@@ -24,14 +24,14 @@ from memdlm.types import Ids
 class SeenPrompt:
     """What the blocks below F computed for a text."""
 
-    ids: Ids
+    ids: TextIds
     """[n] on the CPU."""
     layers: list[tuple[Tensor, Tensor]]
     """Per block below F, keys and values [H, n, P]."""
     hidden: Tensor
     """[n, D], the input of block F."""
 
-    def shared_with(self, ids: Ids) -> int:
+    def shared_with(self, ids: TextIds) -> int:
         """Return how many tokens this text and `ids` [m], on the CPU, begin with in common."""
         length = min(self.ids.numel(), ids.numel())
         differs = (self.ids[:length] != ids[:length]).nonzero()
@@ -89,7 +89,7 @@ class PromptCache:
                 f"{memory.first_block} on; make it for this memory: PromptCache(model, memory)."
             )
 
-    def find(self, ids: Ids, block: int) -> tuple[SeenPrompt, int] | None:
+    def find(self, ids: TextIds, block: int) -> tuple[SeenPrompt, int] | None:
         """Return what shares the longest beginning with `ids` [m], on the CPU, and its length in whole blocks."""
         shared = [seen.shared_with(ids) // block * block for seen in self._seen]
         longest = max(shared, default=0)
@@ -105,7 +105,7 @@ class PromptCache:
             for buffer, kept in zip(cache.of(layer, key[None]), (key, value), strict=True):
                 buffer[row, :, :length] = kept[:, :length]
 
-    def keep(self, ids: Ids, cache: KeyValueCache, row: int, hidden: Sequence[Tensor]) -> None:
+    def keep(self, ids: TextIds, cache: KeyValueCache, row: int, hidden: Sequence[Tensor]) -> None:
         """Keep the text `ids` [n], on the CPU; `hidden` are the pieces of [n, D]."""
         length = ids.numel()
         if any(seen.shared_with(ids) == length for seen in self._seen):

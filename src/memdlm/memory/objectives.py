@@ -42,63 +42,57 @@ class CrossEntropy(Objective):
         return denoise.read(step.ids, positions, Nats(target))
 
 
-def _teacher_features(denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-    with torch.no_grad():
-        return denoise.features(step.next_ids, positions)
-
-
-def _log_probabilities(features: Tensor, project: Project, tau: float) -> Logits:
-    return F.log_softmax(_wide(project(features)) / tau, dim=-1)
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-@final
 @dataclass(frozen=True, slots=True)
-class ForwardKL(Objective):
-    """KL(teacher || student) at a temperature, without its square as a factor (distill)."""
+class _Distillation(Objective):
+    """A divergence between the student's distribution and the teacher's one reveal later, at a temperature."""
 
     distill_temperature: float = 1.0
 
     def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Return the teacher's features one reveal later."""
-        return _teacher_features(denoise, step, positions)
+        """Return the teacher's features."""
+        with torch.no_grad():
+            return denoise.features(step.next_ids, positions)
 
     def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+        """Return the divergence, without the temperature's square as a factor."""
+
+        def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
+            with torch.no_grad():
+                teacher = self._log_probabilities(target[chosen], project)
+            return self.divergence(teacher, self._log_probabilities(features, project))
+
+        return denoise.read(step.ids, positions, per_token)
+
+    @abstractmethod
+    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
+        """Return [N] from the logarithms of two distributions [N, V]."""
+
+    def _log_probabilities(self, features: Tensor, project: Project) -> Logits:
+        return F.log_softmax(_wide(project(features)) / self.distill_temperature, dim=-1)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ForwardKL(_Distillation):
+    """KL(teacher || student) (distill)."""
+
+    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
         """Follow the teacher's distribution."""
-
-        def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
-            with torch.no_grad():
-                teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
-            student = _log_probabilities(features, project, self.distill_temperature)
-            return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-
-        return denoise.read(step.ids, positions, per_token)
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class ReverseKL(Objective):
-    """KL(student || teacher) at a temperature, without its square as a factor (distill_reverse)."""
+class ReverseKL(_Distillation):
+    """KL(student || teacher) (distill_reverse)."""
 
-    distill_temperature: float = 1.0
-
-    def target(self, denoise: Denoise, step: TrajectoryStep, positions: Positions) -> Tensor:
-        """Return the teacher's features one reveal later."""
-        return _teacher_features(denoise, step, positions)
-
-    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
         """Stay where the teacher has mass."""
-
-        def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
-            with torch.no_grad():
-                teacher = _log_probabilities(target[chosen], project, self.distill_temperature)
-            student = _log_probabilities(features, project, self.distill_temperature)
-            return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
-
-        return denoise.read(step.ids, positions, per_token)
+        return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
 
 @final

@@ -15,6 +15,8 @@ from torch import nn
 from memdlm.errors import ConfigError
 from memdlm.models.networks.patching import in_this_thread
 
+PASSED_BY = ["memdlm", "contextlib"]
+"""Packages through which a caller's call comes here."""
 _OPEN: "WeakKeyDictionary[nn.Module, OpenBlock]" = WeakKeyDictionary()
 """By the last block of a network: every memory adapts it, and every face of the network (wrappers, body) shares it."""
 # Reentrant: an abandoned generator may be closed, and its block left, while the lock is held.
@@ -67,6 +69,6 @@ def claimed(last_block: nn.Module, kind: str) -> Iterator[OpenBlock]:
 def _caller() -> str:
     """Return file and line of whoever entered the block: the first frame that is not ours."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("memdlm", "contextlib"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in PASSED_BY:
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

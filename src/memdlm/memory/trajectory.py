@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.types import Ids, PositionSet, Times
+from memdlm.types import Ids, PositionSet, Times, ViewSet, ViewTimes
 
 Draw = Callable[[], Tensor]
 """Returns fresh U[0, 1) numbers [B, L]."""
@@ -66,9 +66,9 @@ class Path:
     A state of several views of each text has a multiple of B rows, the views of one text as neighbours.
     """
 
-    masked: Sequence[PositionSet]
-    teacher: Sequence[PositionSet | None]
-    t: Sequence[Times]
+    masked: Sequence[ViewSet]
+    teacher: Sequence[ViewSet | None]
+    t: Sequence[ViewTimes]
 
 
 class Strategy(ABC):
@@ -250,7 +250,7 @@ def sampled(is_scored: PositionSet, fraction: float, draw: Draw) -> PositionSet:
     return order_of(is_scored, is_scored, uniform) < size.clamp_min(1).minimum(scored)[:, None]
 
 
-def with_sizes(anchor: Anchor, chosen: Sequence[PositionSet]) -> tuple[Anchor, list[int]]:
+def with_sizes(anchor: Anchor, chosen: Sequence[ViewSet]) -> tuple[Anchor, list[int]]:
     """Return the anchor, without its noised text if that has other masks too, and the sizes of the sets `chosen`.
 
     This is the one place where a write waits for the device.

@@ -23,7 +23,7 @@ from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
 from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
-from memdlm.types import IGNORE_INDEX, Ids, PositionSet
+from memdlm.types import IGNORE_INDEX, ContextIds, ContextSet, Ids, PositionSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,10 +36,10 @@ class Batch:
     is_padding: PositionSet | None
     is_maskable: PositionSet
     noised: Corrupted
-    context: Ids | None = None
-    """[B, C]: what is written with `mem_write_source=context`, and not shown."""
-    is_context: PositionSet | None = None
-    """[B, C]: false at its padding."""
+    context: ContextIds | None = None
+    """What is written with `mem_write_source=context`, and not shown."""
+    is_context: ContextSet | None = None
+    """False at its padding."""
     prompt_width: int | None = None
     """Columns up to the last prompt's end, where the host knows it."""
 
@@ -86,7 +86,7 @@ def noise_batch(
     )
 
 
-def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
+def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (ids, labels, attention mask), all [B, P], of the prompts: the tokens before a row's first target.
 
     P is the longest prompt. What follows a shorter one is overwritten and hidden, so nothing of a response can be
@@ -101,7 +101,7 @@ def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor]:
     return ids, ids.masked_fill(~is_prompt, IGNORE_INDEX), is_prompt | is_first
 
 
-def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
+def visible_only(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (ids, labels, attention mask) of what the noised batch shows: prompts, and responses but for the masks.
 
     What the outer loss scores stays [MASK] and is no label, so it cannot be written.
@@ -110,7 +110,7 @@ def visible_only(batch: Batch) -> tuple[Ids, Tensor, Tensor | None]:
     return batch.noised.ids, batch.clean.masked_fill(~is_shown, IGNORE_INDEX), batch.attention_mask
 
 
-def context_only(batch: Batch, mask_token_id: int) -> tuple[Ids, Tensor, Tensor]:
+def context_only(batch: Batch, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (ids, labels, attention mask), all [B, C], of the rows' contexts; raises DataError when there are none.
 
     The first column stays visible in every row, because attention needs something to look at. A mask token in a text
@@ -126,7 +126,7 @@ def context_only(batch: Batch, mask_token_id: int) -> tuple[Ids, Tensor, Tensor]
     return batch.context, batch.context.masked_fill(is_idle, IGNORE_INDEX), is_visible
 
 
-def _written_part(memory: ParametricMemory, batch: Batch, pad_token_id: int) -> tuple[Ids, Tensor, Tensor | None]:
+def _written_part(memory: ParametricMemory, batch: Batch, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor | None]:
     if memory.config.write_source == "response":
         return batch.clean, batch.labels, batch.attention_mask
     if memory.config.write_source == "prompt":

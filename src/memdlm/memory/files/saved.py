@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.errors import CheckpointError, ConfigError, MachineError, MemoryFileError, NotFiniteError
-from memdlm.files import sha256, writing
+from memdlm.files import digest_of, writing
 from memdlm.memory.config import FastWeightsConfig, MemoryConfig
 from memdlm.memory.files.fingerprint import Fingerprint
 from memdlm.memory.files.header import (
@@ -98,7 +98,7 @@ class SavedMemory:
                 "config": dataclasses.asdict(self.config),
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],
                 "provenance": self.provenance,
-                "sha256": {name: sha256(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
+                "sha256": {name: digest_of(growing / name) for name in (WEIGHTS_FILE, CONFIG_FILE)},
             }
             header["sha256"][HEADER_FILE] = _checksum(header)
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
@@ -146,7 +146,7 @@ def read_memory(folder: str | Path) -> SavedMemory:
     check_pairs(pairs, saved.layers, saved.rank, where)
     _check_targets(peft.target_modules, pairs, where)
     for name, expected in header["sha256"].items():
-        found = _checksum(header) if name == HEADER_FILE else sha256(folder / name)
+        found = _checksum(header) if name == HEADER_FILE else digest_of(folder / name)
         if found != expected:
             raise MemoryFileError(f"{where}: {name} is not what was saved (its checksum differs). Write it again.")
     return saved
