@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memdlm.data.synthetic import KeyValueRecall, Task
+from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
 
 OURS = "learned to be written"
@@ -31,6 +32,10 @@ class RecallPlan:
     num_eval: int = 64
     """Conversations per length."""
     steps: int = 200
+    long_steps: int = 0
+    """So many of the steps, the last ones, are trained on longer contexts; rows are then read in their order."""
+    long_times: int = 4
+    """Length of those contexts, as a multiple of the training length."""
     batch_size: int = 32
     learning_rate: float = 5e-3
     rank: int = 16
@@ -55,6 +60,10 @@ class RecallPlan:
     )
     """Names of the draws of conversations: other names, other conversations."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.long_steps <= self.steps:
+            raise ConfigError(f"long_steps is {self.long_steps}; it may be 0 to {self.steps}, the steps in all.")
+
     @property
     def lengths(self) -> list[int]:
         """Evaluated context lengths, in words."""
@@ -70,11 +79,12 @@ def closed_book(**changes: Any) -> RecallPlan:
     """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
 
     Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. In
+    the last tenth of the steps contexts are longer: a few filler words that are written cost nothing in a short one.
     """
     options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
-    options["num_train"] = 16 * int(changes.get("steps", options["steps"]))
-    return RecallPlan(**(options | changes))
+    steps = int(changes.get("steps", options["steps"]))
+    return RecallPlan(**(options | {"num_train": 16 * steps, "long_steps": steps // 10} | changes))
 
 
 def open_book(**changes: Any) -> RecallPlan:

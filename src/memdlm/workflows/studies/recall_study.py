@@ -23,6 +23,7 @@ from memdlm.memory.config import MemoryConfig
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.hub.loading import build_model
 from memdlm.models.networks.small import SmallDLMConfig
+from memdlm.randomness import derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.display import Advance, show_steps
@@ -59,11 +60,20 @@ def recall_data(plan: RecallPlan) -> RecallData:
         texts = encode_samples(tokenizer, samples, plan.context)
         return [{"input_ids": text.input_ids, "labels": text.labels} for text in texts]
 
-    samples = drawn(plan.num_train, plan.train_length, "train")
-    train = encoded(samples)
-    if plan.context == "dropped":
-        for row, sample in zip(train, samples, strict=True):
-            row["context_ids"] = plain_ids(tokenizer, sample.context)
+    def trained_on(count: int, length: int) -> list[dict[str, list[int]]]:
+        samples = drawn(count, length, "train")
+        rows = encoded(samples)
+        if plan.context == "dropped":
+            for row, sample in zip(rows, samples, strict=True):
+                row["context_ids"] = plain_ids(tokenizer, sample.context)
+        return rows
+
+    train = trained_on(plan.num_train, plan.train_length)
+    if plan.long_steps:
+        wanted = (plan.steps - plan.long_steps) * plan.batch_size
+        order = torch.randperm(wanted, generator=derive("recall order")).tolist()
+        train = [train[index % plan.num_train] for index in order]
+        train += trained_on(plan.long_steps * plan.batch_size, plan.train_length * plan.long_times)
     return RecallData(
         tokenizer=tokenizer,
         train=train,
@@ -255,6 +265,8 @@ def trained(
         "seed": seed,
         "mem_enabled": config is not None,
     }
+    if plan.long_steps:
+        options["train_sampling_strategy"] = "sequential"
     if plan.num_evals:
         options |= {"eval_strategy": "steps", "eval_steps": plan.steps // plan.num_evals, "eval_on_start": True}
         options["per_device_eval_batch_size"] = plan.num_eval
