@@ -1,0 +1,160 @@
+"""Does a learned memory hold on texts longer than those it was trained on? With the write gate and without.
+
+    python benchmarks/study/lengths.py --seeds 0 1 2 3 4 5
+    python benchmarks/study/lengths.py --validation --seeds 10 11 20 21 --out /tmp/validation.json
+
+Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
+recall at 1 to 64 times the training length, written in one piece and in chunks; at 16 times also with the filler in
+random order, and with a fifth of it replaced by values that belong to no key. `--times 256 --conversations 8` for longer
+ones. Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those that the
+file already has are not run again.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memdlm.data.synthetic import FILLER, Sample
+from memdlm.evaluation import recall
+from memdlm.memory import ParametricMemory
+from memdlm.randomness import derive
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
+from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_data, train_arm
+
+PLANS = {"window": RecallPlan, "gone": closed_book}
+ARMS = (OURS, "no write gate")
+CHUNKS = (36, 144)
+DISTURBED = 16
+"""Multiple of the training length at which the filler is disturbed."""
+
+
+def disturbed(sample: Sample, index: int, values: list[str]) -> Sample:
+    """The same facts and questions, with the filler in random order and a fifth of it replaced by `values`, if any."""
+    generator = derive("disturbed", index, len(values))
+    words = sample.context.split()
+    places = [place for place, word in enumerate(words) if word in FILLER]
+    order = torch.randperm(len(places), generator=generator).tolist()
+    filler = [words[places[other]] for other in order]
+    if values:
+        for place in range(0, len(filler), 5):
+            filler[place] = values[int(torch.randint(len(values), (), generator=generator))]
+    for place, word in zip(places, filler, strict=True):
+        words[place] = word
+    context = " ".join(words)
+    first, *others = sample.messages
+    content = first["content"].replace(sample.context, context)
+    return Sample([{**first, "content": content}, *others], sample.answers, context)
+
+
+def strangers(sample: Sample, vocabulary: list[str]) -> list[str]:
+    """Values that no fact of the sample has."""
+    known = set(sample.context.split())
+    return [word for word in vocabulary if word.startswith("v") and word not in known]
+
+
+def ways(
+    plan: RecallPlan, data: RecallData, trained: Trained
+) -> Iterator[tuple[str, int, ParametricMemory, list[Sample]]]:
+    """Yield (name, multiple of the training length, memory, conversations) of everything that is measured."""
+    whole, vocabulary = trained.memory, plan.task.vocabulary()
+    for times in plan.times:
+        samples = data.by_length[times * plan.train_length]
+        yield "one piece", times, whole, samples
+        if plan.context == "dropped" and times > 1:
+            for chunk in (each for each in CHUNKS if each < times * plan.train_length):
+                config = dataclasses.replace(whole.config, chunk_length=chunk)
+                memory = ParametricMemory(whole.model, config, mask_token_id=whole.mask_token_id)
+                memory.learned = whole.learned
+                yield f"chunks of {chunk}", times, memory, samples
+        if times == DISTURBED:
+            yield "shuffled filler", times, whole, [disturbed(each, i, []) for i, each in enumerate(samples)]
+            strange = [disturbed(each, i, strangers(each, vocabulary)) for i, each in enumerate(samples)]
+            yield "stray values", times, whole, strange
+    yield "memory off", 1, None, data.by_length[plan.train_length * plan.times[0]]
+
+
+def measure(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> list[dict[str, Any]]:
+    rows = []
+    for way, times, memory, samples in ways(plan, data, trained):
+        found = recall(
+            trained.model,
+            data.tokenizer,
+            samples,
+            steps=plan.answer_steps,
+            batch_size=8 if times > DISTURBED else 32,
+            seed=seed,
+            memory=memory,
+            context=plan.context,
+        )
+        rows.append({"way": way, "times": times, "accuracy": found.accuracy, "questions": found.questions})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names of the main comparison's arms")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--conversations", type=int, default=32, help="per length, of 8 questions each")
+    parser.add_argument("--validation", action="store_true", help="other conversations, for choices")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/lengths.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    for name in arguments.plans:
+        plan = PLANS[name](times=tuple(arguments.times), num_eval=arguments.conversations)
+        if arguments.validation:
+            draws = {**plan.draws, "held out": "study validation"}
+            plan = dataclasses.replace(plan, draws=draws)
+        data = recall_data(plan)
+        for arm in arguments.arms:
+            for seed in arguments.seeds:
+                key = {"plan": name, "arm": arm, "seed": seed, "times": arguments.times}
+                if any(all(row[each] == key[each] for each in key) for row in found["rows"]):
+                    continue
+                trained = train_arm(plan, data, arms(plan)[arm], seed)
+                row = {
+                    **key,
+                    "steps": plan.steps,
+                    "long_steps": plan.long_steps,
+                    "cpu_seconds": trained.cpu_seconds,
+                    "measured": measure(plan, data, trained, seed),
+                    "config": dataclasses.asdict(trained.memory.config),
+                }
+                found["rows"].append(row)
+                arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+                print(line(row), flush=True)
+    print(markdown(found["rows"]))
+
+
+def line(row: dict[str, Any]) -> str:
+    figures = " ".join(f"{each['way']} {each['times']}x {each['accuracy']:.3f}," for each in row["measured"])
+    return f"{row['plan']}, {row['arm']}, seed {row['seed']}: {figures} {row['cpu_seconds']:.0f} CPU s"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return a table: one line per plan, arm and way, every seed shown, the worst last."""
+    out = ["| plan | arm | way | times | accuracy of every seed | worst |", "|---" * 6 + "|"]
+    lines: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        for each in row["measured"]:
+            key = (row["plan"], row["arm"], each["way"], each["times"])
+            lines.setdefault(key, []).append(each["accuracy"])
+    for key, values in lines.items():
+        shown = " ".join(f"{value:.3f}" for value in values)
+        out.append(f"| {' | '.join(map(str, key))} | {shown} | {min(values):.3f} |")
+    return "\n".join(out)
+
+
+if __name__ == "__main__":
+    main()
