@@ -5,9 +5,9 @@
 
 Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
 recall at 1 to 64 times the training length, written in one piece and in chunks; at 16 times also with the filler in
-random order, and with a fifth of it replaced by values that belong to no key. `--times 256 --conversations 8` for longer
-ones. Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those that the
-file already has are not run again.
+random order, and with a fifth of it replaced by values that belong to no key. `--times 256 --conversations 8` for
+longer ones. Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those
+that the file already has are not run again.
 """
 
 import argparse
