@@ -15,8 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Shapes are checked here and cost nothing elsewhere. Before the package is imported.
-install_import_hook("memdlm", "shape_checks.of_tensors")
+# Shapes are checked here and cost nothing elsewhere. Before the package is imported. What torch.compile takes whole is
+# left alone: every check would break its graph.
+PACKAGES = ("data", "diffusion", "memory", "inference", "training", "evaluation", "workflows", "models.border")
+install_import_hook([f"memdlm.{name}" for name in PACKAGES], "shape_checks.of_tensors")
 
 
 def pytest_collection_finish():
@@ -41,7 +43,7 @@ def _checks_are_no_callers():
 @pytest.fixture(autouse=True)
 def _shapes(request):
     """Leave a test alone that passes wrong shapes on purpose."""
-    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_shapes") is not None)
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("no_shape_checks") is not None)
 
 
 @pytest.fixture

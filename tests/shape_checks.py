@@ -1,6 +1,6 @@
 """Checks the shapes that signatures declare, in every function that a test runs.
 
-A test that passes wrong ones on purpose is marked `wrong_shapes`, so that it sees the function's own refusal.
+A test that passes wrong ones on purpose is marked `no_shape_checks`, so that it sees the function's own refusal.
 """
 
 from typing import Any, get_args

@@ -240,6 +240,7 @@ def _offline(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.no_shape_checks
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_strange_call_raises_our_errors_and_leaves_no_trace(family, tmp_path):
     assert fuzz(family, tmp_path, 40, seed=0) > 10

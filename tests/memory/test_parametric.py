@@ -278,7 +278,7 @@ def test_an_unknown_target_lists_the_projections_there_are(family):
         memory_of(tiny(family), inner_target_modules="up_porj")
 
 
-@pytest.mark.wrong_shapes
+@pytest.mark.no_shape_checks
 def test_malformed_ids_are_refused():
     memory = memory_of(tiny("small"))
     for ids, message in (
