@@ -169,18 +169,24 @@ def test_scoring(family):
 
 
 @every_family
-@pytest.mark.parametrize("preset", ["first_order", "exact", "response"])
+@pytest.mark.parametrize("preset", ["first_order", "exact", "gated", "response"])
 def test_a_training_step(family, preset):
     def run(model, put):
         model.train()
         options = {
             "first_order": {"write_source": "prompt"},
-            "exact": {},
+            "exact": {"write_gate": "none"},
+            "gated": {},
             "response": {"write_source": "response", "per_sample": False},
         }
-        make = MemoryConfig.recall if preset == "exact" else MemoryConfig
-        more = LEARNED if preset == "exact" else {}
+        is_learned = preset in ("exact", "gated")
+        make = MemoryConfig.recall if is_learned else MemoryConfig
+        more = LEARNED if is_learned else {}
         memory = ParametricMemory(model, config_of(make, **more, **options[preset]), mask_token_id=MASK)
+        if preset == "gated":
+            # All gates alike are one gradient, clipped: what arrives at the bias is then rounding and nothing else.
+            draw = torch.randn(memory.learned.gate.weight.shape, generator=derive("gate"))
+            memory.learned.gate.weight.data.copy_(put(draw * 0.3))
         labels = IDS.masked_fill(torch.arange(16) < 6, -100)
         inputs = {"input_ids": put(IDS), "labels": put(labels), PROMPT_WIDTH: prompt_width(labels, None, None)}
         batch = noise_batch(

@@ -55,7 +55,7 @@ def test_the_start_and_the_rates_are_trained_with_rates_of_their_own(tmp_path):
     assert all(not p.equal(old) for p, old in zip(learned.starts, before, strict=False))
     assert set(trainer.model.state_dict()) == names
     base = trainer.optimizer.param_groups[0]["initial_lr"]
-    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [base, base, 3e-3, 0.3]
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [base, base, 3e-3, 0.3, 0.1]
     assert all(group["weight_decay"] == 0 for group in trainer.optimizer.param_groups[2:])
     assert all(p.grad is None for p in learned.parameters()), "no gradient waits for the next step"
 

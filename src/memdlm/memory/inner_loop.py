@@ -112,7 +112,7 @@ class InnerLoss:
         """Fix what `step` follows, under the fast weights of now; what is left to say is which network reads it."""
         target = self.objective.target(denoise, step, positions)
 
-        def losses_of(read: Denoise, gates: Tensor | None) -> Tensor:
+        def losses_of(read: Denoise, gates: Tensor | None = None) -> Tensor:
             values = self.objective.values(read, step, positions, target)
             return self.reduce(values if gates is None else values * gates, positions, step, samples, whole)
 

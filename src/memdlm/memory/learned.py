@@ -52,9 +52,7 @@ class LearnedWrite(nn.Module):
         self.starts = nn.ParameterList([nn.Parameter(each) for each in drawn] if config.learn_start else [])
         rates = torch.zeros(num_updates, len(drawn), dtype=drawn[0].dtype, device=drawn[0].device)
         self.log_rates = nn.Parameter(rates) if config.learn_lr else None
-        self.gate = None
-        if config.write_gate == "learned":
-            self.gate = WriteGate(width).to(drawn[0].device, torch.promote_types(drawn[0].dtype, torch.float32))
+        self.gate = WriteGate(width, like=drawn[0]) if config.write_gate == "learned" else None
 
     def start(self) -> list[Tensor] | None:
         """Return one sample's start, in the order of `FastWeights.tensors`; None: the adapter draws it."""

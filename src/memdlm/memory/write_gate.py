@@ -1,6 +1,6 @@
 """How much of each token a write writes, learned: what filler writes drowns the facts of a long text."""
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,13 @@ class WriteGate(nn.Module):
     (Louizos et al. 2018, without their noise) is.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, like: Tensor | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(1))
+        where: dict[str, Any] = {}
+        if like is not None:
+            where = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        self.weight = nn.Parameter(torch.zeros(width, **where))
+        self.bias = nn.Parameter(torch.zeros(1, **where))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return [N] weights, in float32 at least, for the states `hidden` [N, D]."""
