@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Num
 from torch import Tensor
 
 Ids: TypeAlias = Int64[Tensor, "B L"]
@@ -27,6 +27,12 @@ PositionSet: TypeAlias = Bool[Tensor, "B L"]
 """True at the positions that belong to the set."""
 Positions: TypeAlias = Int64[Tensor, "N"]
 """Positions of a [B, L] tensor in row-major order (row * L + column), ascending."""
+TokenIds: TypeAlias = Int64[Tensor, "N"]
+"""Token ids at chosen positions."""
+Counts: TypeAlias = Num[Tensor, "B"]
+"""Positions per text, in any dtype."""
+Draws: TypeAlias = Float[Tensor, "B L"]
+"""Uniform numbers, one per position."""
 Times: TypeAlias = Float[Tensor, "B"]
 """Diffusion time: 0 is clean text, 1 has every maskable token masked."""
 ViewSet: TypeAlias = Bool[Tensor, "_ L"]
@@ -87,7 +93,7 @@ class Denoise(ABC):
         """
 
     @abstractmethod
-    def hidden(self, ids: Ids, positions: Positions) -> Tensor:
+    def hidden(self, ids: Ids, positions: Positions) -> Features:
         """Return [N, D] last hidden states, after the final norm, at `positions`."""
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memdlm.errors import ConfigError, unknown
 from memdlm.randomness import Randomness, branched, numbers, seed_tensor
-from memdlm.types import Logits
+from memdlm.types import Logits, TokenIds, Values
 
 Draw: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """(trailing shape, dtype) -> [N, *shape] draws from U[0, 1), one line per scored position."""
@@ -24,7 +24,7 @@ class Confidence(ABC):
     """Whether random numbers decide."""
 
     @abstractmethod
-    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+    def confidence(self, logits: Logits, token: TokenIds, draw: Draw | None) -> Values:
         """Return [N] confidences of `token` [N] under `logits` [N, V]."""
 
 
@@ -33,7 +33,7 @@ class Confidence(ABC):
 class LowConfidence(Confidence):
     """The probability of the predicted token, in float32 so that bf16 ties cannot decide: the unsure stay masked."""
 
-    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+    def confidence(self, logits: Logits, token: TokenIds, draw: Draw | None) -> Values:
         """Return softmax(logits) at `token`."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return wide.gather(-1, token[:, None]).squeeze(1).sub(wide.logsumexp(-1)).exp()
@@ -46,7 +46,7 @@ class RandomOrder(Confidence):
 
     draws: ClassVar[bool] = True
 
-    def confidence(self, logits: Logits, token: Tensor, draw: Draw | None) -> Tensor:
+    def confidence(self, logits: Logits, token: TokenIds, draw: Draw | None) -> Values:
         """Return U[0, 1) draws."""
         if draw is None:
             raise ConfigError("remasking 'random' draws the order: pass a generator.")

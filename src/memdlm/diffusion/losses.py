@@ -14,7 +14,19 @@ from torch import Tensor
 from memdlm.diffusion.masking import Corrupted, positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError, unknown
-from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, Times, TokenLoss
+from memdlm.types import (
+    Counts,
+    Denoise,
+    Ids,
+    Logits,
+    OfTexts,
+    Positions,
+    PositionSet,
+    Times,
+    TokenIds,
+    TokenLoss,
+    Values,
+)
 
 Weighting = Callable[[Schedule, Times], Tensor]
 
@@ -41,7 +53,7 @@ def weight_of(name: str, schedule: Schedule, t: Times) -> Tensor:
     return WEIGHTINGS[name](schedule, t)
 
 
-def cross_entropy(logits: Logits, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Logits, targets: TokenIds) -> Values:
     """Return [N] nats, in float32 at least whatever the dtype of `logits` [N, V]."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -75,15 +87,15 @@ class Nats(TokenLoss):
         return nats, wide.to(logits.dtype)
 
 
-def row_sums(values: Tensor, positions: Positions, shape: torch.Size) -> Tensor:
+def row_sums(values: Values, positions: Positions, shape: torch.Size) -> OfTexts:
     """Sum `values` [N] at `positions` of a [B, L] tensor over each row: [B]; same bits in every run."""
     dense = values.new_zeros(shape.numel()).scatter(0, positions, values)
     return dense.view(shape).sum(-1)
 
 
 def normalise(
-    sums: Tensor,
-    counts: Tensor,
+    sums: OfTexts,
+    counts: Counts,
     norm: str,
     *,
     samples: int = 1,
@@ -128,11 +140,11 @@ def shares(
 class MaskedLoss:
     """What one denoising pass lost."""
 
-    sums: Tensor
+    sums: OfTexts
     """[B] weighted nats, summed over the masked positions of each row; carries the gradient."""
     bound: Tensor
     """[B] the same with the schedule's weight, without gradient: an estimate of each row's NELBO, in nats."""
-    counts: Tensor
+    counts: Counts
     """[B] int64, maskable positions of each row."""
     loss: Tensor | None = None
     """[] with `norm`: the sums, normalised; it carries the gradient then, and they have none."""
@@ -149,7 +161,7 @@ class Planner:
     weight: float
     temperature: float = 1.0
 
-    def factors(self, nats: Tensor, positions: Positions, shape: torch.Size) -> Tensor:
+    def factors(self, nats: Values, positions: Positions, shape: torch.Size) -> Values:
         """Return [N] factors for the cross-entropies `nats` [N] at `positions` of a [B, L] tensor."""
         sure = -nats.detach() / self.temperature
         dense = sure.new_full((shape.numel(),), float("-inf")).scatter(0, positions, sure)

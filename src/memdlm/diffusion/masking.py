@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError
-from memdlm.types import IGNORE_INDEX, Ids, Positions, PositionSet, Times
+from memdlm.types import IGNORE_INDEX, Draws, Ids, OfTexts, Positions, PositionSet, Times
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def before_targets(is_target: PositionSet, attention_mask: Tensor | None = None)
     return is_before
 
 
-def draw_times(uniform: Tensor, epsilon: float) -> Times:
+def draw_times(uniform: OfTexts, epsilon: float) -> Times:
     """Map U[0, 1) draws [B] to times in [epsilon, 1); raises ConfigError unless 0 < epsilon < 1."""
     if not 0 < epsilon < 1:
         raise ConfigError(f"time_epsilon must lie strictly between 0 and 1, got {epsilon!r}.")
@@ -51,7 +51,7 @@ def corrupt(
     clean: Ids,
     is_maskable: PositionSet,
     t: Times,
-    uniform: Tensor,
+    uniform: Draws,
     *,
     schedule: Schedule,
     mask_token_id: int,

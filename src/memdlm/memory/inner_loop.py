@@ -18,7 +18,7 @@ from memdlm.memory.objectives import Objective
 from memdlm.memory.outer_gradient import InnerGradient, LossOf, OuterGradient, Untracked, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Ids, Positions
+from memdlm.types import Denoise, Ids, OfSamples, Positions, Values
 
 Gate: TypeAlias = Callable[[Ids, Positions], Tensor]
 """Returns the weights [N] of a state's scored positions, with the graph that an outer loss follows."""
@@ -120,12 +120,12 @@ class InnerLoss:
 
     def reduce(
         self,
-        values: Tensor,
+        values: Values,
         positions: Positions,
         step: TrajectoryStep,
         samples: int,
         whole: "JoinedBatch | None" = None,
-    ) -> Tensor:
+    ) -> OfSamples:
         """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`.
 
         Sampled positions stand for all that are scored: their sum is scaled up, so its mean over the draws is the sum

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memdlm.diffusion.losses import Nats
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Logits, Positions, Project
+from memdlm.types import Denoise, Logits, Positions, Project, Values
 
 
 class Objective(ABC):
@@ -24,7 +24,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Values:
         """Return [N], how far the prediction at each of `positions` of `step` is from `target`."""
 
 
@@ -37,7 +37,7 @@ class CrossEntropy(Objective):
         """Return the true tokens."""
         return step.clean.flatten()[positions]
 
-    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Values:
         """Return the cross-entropy."""
         return denoise.read(step.ids, positions, Nats(target))
 
@@ -57,7 +57,7 @@ class _Distillation(Objective):
         with torch.no_grad():
             return denoise.features(step.next_ids, positions)
 
-    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Values:
         """Return the divergence, without the temperature's square as a factor."""
 
         def per_token(features: Tensor, chosen: slice, project: Project) -> Tensor:
@@ -68,7 +68,7 @@ class _Distillation(Objective):
         return denoise.read(step.ids, positions, per_token)
 
     @abstractmethod
-    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
+    def divergence(self, teacher: Logits, student: Logits) -> Values:
         """Return [N] from the logarithms of two distributions [N, V]."""
 
     def _log_probabilities(self, features: Tensor, project: Project) -> Logits:
@@ -80,7 +80,7 @@ class _Distillation(Objective):
 class ForwardKL(_Distillation):
     """KL(teacher || student) (distill)."""
 
-    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
+    def divergence(self, teacher: Logits, student: Logits) -> Values:
         """Follow the teacher's distribution."""
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
@@ -90,7 +90,7 @@ class ForwardKL(_Distillation):
 class ReverseKL(_Distillation):
     """KL(student || teacher) (distill_reverse)."""
 
-    def divergence(self, teacher: Logits, student: Logits) -> Tensor:
+    def divergence(self, teacher: Logits, student: Logits) -> Values:
         """Stay where the teacher has mass."""
         return F.kl_div(teacher, student, reduction="none", log_target=True).sum(-1)
 
@@ -107,7 +107,7 @@ class HiddenDistillation(Objective):
         with torch.no_grad():
             return denoise.hidden(step.next_ids, positions)
 
-    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Tensor:
+    def values(self, denoise: Denoise, step: TrajectoryStep, positions: Positions, target: Tensor) -> Values:
         """Return the mean squared difference over channels, or 1 - cosine similarity."""
         student, teacher = _wide(denoise.hidden(step.ids, positions)), _wide(target)
         if self.distill_hidden_type == "cosine":

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memdlm.errors import ConfigError
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.types import Features, Values
 
 STRETCH = 1.2
 """How far the gate reaches beyond its ends before it is cut there, so that it can be closed for good."""
@@ -30,7 +31,7 @@ class WriteGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width, **where))
         self.bias = nn.Parameter(torch.zeros(1, **where))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Features) -> Values:
         """Return [N] weights, in float32 at least, for the states `hidden` [N, D]."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)

@@ -14,7 +14,7 @@ from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers, State
 from memdlm.models.networks.requests import Request
-from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
+from memdlm.types import Denoise, Features, Ids, Logits, PerToken, Positions
 
 
 @final
@@ -57,7 +57,7 @@ class ModelDenoiser(Denoise):
                 )
         return self._call(ids, positions).logits
 
-    def hidden(self, ids: Ids, positions: Positions) -> Tensor:
+    def hidden(self, ids: Ids, positions: Positions) -> Features:
         """Return [N, D] normalised last hidden states that predict the tokens at `positions`."""
         if self.foreign is not None:
             with self._continued(self.foreign, ids):
@@ -66,7 +66,7 @@ class ModelDenoiser(Denoise):
                 )
         return self._call(ids, positions, Request(hidden_only=True)).hidden
 
-    def below(self, ids: Ids, positions: Positions) -> Tensor:
+    def below(self, ids: Ids, positions: Positions) -> Features:
         """Return [N, D], the input of the first block above `lower_layers`, at `positions`, with its graph."""
         hidden = self._below(ids)
         if isinstance(self.lower_layers, SharedLowerLayers):
