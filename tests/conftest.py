@@ -14,11 +14,10 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+import shape_checks
 
-# Shapes are checked here and cost nothing elsewhere. Before the package is imported. What torch.compile takes whole is
-# left alone: every check would break its graph.
-PACKAGES = ("data", "diffusion", "memory", "inference", "training", "evaluation", "workflows", "models.border")
-install_import_hook([f"memdlm.{name}" for name in PACKAGES], "shape_checks.of_tensors")
+# Shapes are checked here and cost nothing elsewhere. Before the package is imported.
+install_import_hook(shape_checks.modules(), "shape_checks.of_tensors")
 
 
 def pytest_collection_finish():
@@ -37,7 +36,7 @@ def _checks_are_no_callers():
     """Whoever opened a block is named by file and line, and not by the checks in between."""
     from memdlm.memory import open_block
 
-    open_block.PASSED_BY.append("jaxtyping")
+    open_block.PASSED_BY = (*open_block.PASSED_BY, "jaxtyping")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What of a write is learned: where fast weights start, and how far each step goes (Meta-SGD).
+"""What of a write is learned: where fast weights start, how far each step goes (Meta-SGD), and how much of each token.
 
 Owned by a `ParametricMemory`, trained by the trainer beside the model, saved beside it as `memory_init.safetensors`
 with the memory's options in `memory_init.json`; never part of the model.
@@ -125,8 +125,8 @@ class LearnedWrite(nn.Module):
                 raise ConfigError(
                     f"mem_{name}={getattr(self.config, name)!r}, but the start and rates in {folder} were learned with "
                     f"{getattr(saved, name)!r}; a memory is read as it was trained to be written. Use the saved "
-                    "options (ParametricMemory without a configuration), or turn mem_learn_start, mem_learn_lr and "
-                    "mem_write_gate off."
+                    "options (ParametricMemory without a configuration), or set mem_learn_start=False, "
+                    "mem_learn_lr=False and mem_write_gate=none."
                 )
         path = Path(folder) / MEMORY_FILE
         try:

@@ -15,7 +15,7 @@ from torch import nn
 from memdlm.errors import ConfigError
 from memdlm.models.networks.patching import in_this_thread
 
-PASSED_BY = ["memdlm", "contextlib"]
+PASSED_BY = ("memdlm", "contextlib")
 """Packages through which a caller's call comes here."""
 _OPEN: "WeakKeyDictionary[nn.Module, OpenBlock]" = WeakKeyDictionary()
 """By the last block of a network: every memory adapts it, and every face of the network (wrappers, body) shares it."""

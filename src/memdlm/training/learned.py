@@ -1,4 +1,4 @@
-"""Training what a memory learns of its own (start and rates) beside the model.
+"""Training what a memory learns of its own (start, rates and gate) beside the model.
 
 It is no part of the model, so what a launcher does for the model's gradients (sums over ranks, clipping, zeroing) is
 done for it here.

@@ -44,7 +44,7 @@ class Fingerprint:
     tokenizer: str | None
     """Digest; None: not given."""
     learned: str | None
-    """Digest of the learned start and rates of the write; None: they were not learned."""
+    """Digest of the learned start, rates and gate of the write; None: nothing of it was learned."""
 
     def mismatch(self, other: "Fingerprint") -> str | None:
         """Say in what way the model of `other` is not the one this was taken of; None: it is the same.

@@ -40,7 +40,7 @@ from memdlm.models.networks.checking import check_kind, check_name
 from memdlm.models.quantisation.four_bit import four_bit_config, is_four_bit
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
-"""What a training run with a learned memory leaves beside the model: its start and rates, and its options."""
+"""What a training run with a learned memory leaves beside the model: its start, rates and gate, and its options."""
 
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable that keeps transformers from reading weights in threads."""
