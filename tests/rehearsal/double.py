@@ -13,6 +13,7 @@ import collections
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+import memdlm
+
 NAME = DEVICE = "meta"
+PACKAGE = f"{Path(memdlm.__file__).parent}/"
+"""Where our code lies. Its name alone would not do: a folder above it may have the same."""
 
 WAITING = {
     "aten::_local_scalar_dense": "item",
@@ -253,7 +258,7 @@ def place() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if "/memdlm/" in path and "/tests/" not in path:
-            return f"{path.rpartition('/memdlm/')[2]}:{frame.f_code.co_name}"
+        if path.startswith(PACKAGE):
+            return f"{path.removeprefix(PACKAGE)}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
