@@ -222,7 +222,7 @@ def _home_of_user() -> Iterator[Path]:
 
 
 def content(folder: Path) -> set[str]:
-    """Return the relative paths of all in `folder` except its marker. Folders end in /, links and devices in @."""
+    """Return the relative paths of all in `folder` but its marker. Folders end in /, links and special files in @."""
     found = set()
     for parent, names, files in os.walk(folder, onerror=_raise):
         for name in (*names, *files):

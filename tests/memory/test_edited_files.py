@@ -207,7 +207,7 @@ def test_a_memory_with_nan_in_its_tensors_is_refused(original, tmp_path, value):
     memory = memory_of()
     with pytest.raises(MemoryFileError, match=r"finite|NaN"), memory.recall(folder):
         pass
-    with pytest.raises(CheckpointError, match="no matrix of finite numbers"):
+    with pytest.raises(CheckpointError, match="not a matrix of finite numbers"):
         load_outer_adapter(tiny("lladamoe"), folder)
 
 

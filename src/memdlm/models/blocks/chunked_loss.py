@@ -136,7 +136,7 @@ class _Summed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("a sum over chunks can be differentiated only once: its gradients are no longer kept.")
+            raise RuntimeError("a sum over chunks can be differentiated once: its gradients are no longer kept.")
         # Scaled in place: the projection's gradient may be the largest tensor of all.
         factor, gradients, ctx.gradients = arriving * ctx.scale, ctx.gradients, None
         hidden, *parameters = (None if each is None else each.mul_(factor.to(each.dtype)) for each in gradients)
