@@ -367,7 +367,7 @@ def _foreign_loader(name: str, config: PreTrainedConfig) -> Any:
             'ways, say so in its config.json with "is_causal": false.'
         )
     raise CheckpointError(
-        f"model {name!r}: {config.model_type} does not predict a token at every position. Possible: "
+        f"model {name!r}: {config.model_type} has no token prediction for every position. Possible: "
         f"{', '.join(family.name for family in FAMILIES)}, or any masked language model of transformers."
     )
 
