@@ -21,6 +21,7 @@ Part = TypeVar("Part")
 WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
 WRITE_GATES = ("none", "learned")
+CHUNK_UPDATES = ("sequential", "accumulated")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
 MOST = 4096
@@ -108,8 +109,22 @@ class WriteConfig(_Options):
     )
     chunk_length: int | None = option(
         None,
-        "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.",
+        "Write longer texts in chunks of at most so many tokens; unset: in one piece.",
         minimum=1,
+        adjustable=True,
+    )
+    chunk_overlap: int = option(
+        0,
+        "Tokens that a chunk shows of the one before, without writing them again.",
+        minimum=0,
+        maximum=2**24,
+        adjustable=True,
+    )
+    chunk_update: str = option(
+        "sequential",
+        "sequential: each chunk takes gradient steps of its own; accumulated: the chunks of a text take common ones, so "
+        "that it is written almost as in one piece.",
+        choices=CHUNK_UPDATES,
         adjustable=True,
     )
     strides: int = option(
@@ -181,6 +196,13 @@ class WriteConfig(_Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chunk_length is None:
+            self._refuse_idle("chunk_overlap", "without mem_chunk_length; set it, or leave mem_chunk_overlap out.")
+        elif self.chunk_overlap >= self.chunk_length:
+            raise ConfigError(
+                f"mem_chunk_overlap={self.chunk_overlap} leaves nothing new in a chunk of mem_chunk_length="
+                f"{self.chunk_length} tokens; choose a smaller overlap."
+            )
         if self.inner_grad_clip == 0:
             self._refuse_idle("inner_clip_scope", "with mem_inner_grad_clip=0; set a norm, or leave it out.")
         if self.inner_loss_type == "distill_hidden":
