@@ -122,8 +122,8 @@ class WriteConfig(_Options):
     )
     chunk_update: str = option(
         "sequential",
-        "sequential: each chunk takes gradient steps of its own; accumulated: the chunks of a text take common ones, so "
-        "that it is written almost as in one piece.",
+        "sequential: each chunk takes gradient steps of its own; accumulated: all chunks of a text take common ones, "
+        "which is almost a write in one piece.",
         choices=CHUNK_UPDATES,
         adjustable=True,
     )
@@ -350,7 +350,9 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
         Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
         differentiated through that step, its start, its rates and its gate. A stride of 4 keeps a value's cue in sight
         up to three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the
-        clipped step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
+        clipped step is as large for a short prompt as for a long one. Chunks of a long text take common steps: with
+        steps of their own, a later chunk's facts weigh on those of an earlier one. What each choice is worth is in
+        docs/recall.md.
         """
         options: dict[str, Any] = {
             "write_source": "prompt",
@@ -367,6 +369,7 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
             "loss_weight_type": "scheduler",
             "loss_norm_type": "batch",
             "per_sample": True,
+            "chunk_update": "accumulated",
         }
         if not changes.get("learn_lr", True):
             del options["learned_rates_lr"]

@@ -32,8 +32,9 @@ class RecallPlan:
     num_eval: int = 64
     """Conversations per length."""
     steps: int = 200
-    long_steps: int = 0
-    """So many of the steps, the last ones, are trained on longer contexts; rows are then read in their order."""
+    long_share: float = 0.1
+    """So much of the training, at its end, has longer contexts: a few filler words that are written cost nothing in a
+    short one. Rows are then read in their order."""
     long_times: int = 4
     """Length of those contexts, as a multiple of the training length."""
     batch_size: int = 32
@@ -61,8 +62,13 @@ class RecallPlan:
     """Names of the draws of conversations: other names, other conversations."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.long_steps <= self.steps:
-            raise ConfigError(f"long_steps is {self.long_steps}; it may be 0 to {self.steps}, the steps in all.")
+        if not 0 <= self.long_share <= 1:
+            raise ConfigError(f"long_share is {self.long_share}; it may be 0 to 1, the whole training.")
+
+    @property
+    def long_steps(self) -> int:
+        """How many steps are trained on longer contexts."""
+        return round(self.long_share * self.steps)
 
     @property
     def lengths(self) -> list[int]:
@@ -79,12 +85,11 @@ def closed_book(**changes: Any) -> RecallPlan:
     """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
 
     Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. In
-    the last tenth of the steps contexts are longer: a few filler words that are written cost nothing in a short one.
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
     """
     options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
     steps = int(changes.get("steps", options["steps"]))
-    return RecallPlan(**(options | {"num_train": 16 * steps, "long_steps": steps // 10} | changes))
+    return RecallPlan(**(options | {"num_train": 16 * steps} | changes))
 
 
 def open_book(**changes: Any) -> RecallPlan:
@@ -94,6 +99,7 @@ def open_book(**changes: Any) -> RecallPlan:
         "train_length": 40,
         "times": (1, 2, 4),
         "num_train": 4000,
+        "long_share": 0,
         "steps": 600,
         "batch_size": 16,
         "learning_rate": 2e-3,
