@@ -4,10 +4,10 @@
     python benchmarks/study/lengths.py --validation --seeds 10 11 20 21 --out /tmp/validation.json
 
 Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
-recall at 1 to 64 times the training length, written in one piece and in chunks; at 16 times also with the filler in
-random order, and with a fifth of it replaced by values that belong to no key. At 256 times a quarter of the
-conversations is asked. Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those
-that the file already has are not run again.
+recall at 1 to 256 times the training length (at 256: a quarter of the conversations), in one piece and in chunks;
+at 16 times also with the filler in random order, and with a fifth of it replaced by values that belong to no key.
+Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those that the
+file already has are not run again.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def main() -> None:
                 row = {
                     **key,
                     "steps": plan.steps,
-                    "long_steps": plan.long_steps,
+                    "schedule": plan.schedule,
                     "cpu_seconds": trained.cpu_seconds,
                     "measured": measure(plan, data, trained, seed),
                     "config": dataclasses.asdict(trained.memory.config),

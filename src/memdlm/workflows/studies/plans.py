@@ -5,6 +5,7 @@ a sliding window keeps out of the questions' reach, so fast weights are the only
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +33,9 @@ class RecallPlan:
     num_eval: int = 64
     """Conversations per length."""
     steps: int = 200
-    long_share: float = 0.1
-    """So much of the training, at its end, has longer contexts: a few filler words that are written cost nothing in a
-    short one. Rows are then read in their order."""
-    long_times: int = 4
-    """Length of those contexts, as a multiple of the training length."""
+    schedule: tuple[tuple[float, int], ...] = ((0.9, 1), (0.1, 4))
+    """Shares of the training and the length of their contexts, as a multiple of the training length. The last ones are
+    longer: a few filler words that are written cost nothing in a short context. Several: rows are read in order."""
     batch_size: int = 32
     learning_rate: float = 5e-3
     rank: int = 16
@@ -62,13 +61,17 @@ class RecallPlan:
     """Names of the draws of conversations: other names, other conversations."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.long_share <= 1:
-            raise ConfigError(f"long_share is {self.long_share}; it may be 0 to 1, the whole training.")
+        if not all(share > 0 for share, _ in self.schedule) or not math.isclose(sum(s for s, _ in self.schedule), 1):
+            raise ConfigError(f"schedule is {self.schedule}; its shares must be above 0 and sum to 1.")
 
-    @property
-    def long_steps(self) -> int:
-        """How many steps are trained on longer contexts."""
-        return round(self.long_share * self.steps)
+    def stages(self) -> list[tuple[int, int]]:
+        """Return the schedule as (steps, words of context)."""
+        ends = [
+            round(sum(share for share, _ in self.schedule[: number + 1]) * self.steps)
+            for number in range(len(self.schedule))
+        ]
+        steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return [(count, times * self.train_length) for count, (_, times) in zip(steps, self.schedule, strict=True)]
 
     @property
     def lengths(self) -> list[int]:
@@ -99,7 +102,7 @@ def open_book(**changes: Any) -> RecallPlan:
         "train_length": 40,
         "times": (1, 2, 4),
         "num_train": 4000,
-        "long_share": 0,
+        "schedule": ((1.0, 1),),
         "steps": 600,
         "batch_size": 16,
         "learning_rate": 2e-3,
