@@ -33,13 +33,17 @@ Packed: TypeAlias = dict[str, tuple[Any, list[int] | None]]
 class EncodingOptions:
     """What of a conversation is learned."""
 
-    mask_prompt_loss: bool = option(True, "Never mask, and never score, what is not an answer.")
+    mask_prompt_loss: bool = option(True, "Mask and score only the answers, never the rest of a conversation.")
     train_turns: str = option("last", "Which assistant turns are learned.", choices=TRAIN_TURNS)
     context_column: str | None = option(
-        None, "Column with a text that is not shown: mem_write_source=context writes it, and the answers need it."
+        None,
+        "Column with a text that the network is not shown. mem_write_source=context writes it, and the "
+        "answers need it.",
     )
     column_map: str | None = option(
-        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+        None,
+        "Which of our columns each of the data's columns is: question=prompt,answer=response. NAME= leaves "
+        "a column out.",
     )
 
     def __post_init__(self) -> None:

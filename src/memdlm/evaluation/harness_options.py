@@ -30,27 +30,32 @@ _FOREIGN = frozenset(TransformersGenerationConfig().to_dict())
 class HarnessOptions:
     """What is evaluated, and how likelihoods are estimated."""
 
-    pretrained: str = option("", "Model: folder or hub name; an adapter folder brings its base model along.")
-    tokenizer: str | None = option(None, "Tokenizer, if not the model's: folder or hub name.")
-    adapter: str | None = option(None, "Outer LoRA adapter on top of the model: folder or hub name.")
-    base_model_name_or_path: str | None = option(None, "Base model, if not the one that an adapter names.")
+    pretrained: str = option("", "Folder or hub name of the model; an adapter folder also loads its base model.")
+    tokenizer: str | None = option(None, "Folder or hub name of the tokenizer, if it is not the model's own.")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter on top of the model.")
+    base_model_name_or_path: str | None = option(None, "Base model, if it is not the one that the adapter names.")
     revision: str | None = option(None, "Revision of the model on the hub.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
-    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while reading.")
-    attn_implementation: str | None = option(None, "Attention implementation, e.g. sdpa or eager.")
+    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
+    attn_implementation: str | None = option(None, "Attention implementation, such as sdpa or eager.")
     max_length: int | None = option(
-        None, "Tokens of prompt and response; longer prompts lose their beginning. Unset: the model's.", minimum=2
+        None,
+        "Maximum tokens of prompt and response; longer prompts lose their beginning. Unset: the model's own.",
+        minimum=2,
     )
     add_special_tokens: bool = option(False, "Let the tokenizer add its own special tokens to prompts.")
-    mc_num: int = option(128, "Noised copies per log-likelihood.", minimum=1)
-    mc_batch_size: int = option(32, "Copies per pass and per stratified round; mc_num is a multiple.", minimum=1)
+    mc_num: int = option(128, "Number of noised copies per log-likelihood.", minimum=1)
+    mc_batch_size: int = option(
+        32, "Noised copies per forward pass and per stratified round; mc_num must be a multiple.", minimum=1
+    )
     mc_attention: str = option(
         "full",
-        "Log-likelihoods under full attention, as published for every family, or that of decoding (LLaDA2.x: "
-        "block-causal; the context is then computed once for all its choices and copies).",
+        "Attention of log-likelihoods. full: full attention, as published for every family; decode: that "
+        "of decoding (LLaDA2.x: block-causal; the context is then computed once for all its choices and "
+        "copies).",
         choices=("full", "decode"),
     )
-    is_check_greedy: bool = option(False, "Also find out whether decoding would give the continuation (slow).")
+    is_check_greedy: bool = option(False, "Also check whether decoding would give the continuation (slow).")
     request_seed: int = option(0, "Seed of memories, samples and likelihoods; every request has a stream of its own.")
     mem_enabled: bool = option(False, "Write every prompt into memory before it is answered or scored.")
 

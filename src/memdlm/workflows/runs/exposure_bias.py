@@ -37,27 +37,27 @@ class BiasOptions:
     model: str = option(MISSING, "Model or adapter: folder or hub name.")
     dataset_args: str = option(
         MISSING,
-        "Datasets as in training: hub names, files, saved folders; joined with +, cut: name[test:100].",
+        "Datasets as in training: hub names, files or saved folders. Join several with +, cut one with name[test:100].",
     )
     column_map: str | None = option(
-        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+        None,
+        "Which of our columns each of the data's columns is: question=prompt,answer=response. NAME= leaves "
+        "a column out.",
     )
-    split: str | None = option(
-        None, "Which split is decoded; unset: validation or test where there is one, else the first."
-    )
-    model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
+    split: str | None = option(None, "Split to decode; unset: validation or test if there is one, else the first.")
+    model2: str | None = option(None, "A second model to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
-    overwrite: bool = option(False, "Replace a measurement that output holds already.")
-    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1, maximum=2**16)
-    num_samples: int = option(64, "Conversations, from the first.", minimum=1)
+    overwrite: bool = option(False, "Replace an earlier measurement in output.")
+    steps: int = option(48, "Denoising steps per response.", minimum=1, maximum=2**16)
+    num_samples: int = option(64, "Number of conversations, taken from the first on.", minimum=1)
     max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
-    batch_size: int = option(8, "Conversations decoded together.", minimum=1, maximum=2**16)
-    seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
+    batch_size: int = option(8, "Number of conversations decoded together.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Seed of the random masks and of memories; masks are the same for all models.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
-    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
-    mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
+    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while loading.")
+    mem_enabled: bool = option(False, "Measure every model with memory, too; its prompts are written first.")
 
     def __post_init__(self) -> None:
         validate(self)

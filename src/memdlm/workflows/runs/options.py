@@ -23,9 +23,11 @@ class ModelOptions:
 
     model: str = option(MISSING, "Folder or hub name of the model and its tokenizer.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
-    attn_implementation: str | None = option(None, "sdpa or eager; unset: sdpa.")
+    attn_implementation: str | None = option(None, "Attention implementation: sdpa or eager; unset: sdpa.")
     load_in_4bit: bool = option(False, "Quantise the frozen base model to 4 bits (nf4, double quantisation).")
-    adapter: str | None = option(None, "Folder or hub name of an outer LoRA to train on; its own rank and targets.")
+    adapter: str | None = option(
+        None, "Folder or hub name of an outer LoRA to train further; it keeps its rank and targets."
+    )
     lora: bool = option(False, "Train a new outer LoRA instead of all weights.")
 
     def __post_init__(self) -> None:
@@ -65,23 +67,25 @@ class DataOptions(EncodingOptions):
 
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
-        "name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv) or saved folders. Join several "
+        "with +, cut one with name[train:100].",
     )
     eval_dataset_args: str | None = option(
         None, "Datasets to evaluate on; unset: the validation or test split of dataset_args, if evaluation is on."
     )
     load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
-    preprocessed_dir: str = option("data", "Folder below which preprocessed data is looked for.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
-    max_length: int = option(1024, "Longest row, in tokens.", minimum=1)
+    preprocessed_dir: str = option("data", "Folder in which preprocessed data is looked for.")
+    num_proc: int = option(1, "Number of processes that tokenize.", minimum=1, maximum=1024)
+    max_length: int = option(1024, "Maximum length of a row, in tokens.", minimum=1)
     truncation: str = option(
         "filter",
-        "Rows longer than max_length are left out (filter) or keep their first tokens (right).",
+        "What happens to rows longer than max_length. filter: they are left out; right: their first tokens are kept.",
         choices=TRUNCATIONS,
     )
     supervise_padding: str = option(
-        "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
+        "all",
+        "How much of the padding (EOS) is learned, so that the model learns to end its answers.",
+        choices=SUPERVISE_PADDING,
     )
 
 
@@ -103,15 +107,16 @@ class RunOptions:
 
     resume: str = option(
         "never",
-        "never: start anew; latest: go on from the newest whole checkpoint in output_dir, if there is one; or a path.",
+        "never: start anew; latest: continue from the newest complete checkpoint in output_dir, if there "
+        "is one; or the path of a checkpoint.",
     )
     resume_changed: bool = option(
-        False, "Resume although options or data that change the result are not those of the interrupted run."
+        False, "Resume even if options or data that change the result differ from those of the interrupted run."
     )
     resume_without: str | None = option(
         None,
-        "States that begin anew although the run is resumed, comma-separated: optimizer, scheduler, rng, scaler, "
-        "memory. Unset: each must be in the checkpoint.",
+        "States that start anew when the run is resumed, comma-separated: optimizer, scheduler, rng, "
+        "scaler, memory. Unset: the checkpoint must have all of them.",
     )
     overwrite_output_dir: bool = option(False, "Delete the checkpoints of an earlier run in output_dir.")
     dry_run: bool = option(False, "Print the configuration, sizes and step counts, and stop; no weights are loaded.")

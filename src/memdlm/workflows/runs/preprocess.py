@@ -21,11 +21,11 @@ class PreprocessOptions(EncodingOptions):
     model: str = option(MISSING, "Folder or hub name whose tokenizer and chat template are used.")
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
-        "name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv) or saved folders. Join several "
+        "with +, cut one with name[train:100].",
     )
     output_dir: str = option(MISSING, "Folder to write, e.g. data/sft/llada_moe/longalpaca.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
+    num_proc: int = option(1, "Number of processes that tokenize.", minimum=1, maximum=1024)
     overwrite: bool = option(False, "Replace what is in output_dir.")
 
 

@@ -27,18 +27,20 @@ from memdlm.workflows.sessions.decoding import ModelOptions, Tally, decode, load
 class AskOptions(ModelOptions):
     """What is asked, and of which memory."""
 
-    memory: str | None = option(None, "Folder of the memory, see memdlm memorize.")
+    memory: str | None = option(None, "Folder of a memory that memdlm memorize wrote.")
     questions: str | None = option(
-        None, "A .jsonl file with a `question` per line, and perhaps the `answer` to compare with."
+        None, "A .jsonl file with a `question` per line and, optionally, the `answer` to compare with."
     )
     output: str | None = option(None, "Write the answers to this .jsonl file; unset: print them.")
-    overwrite: bool = option(False, "Replace answers that output holds already.")
-    keep_context: bool = option(False, "Show the document as well, in front of every question.")
-    file: str | None = option(None, "With keep_context: the document; unset: where it was when it was memorised.")
-    chat: bool = option(True, "Put questions through the chat template, if the tokenizer has one; False: as they are.")
-    batch_size: int = option(8, "Questions answered at a time.", minimum=1, maximum=2**16)
-    seed: int = option(0, "Of samples.")
-    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+    overwrite: bool = option(False, "Replace earlier answers in output.")
+    keep_context: bool = option(False, "Also show the document, in front of every question.")
+    file: str | None = option(None, "With keep_context: path of the document; unset: its path when it was memorised.")
+    chat: bool = option(
+        True, "Put questions through the chat template if the tokenizer has one; False: use them as they are."
+    )
+    batch_size: int = option(8, "Number of questions answered together.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Seed of samples.")
+    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

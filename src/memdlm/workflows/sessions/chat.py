@@ -27,9 +27,9 @@ SAVED_BY, SAVER = "saved_by", "memdlm chat"
 class ChatOptions:
     """How a conversation is held."""
 
-    system: str | None = option(None, "A system prompt that stays at the head of the conversation.")
+    system: str | None = option(None, "System prompt, kept at the start of the conversation.")
     max_context: int | None = option(
-        None, "Most tokens of history and answer together; unset: the positions the model was trained on.", minimum=2
+        None, "Maximum tokens of history and answer together; unset: the positions the model was trained on.", minimum=2
     )
 
     def __post_init__(self) -> None:

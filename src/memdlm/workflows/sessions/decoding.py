@@ -38,10 +38,10 @@ class ModelOptions:
     """Which model is used, and how it is loaded."""
 
     model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
-    adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
-    load_in_4bit: bool = option(False, "Quantise the model's weights.")
+    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -54,9 +54,9 @@ class DecodingOptions(ModelOptions):
     """What is decoded with."""
 
     mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
-    seed: int = option(0, "Of memories and samples.")
-    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
-    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
+    seed: int = option(0, "Seed of memories and samples.")
+    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
+    trace: str | None = option(None, "HTML file to write: a page that replays the denoising.")
 
 
 def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:

@@ -36,18 +36,20 @@ class MemorizeOptions(ModelOptions):
     """What is written, and where it goes."""
 
     file: str | None = option(None, "The document: .txt, .md, .html or .pdf (with pypdf).")
-    output: str | None = option(None, "Folder of the memory, such as doc.mem.")
-    overwrite: bool = option(False, "Replace a memory that is there already.")
+    output: str | None = option(None, "Folder to write the memory to, such as doc.mem.")
+    overwrite: bool = option(False, "Replace an earlier memory in output.")
     as_message: bool = option(False, "Write the document as a user's message in the chat template, not as plain text.")
     gate: str = option(
         "none",
-        "Keep the memory only if it lowers the loss. held_out: on tokens that a trial write never saw; written: on the "
-        "written tokens, under masks of their own.",
+        "Keep the memory only if it lowers the loss. held_out: the loss on tokens that a trial write never "
+        "saw; written: the loss on the written tokens, under new masks.",
         choices=GATES,
     )
-    held_out_share: float = option(0.1, "With the gate held_out: the share of the tokens.", above=0, below=1)
-    compress_rank: int | None = option(None, "Keep the best approximation of this rank, and measure it.", minimum=1)
-    seed: int = option(0, "Of the write and of the masks that are measured.")
+    held_out_share: float = option(0.1, "With gate=held_out: share of the tokens that are held out.", above=0, below=1)
+    compress_rank: int | None = option(
+        None, "Keep the best approximation of the memory at this rank, and measure that.", minimum=1
+    )
+    seed: int = option(0, "Seed of the write, and of the masks that losses are measured with.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
