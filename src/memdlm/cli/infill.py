@@ -19,7 +19,7 @@ NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
 def main(argv: Sequence[str]) -> int:
     """Print every text with its mask tokens filled; on standard error, print tokens, time and passes."""
     parser = decoding_parser("infill", "Fill the mask tokens of each text.")
-    parser.add_argument("texts", nargs="+", help="texts with the tokenizer's mask token, or what --blank says, in them")
+    parser.add_argument("texts", nargs="+", help="texts that contain the tokenizer's mask token, or what --blank names")
     parser.add_argument("--blank", default=None, help="what stands for one mask token in the texts, for example _")
     parser.add_argument(
         "--both_sides", action="store_true", help="use full attention, even where blocks hide what follows"
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         decoder = replace(decoder, memory=None)
     if given.both_sides:
         decoder = replace(decoder, attention_pattern=Full())
-    texts = "texts that contain the tokenizer's mask token, or what --blank names"
+    texts = given.texts
     if given.blank is not None:
         texts = [text.replace(given.blank, decoder.tokenizer.mask_token) for text in texts]
     generator = [derive("memdlm infill", options.seed, index) for index in range(len(texts))]

@@ -1,4 +1,4 @@
-"""What a training run can be told: transformers' arguments, the diffusion options, and the memory's as mem_*."""
+"""The options of a training run: transformers' arguments, the diffusion options, and the memory's as mem_*."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ from memdlm.training.limits import check_numbers, check_schedule
 @own_options_first
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(SoftMaskOptions):
-    """The outer loss (spec of MDLM training as in the LLaDA recipes)."""
+    """The options of the outer loss (MDLM training as in the LLaDA recipes)."""
 
     time_epsilon: float = option(1e-3, "Diffusion times are drawn from [time_epsilon, 1).", above=0, maximum=0.999)
     schedule: str = option("linear", "Noise schedule.", choices=tuple(SCHEDULES))
@@ -66,11 +66,11 @@ class DiffusionConfig(SoftMaskOptions):
             )
 
     def planner(self) -> Planner | None:
-        """Build the planner's part of the loss; None: the plain loss."""
+        """Build the planner's part of the loss; None for the plain loss."""
         return Planner(self.planner_weight, self.planner_temperature) if self.planner_weight > 0 else None
 
     def soft(self, mask_token_id: int) -> SoftMask | None:
-        """Build what feeds predictions back (soft-masking); None: nothing does."""
+        """Build soft-masking, which feeds predictions back; None when it is off."""
         return self.soft_masking(mask_token_id) if self.soft_mask_prob > 0 else None
 
 
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 
     class _Flags(transformers.TrainingArguments):
         def __getattr__(self, name: str) -> Any:
-            """Every option of ours."""
+            """Return the value of one of our options."""
 
 else:
     _Flags = dataclasses.make_dataclass(
@@ -97,7 +97,7 @@ else:
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-"""Where figures can go: names of packages, and of the extras that install them."""
+"""Where metrics can be logged: names of packages, and of the extras that install them."""
 
 
 def _refuse_missing(trackers: Collection[str]) -> None:
@@ -143,7 +143,7 @@ class TrainingArguments(_Flags):
     )
 
     def __post_init__(self) -> None:
-        # Where the CPU is the only choice, transformers would refuse bf16 instead.
+        # Without this, transformers refuses bf16 where the CPU is the only device.
         if trains_on_the_cpu():
             self.use_cpu = True
         check_numbers(self)
