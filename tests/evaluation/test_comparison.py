@@ -107,7 +107,7 @@ def test_the_standard_model_is_asked_for(tmp_path):
     assert "All training runs here use memory" not in words(page)
     evaluated = evaluation(tmp_path / "eval")
     assert main(["report", str(evaluated), "--output", str(page)]) == 0
-    assert "name the standard model" in words(page)
+    assert "Add a model that was trained without memory" in words(page)
 
 
 def test_the_interval_of_a_share_stays_a_share(tmp_path):

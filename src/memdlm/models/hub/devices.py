@@ -18,8 +18,7 @@ DEVICE_HELP = (
     "distributed launch, the card of this process), else Apple's MPS if what is needed runs on it, "
     "else the CPU."
 )
-DTYPE_HELP = "Number type of the weights. auto: the checkpoint's own if the device can compute in it, else "
-"float32."
+DTYPE_HELP = "Number type of the weights. auto: the checkpoint's own if the device can compute in it, else float32."
 BFLOAT16_CAPABILITY = (8, 0)
 """The least compute capability of a CUDA card whose arithmetic knows bfloat16; older ones only imitate it."""
 

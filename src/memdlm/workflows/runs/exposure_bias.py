@@ -1,4 +1,4 @@
-"""Exposure bias of one or two models on a dataset, without and with memory: numbers as JSON, and a picture."""
+"""Measure exposure bias of one or two models on a dataset, without and with memory, as JSON and as a picture."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ MEASUREMENT = Kind(name="exposure bias", words="a measurement of exposure bias")
 
 @dataclass(frozen=True, kw_only=True)
 class BiasOptions:
-    """What is measured, on what."""
+    """What is measured, and on which data."""
 
     model: str = option(MISSING, "Model or adapter: folder or hub name.")
     dataset_args: str = option(
@@ -71,9 +71,9 @@ def measure_exposure_bias(
 ) -> Part:
     """Measure all models, write the JSON and the picture into `options.output`, and return the measured rows.
 
-    With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
-    part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
-    model's tokenizer gives other ids, because masks would then not be the same; ConfigError when the output is taken.
+    With a `memory` every model is measured without and with it, so that a row with memory has a baseline. `memdlm
+    report` reads the JSON. Raises DataError when nothing is left to decode, or when the second model's tokenizer gives
+    other ids (the masks would then differ). Raises ConfigError when the output is taken.
     """
     with output_folder(options.output, MEASUREMENT, overwrite=options.overwrite) as output:
         return _measured(options, memory, output, say, command)
@@ -153,7 +153,7 @@ def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
 
 
 def _texts(options: BiasOptions, conversations: Conversations, name: str) -> list[Encoded]:
-    """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
+    """Return the first conversations that fit, sorted by length, so that rows of a batch differ little in length."""
     encoder = ChatEncoder(load_tokenizer(name), train_turns=options.train_turns)
     fitting: list[Encoded] = []
     for index, conversation in enumerate(conversations):

@@ -1,4 +1,4 @@
-"""What `memdlm train` and `memdlm preprocess` can be told, apart from transformers' own arguments."""
+"""The options of training runs, apart from those of `TrainingArguments` and of a new adapter."""
 
 import dataclasses
 from dataclasses import MISSING, dataclass
@@ -14,7 +14,7 @@ from memdlm.models.lora.adapters import LoRAOptions
 from memdlm.options import option, validate
 
 BASE_MODELS = "BASE_MODELS_DIR"
-"""Environment variable with the folder in which models are looked for before the hub."""
+"""Environment variable: the folder in which models are looked for before the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,12 @@ class ModelOptions:
 
     @property
     def path(self) -> str:
-        """Where the model is: below BASE_MODELS_DIR if it is there."""
+        """Return where the model is: below BASE_MODELS_DIR if it is there, else as named."""
         return name_under_base(self.model, BASE_MODELS)
 
 
 def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:
-    """Raise ConfigError for an option of a new adapter when none is made."""
+    """Raise ConfigError for an option of a new adapter when no new adapter is trained."""
     for field in dataclasses.fields(LoRAOptions):
         value = getattr(lora, field.name)
         if not model.lora and value != field.default:
@@ -63,7 +63,7 @@ def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(EncodingOptions):
-    """What it is trained on."""
+    """The data of a run."""
 
     dataset_args: str = option(
         MISSING,
@@ -90,7 +90,7 @@ class DataOptions(EncodingOptions):
 
 
 def refuse_unread_context(data: DataOptions, memory: OuterConfig | None) -> None:
-    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
+    """Raise ConfigError for contexts that are not written, and for a write without contexts."""
     source = None if memory is None else memory.write_source
     if source == "context" and data.context_column is None:
         raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")

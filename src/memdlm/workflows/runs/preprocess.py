@@ -16,7 +16,7 @@ from memdlm.workflows.runs.options import BASE_MODELS
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(EncodingOptions):
-    """What is tokenized, how, and where to."""
+    """What is tokenized, how, and where it is written."""
 
     model: str = option(MISSING, "Folder or hub name whose tokenizer and chat template are used.")
     dataset_args: str = option(
@@ -30,7 +30,7 @@ class PreprocessOptions(EncodingOptions):
 
 
 def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str, Any]:
-    """Write the preprocessed folder and return its manifest; an interrupted run goes on where it stopped."""
+    """Write the preprocessed folder and return its manifest; an interrupted run continues where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args, options.columns)
     for line in unused(splits.values()):

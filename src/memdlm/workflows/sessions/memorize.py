@@ -1,4 +1,4 @@
-"""Write a document into a memory once, and keep it as a file, if it does no harm."""
+"""Write a document into a memory once, and save it if the gate, if any, lets it pass."""
 
 import dataclasses
 import time
@@ -28,7 +28,7 @@ from memdlm.workflows.sessions.decoding import ModelOptions, load_parts
 
 GATES = ("none", "held_out", "written")
 RATIO, ENOUGH, MOST_VIEWS = 0.2, 512, 5
-"""Losses are measured with a fifth of the tokens hidden, in as many views as give this many predictions, or five."""
+"""Losses are measured with this share of tokens hidden, in views enough for this many predictions, at most five."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,15 @@ class MemorizeOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memorized:
-    """What became of a document."""
+    """The result of memorising a document."""
 
     kept: bool
     memory: SavedMemory
-    """Written to the output folder if it was kept."""
+    """The memory; it is in the output folder if it was kept."""
     why: str
-    """One sentence: what was measured, and what follows."""
+    """One sentence: what was measured, and the decision."""
     seconds: float
-    """Of the write that is kept, without loading and measuring."""
+    """Duration of the write itself, without loading and measuring."""
 
 
 def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -> Memorized:
@@ -118,7 +118,7 @@ def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_m
 
 
 class Memorizer:
-    """One document's write, with what is measured around it."""
+    """Writes one document, and measures before and after."""
 
     def __init__(self, memory: ParametricMemory, options: MemorizeOptions, display: Display) -> None:
         self.memory, self.options, self.display = memory, options, display
@@ -146,7 +146,7 @@ class Memorizer:
         return Memorized(kept=kept, memory=saved, why=_reason(kept, gate), seconds=seconds)
 
     def _held_out(self, ids: Tensor) -> dict[str, Any]:
-        """Write without some tokens, which are [MASK] in every state, and return the loss on them before and after."""
+        """Write with some tokens always masked, and return the loss on them before and after."""
         generator = derive("memorize held out", self.options.seed)
         text = masked_text(ids, ratio=self.options.held_out_share, views=1, generator=generator)
         before = loss_under(self.memory, text)
@@ -156,7 +156,7 @@ class Memorizer:
 
     @contextmanager
     def _written(self, ids: Tensor, what: str) -> Iterator[float]:
-        """Open the memory on `ids` [L]; yields the seconds that the write took. Mask tokens are not learned."""
+        """Open a memory of `ids` [L]; yield the seconds that the write took. Mask tokens are not learned."""
         device = next(self.memory.model.parameters()).device
         batch = ids[None].to(device)
         labels = batch.masked_fill(batch == self.memory.mask_token_id, IGNORE_INDEX)
