@@ -22,7 +22,7 @@ COMMANDS = {
     "memorize": "write a document into a memory once, and keep it as a file",
     "ask": "answer questions from a memory, with or without the document",
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
-    "exposure-bias": "measure how much a model suffers from decoding on its own tokens, with and without memory",
+    "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
     "report": "put training runs, evaluations and demos side by side on one page",
 }

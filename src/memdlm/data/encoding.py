@@ -42,8 +42,7 @@ class EncodingOptions:
     )
     column_map: str | None = option(
         None,
-        "Which of our columns each of the data's columns is: question=prompt,answer=response. NAME= leaves "
-        "a column out.",
+        "How the data's column names map to ours, as in question=prompt,answer=response; NAME= leaves a column out.",
     )
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ class GenerationConfig(SoftMaskOptions):
     )
     remasking: Defaulted[str] = option(
         "low_confidence",
-        "Which predictions are committed first. low_confidence: the surest; random: any.",
+        "Order in which predictions are committed. low_confidence: the surest first; random: a random order.",
         choices=tuple(CONFIDENCES),
     )
     threshold: float | None = option(
@@ -74,7 +74,7 @@ class GenerationConfig(SoftMaskOptions):
         1, "With threshold: at most max_new_tokens // minimal_topk denoising steps per block.", minimum=1, maximum=MOST
     )
     num_to_transfer: int | None = option(
-        None, "With threshold or editing: the minimum number of tokens that a step commits.", minimum=1, maximum=MOST
+        None, "With threshold or editing: minimum number of tokens that a step commits.", minimum=1, maximum=MOST
     )
     editing_threshold: float | None = option(
         None,
@@ -101,11 +101,12 @@ class GenerationConfig(SoftMaskOptions):
     cfg_keep_tokens: Defaulted[tuple[int, ...]] = option((), "Ids of prompt tokens that guidance never masks.")
     suppress_tokens: Defaulted[tuple[int, ...]] = option((), "Ids of tokens that are never predicted.")
     begin_suppress_tokens: Defaulted[tuple[int, ...]] = option(
-        (), "Ids of tokens that are committed only when nothing else is left."
+        (), "Ids of tokens that are committed last, or never (see begin_suppress)."
     )
     begin_suppress: Defaulted[str] = option(
         "postpone",
-        "postpone: begin_suppress_tokens are committed last; forbid: they are never predicted.",
+        "postpone: begin_suppress_tokens are committed only when nothing else is left; forbid: they are "
+        "never predicted.",
         choices=("postpone", "forbid"),
     )
     right_shift_logits: Defaulted[bool] = option(False, "The network's output at position i - 1 predicts position i.")
@@ -122,7 +123,7 @@ class GenerationConfig(SoftMaskOptions):
     )
     cache_refresh: int | None = option(
         None,
-        "With cache=approximate: recompute everything after this many steps, too; unset: only at every new block.",
+        "With cache=approximate: recompute everything after this many steps, and at new blocks; unset: only at new blocks.",
         minimum=1,
         maximum=MOST,
     )

@@ -22,7 +22,7 @@ SOFT = "noise_soft"
 """Batch entry [B]: U[0, 1) draws for whether a row is soft-masked."""
 
 GOLDEN = 0.6180339887498949
-"""Fractional part of the golden ratio: any number of its multiples, mod 1, fill [0, 1) evenly."""
+"""Fractional part of the golden ratio: its multiples, mod 1, fill [0, 1) evenly, however many they are."""
 
 
 def add_noise(

@@ -58,7 +58,7 @@ def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: Po
 
 
 def prompt_width(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> int:
-    """Return the length of the longest prompt, at least 1. Waits for the device if the tensors are on one."""
+    """Return the number of columns up to the last prompt's end, at least 1. Waits for the tensors' device, if any."""
     is_prompt = prompt_columns(labels, attention_mask, is_padding)
     return max(1, int((is_prompt * torch.arange(1, labels.shape[1] + 1, device=labels.device)).max()))
 

@@ -41,15 +41,14 @@ class BiasOptions:
     )
     column_map: str | None = option(
         None,
-        "Which of our columns each of the data's columns is: question=prompt,answer=response. NAME= leaves "
-        "a column out.",
+        "How the data's column names map to ours, as in question=prompt,answer=response; NAME= leaves a column out.",
     )
     split: str | None = option(None, "Split to decode; unset: validation or test if there is one, else the first.")
     model2: str | None = option(None, "A second model to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
     overwrite: bool = option(False, "Replace an earlier measurement in output.")
     steps: int = option(48, "Denoising steps per response.", minimum=1, maximum=2**16)
-    num_samples: int = option(64, "Number of conversations, taken from the first on.", minimum=1)
+    num_samples: int = option(64, "Number of conversations to decode: the first that fit into max_length.", minimum=1)
     max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
     batch_size: int = option(8, "Number of conversations decoded together.", minimum=1, maximum=2**16)
