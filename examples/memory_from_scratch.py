@@ -1,6 +1,6 @@
-"""Masked diffusion with parametric memory, whole, in one file: read it top to bottom.
+"""The whole method, masked diffusion with parametric memory, in one file. Read it from top to bottom.
 
-Nothing here imports the package; `tests/test_example.py` holds every number equal to the library's.
+This file does not import the package. `tests/test_example.py` checks that every number equals the library's.
 
     python examples/memory_from_scratch.py
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# 1. A denoiser: a small bidirectional transformer that guesses the tokens behind [MASK]. ----------------------------
+# 1. A denoiser: a small bidirectional transformer that predicts the masked tokens. ----------------------------------
 
 
 class Block(nn.Module):
@@ -62,20 +62,20 @@ def corrupt(clean: Tensor, is_maskable: Tensor, t: Tensor, u: Tensor, m: int) ->
 
 
 def nats(logits: Tensor, clean: Tensor, is_scored: Tensor) -> Tensor:
-    """Cross-entropy to the true tokens where `is_scored`, 0 elsewhere: [B, L]."""
+    """Return the cross-entropy to the true tokens where `is_scored`, 0 elsewhere: [B, L]."""
     return F.cross_entropy(logits.transpose(1, 2), clean, reduction="none") * is_scored
 
 
 def outer_loss(logits: Tensor, clean: Tensor, is_masked: Tensor, is_maskable: Tensor, t: Tensor) -> Tensor:
-    """The MDLM bound per maskable token."""
+    """Return the MDLM bound per maskable token."""
     return (nats(logits, clean, is_masked) / (t[:, None] + 1e-6)).sum() / is_maskable.sum()
 
 
-# 3. The trajectory: from a noisier state down to exactly the anchor, the batch that the outer loss is computed on. --
+# 3. The trajectory: from a noisier state down to the anchor, the very batch that the outer loss is computed on. -----
 
 
 def trajectory(is_anchor: Tensor, is_maskable: Tensor, u: Tensor, steps: int = 2, scale: float = 1.5) -> list[Tensor]:
-    """Return the masked sets of `steps` states, each [B, L], nested, the last one the anchor."""
+    """Return the masked sets of `steps` states, each [B, L]. They are nested, and the last one is the anchor."""
     states = []
     for row_anchor, row_maskable, row_u in zip(is_anchor, is_maskable, u, strict=True):
         anchor, extra = int(row_anchor.sum()), (row_maskable & ~row_anchor).nonzero().squeeze(1)
@@ -113,12 +113,12 @@ def write(
     return (fast[0], fast[1]), losses
 
 
-# 5. Training: write the batch, then improve the model as it is with that memory, which counts as a constant. --------
+# 5. Training: write the batch, then update the model with that memory attached, as a constant. ---------------------
 
 
 def train(model: Denoiser, texts: Tensor, m: int, *, steps: int, rank: int = 4, seed: int = 0) -> list[float]:
-    """Train on `texts` [N, L] and return the outer losses. (The memory has seen the labels it is scored on: these
-    losses are not comparable with a model's that has none.)"""
+    """Train on `texts` [N, L] and return the outer losses. The memory has seen the labels that the loss scores, so
+    these losses are not comparable with those of a model without memory."""
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
