@@ -53,9 +53,9 @@ def accuracy(folder: str, data: RecallData, seed: int, num_questions: int) -> li
 
 
 def run(seed: int) -> dict:
-    plan = closed_book(times=TIMES, training=EVEN, long_steps=0)
+    plan = closed_book(times=TIMES, training=EVEN, schedule=((1.0, 1),))
     training = EVEN | {"warmup_steps": 20}
-    later = closed_book(train_length=2 * CHUNK, steps=300, learning_rate=2e-3, training=training, long_steps=0)
+    later = closed_book(train_length=2 * CHUNK, steps=300, learning_rate=2e-3, training=training, schedule=((1.0, 1),))
     data, config = recall_data(plan), arms(plan)[OURS]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         trained(plan, data, config, seed).save_final(one)

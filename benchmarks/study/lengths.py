@@ -4,10 +4,10 @@
     python benchmarks/study/lengths.py --validation --seeds 10 11 20 21 --out /tmp/validation.json
 
 Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
-recall at 1 to 64 times the training length, written in one piece and in chunks; at 16 times also with the filler in
-random order, and with a fifth of it replaced by values that belong to no key. `--times 256 --conversations 8` for
-longer ones. Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those
-that the file already has are not run again.
+recall at 1 to 256 times the training length (at 256: a quarter of the conversations), in one piece and in chunks;
+at 16 times also with the filler in random order, and with a fifth of it replaced by values that belong to no key.
+Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those that the
+file already has are not run again.
 """
 
 import argparse
@@ -31,8 +31,14 @@ from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_da
 PLANS = {"window": RecallPlan, "gone": closed_book}
 ARMS = (OURS, "no write gate")
 CHUNKS = (36, 144)
+UPDATES: dict[str, dict[str, Any]] = {
+    "one after the other": {"chunk_update": "sequential"},
+    "accumulated, 4 words overlap": {"chunk_update": "accumulated", "chunk_overlap": 4},
+}
 DISTURBED = 16
 """Multiple of the training length at which the filler is disturbed."""
+LONG = 64
+"""Beyond this multiple a quarter of the conversations is asked."""
 
 
 def disturbed(sample: Sample, index: int, values: list[str]) -> Sample:
@@ -66,13 +72,16 @@ def ways(
     whole, vocabulary = trained.memory, plan.task.vocabulary()
     for times in plan.times:
         samples = data.by_length[times * plan.train_length]
+        if times > LONG:
+            samples = samples[: max(1, len(samples) // 4)]
         yield "one piece", times, whole, samples
-        if plan.context == "dropped" and times > 1:
+        if plan.context == "dropped" and 1 < times <= LONG:
             for chunk in (each for each in CHUNKS if each < times * plan.train_length):
-                config = dataclasses.replace(whole.config, chunk_length=chunk)
-                memory = ParametricMemory(whole.model, config, mask_token_id=whole.mask_token_id)
-                memory.learned = whole.learned
-                yield f"chunks of {chunk}", times, memory, samples
+                for name, options in UPDATES.items():
+                    config = dataclasses.replace(whole.config, chunk_length=chunk, **options)
+                    memory = ParametricMemory(whole.model, config, mask_token_id=whole.mask_token_id)
+                    memory.learned = whole.learned
+                    yield f"chunks of {chunk}, {name}", times, memory, samples
         if times == DISTURBED:
             yield "shuffled filler", times, whole, [disturbed(each, i, []) for i, each in enumerate(samples)]
             strange = [disturbed(each, i, strangers(each, vocabulary)) for i, each in enumerate(samples)]
@@ -102,7 +111,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names of the main comparison's arms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--conversations", type=int, default=32, help="per length, of 8 questions each")
     parser.add_argument("--validation", action="store_true", help="other conversations, for choices")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/lengths.json"))
@@ -126,7 +135,7 @@ def main() -> None:
                 row = {
                     **key,
                     "steps": plan.steps,
-                    "long_steps": plan.long_steps,
+                    "schedule": plan.schedule,
                     "cpu_seconds": trained.cpu_seconds,
                     "measured": measure(plan, data, trained, seed),
                     "config": dataclasses.asdict(trained.memory.config),

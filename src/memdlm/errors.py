@@ -1,4 +1,4 @@
-"""What memdlm raises: one root, each class also the standard one, so `except ValueError` keeps working.
+"""The errors that memdlm raises. They have one root, and each is also a standard error: `except ValueError` works.
 
 A message names the field, the value, what was possible, and the next step. All classes take one string, so
 they survive pickling between processes.
@@ -13,7 +13,7 @@ class MemDLMError(Exception):
     """Root of everything raised on purpose; the command line prints it as one line."""
 
     exit_status: ClassVar[int] = 2
-    """What the command line ends with: 2 where the input is at fault, 1 where the machine or the run is."""
+    """Exit status of the command line: 2 if the input is at fault, 1 if the machine or the run is."""
 
 
 class ConfigError(MemDLMError, ValueError):
@@ -33,7 +33,7 @@ class MemoryFileError(MemDLMError, ValueError):
 
 
 class NotFiniteError(MemDLMError, ArithmeticError):
-    """Weights, logits or a memory that hold NaN or infinity: whatever came of them would be wrong."""
+    """Weights, logits or a memory that hold NaN or infinity: every result of them would be wrong."""
 
 
 class DivergedError(NotFiniteError):
@@ -43,7 +43,7 @@ class DivergedError(NotFiniteError):
 
 
 class MachineError(MemDLMError, RuntimeError):
-    """The machine cannot do it: no space left, no permission, no memory, a device that is not there."""
+    """The machine cannot do what was asked: no disk space, no permission, no memory, or a missing device."""
 
     exit_status = 1
 
@@ -55,7 +55,7 @@ def did_you_mean(value: str, possible: Iterable[str]) -> str:
 
 
 def unknown(what: str, value: object, possible: Iterable[str]) -> str:
-    """Say that `value` is no `what`, list what is, and guess what was meant."""
+    """Return a message that `value` is not a known `what`, with the possible names and the nearest of them."""
     names = list(possible)
     said = " ".join(repr(value).split())
     return f"{what} {said:.200} is not known. Possible: {', '.join(names)}.{did_you_mean(str(value), names)}"

@@ -1,4 +1,4 @@
-"""Results that appear whole or not at all: an earlier one stays until the new one is complete."""
+"""Write results whole or not at all: an earlier result stays until the new one is complete."""
 
 import errno
 import hashlib
@@ -15,9 +15,9 @@ _MACHINE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EMFILE, errno.ENFILE),
 )
-"""What the machine or its settings are to blame for when a file cannot be written."""
+"""Errors in writing a file that are the fault of the machine or its settings."""
 _PLACE = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
-"""What the name of the output is to blame for."""
+"""Errors that are the fault of the output's name."""
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except MemDLMError:
         raise
-    # Of many classes: safetensors, Arrow and torch have errors of their own for a full disk.
+    # Not OSError alone: safetensors, Arrow and torch have errors of their own for a full disk.
     except Exception as error:
         found = _failure(error, path)
         if found is None:
@@ -52,16 +52,16 @@ def _failure(error: BaseException, path: str | Path) -> MemDLMError | None:
 
 
 def _errno(error: BaseException) -> int | None:
-    """Return the system's number of a failed write or read, None for all other errors."""
+    """Return the system's error number of a failed write or read, and None for any other error."""
     if isinstance(error, OSError) and error.errno in (*_MACHINE, *_PLACE):
         return error.errno
     text = str(error)
-    # How safetensors, and Arrow, quote the system's number.
+    # The forms in which safetensors and Arrow quote the system's number.
     found = re.search(r"\bos error (\d+)\b|\[errno (\d+)\]", text)
     if found is not None and int(found[1] or found[2]) in (*_MACHINE, *_PLACE):
         return int(found[1] or found[2])
     if isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-        # torch does not say why; its writer fails for want of space alone once the file is open.
+        # torch does not say why. Once the file is open, its writer fails only for lack of space.
         return errno.ENOSPC
     return None
 
@@ -69,9 +69,9 @@ def _errno(error: BaseException) -> int | None:
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """Write all `contents` beside their places, then move them there; on an error every place is as it was.
 
-    Folders are made as needed, and a link is followed: it stays, and what it points to is replaced. Raises DataError
-    when a folder is, or lies under, a file, or a place is neither free nor a regular file; MachineError when the disk
-    is full or closed to us.
+    Folders are made as needed. A link is followed: the link stays, and the file it points to is replaced. Raises
+    DataError when a folder is, or lies under, a file, and when something other than a regular file is in a place;
+    MachineError when the disk is full or may not be written.
     """
     places = {regular(path): content for path, content in contents.items()}
     finished = {place: place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places}
@@ -100,7 +100,7 @@ def regular(path: str | Path) -> Path:
 
 
 def resolved(path: str | Path) -> Path:
-    """Return the absolute path, with ~, links and .. followed; raises DataError when that has no end."""
+    """Return the absolute path, with ~, links and .. followed. Raises DataError for an endless or invalid path."""
     try:
         return Path(path).expanduser().resolve()
     except (RuntimeError, OSError, ValueError) as error:
@@ -119,7 +119,10 @@ def kind_of_file(mode: int) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and what is above it; raises DataError when something there is a file, MachineError when barred."""
+    """Make `path` and the folders above it.
+
+    Raises DataError when one of them is a file, MachineError when the system does not allow it.
+    """
     with writing(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def digest_of(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or all files of a folder, are on the disk: what they replace may then go."""
+    """Wait until a file, or all files of a folder, are on the disk. What they replace may be deleted after that."""
     if path.is_dir():
         for each in path.iterdir():
             flush(each)
@@ -161,13 +164,13 @@ def under_base(name: str | Path, variable: str) -> Path:
 
 
 def name_under_base(name: str | Path, variable: str) -> str:
-    """Do what `under_base` does, but return a name that is not below the folder to the letter: ./x stays ./x."""
+    """Do what `under_base` does, but return a name outside the folder exactly as it is: ./x stays ./x."""
     found = under_base(name, variable)
     return str(name) if found == Path(name) else str(found)
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: MEMDLM_CACHE, or memdlm's own in the user's cache folder."""
+    """Return the folder for files that can be made again: MEMDLM_CACHE, or memdlm's own in the user's cache folder."""
     own = os.environ.get("MEMDLM_CACHE", "").strip()
     if own:
         return Path(own)

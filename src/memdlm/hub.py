@@ -1,4 +1,4 @@
-"""The hub, if it answers: asked once and briefly, before anything is looked for there."""
+"""Ask the hub once, and briefly, whether it answers, before anything is looked up there."""
 
 import functools
 import logging
@@ -20,15 +20,15 @@ PATIENCE = 5.0
 def look_for(name: str | Path) -> None:
     """Call before `name` is looked for on the hub; nothing happens for a path that exists.
 
-    Where the hub does not answer, the rest of the process works offline, from what is cached: every single file would
-    otherwise be tried for about half a minute. HF_HUB_OFFLINE, 0 or 1, decides without asking.
+    If the hub does not answer, the rest of the process works offline, from the cache. Otherwise every single file would
+    be tried for about half a minute. If HF_HUB_OFFLINE is set, to 0 or 1, it decides and the hub is not asked.
     """
     if not Path(name).exists() and not constants.is_offline_mode() and "HF_HUB_OFFLINE" not in os.environ:
         _ask()
 
 
 def is_offline(name: str | Path) -> bool:
-    """Whether `name` would have to come from the hub, and the hub is not asked."""
+    """Whether `name` would have to come from the hub while this process works offline."""
     return not Path(name).exists() and constants.is_offline_mode()
 
 
@@ -38,16 +38,16 @@ def _ask() -> None:
     try:
         urllib.request.urlopen(request, timeout=PATIENCE).close()
     except urllib.error.HTTPError:
-        return  # an answer, if not a friendly one
+        return  # an error status is an answer too
     except OSError as error:
-        # A certificate that only the hub's own client trusts is an answer too.
+        # A rejected certificate is an answer too: the hub's own client may trust it.
         if not isinstance(getattr(error, "reason", error), ssl.SSLError):
             _go_offline(error)
 
 
 def _go_offline(error: OSError) -> None:
     log.warning(
-        "%s does not answer (%s): only what is cached is used. HF_HUB_OFFLINE=0 in the environment keeps trying.",
+        "%s does not answer (%s): only cached files are used. Set HF_HUB_OFFLINE=0 in the environment to keep trying.",
         constants.ENDPOINT,
         " ".join(str(error).split()) or type(error).__name__,
     )

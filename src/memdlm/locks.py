@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 _UNABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _HOLDER = re.compile(r"memdlm process (\d+ on \S*)\n")
 _held: set[Path] = set()
-"""Locks of this process: the system would grant it the same one twice."""
+"""Locks that this process holds: the system would grant a process the same lock twice."""
 _guard = threading.Lock()
 
 
 @contextmanager
 def locked(file: Path, what: str | Path) -> Iterator[None]:
-    """Hold the lock `file` inside the block, for `what` is being written.
+    """Hold the lock `file` inside the block, while `what` is being written.
 
-    A process that ends in any way, killed as well, holds it no longer. Raises ConfigError, which names the other
-    process, when it is held, and when `file` is no lock of this program; MachineError when it cannot be made.
+    A process that ends in any way, even killed, no longer holds the lock. Raises ConfigError when another process holds
+    it (the message names that process) and when `file` is not a lock of memdlm; MachineError when it cannot be made.
     """
     make_folder(file.parent)
     with _guard:
@@ -42,7 +42,7 @@ def locked(file: Path, what: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Removed while it is held: a process that has opened it sees that it is gone, and begins again.
+            # Removed while the lock is held: a process that has opened the file sees that it is gone, and starts over.
             file.unlink(missing_ok=True)
             os.close(descriptor)
     finally:
@@ -68,13 +68,13 @@ def _is_taken(file: Path, descriptor: int, what: str | Path) -> bool:
     """Take the lock; returns False when the file was removed meanwhile. Raises ConfigError when another holds it."""
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode):
-        raise ConfigError(f"{file} is in the way: it is no lock of memdlm. Move it away.")
+        raise ConfigError(f"{file} is in the way: it is not a lock of memdlm. Move it away.")
     written = os.pread(descriptor, 200, 0).decode(errors="replace")
     holder = _HOLDER.fullmatch(written)
     if written and holder is None:
-        raise ConfigError(f"{file} is in the way: it is no lock of memdlm. Move it away.")
+        raise ConfigError(f"{file} is in the way: it is not a lock of memdlm. Move it away.")
     try:
-        # Not flock: forked workers would inherit that, and hold it when this process is long dead.
+        # Not flock: forked workers would inherit that lock, and hold it long after this process has ended.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise ConfigError(_refusal(what, "unknown" if holder is None else holder[1])) from error

@@ -1,4 +1,4 @@
-"""Options: declared once, as dataclass fields, and turned into flags, checks and documentation from there."""
+"""Options: declared once, as dataclass fields. Flags, checks and documentation are made from these."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ T = TypeVar("T")
 if TYPE_CHECKING:
 
     class Defaulted(Generic[T]):
-        """The type of an option that takes None for its default, and never holds it."""
+        """The type of an option that may be given as None, which stands for its default; it never holds None."""
 
         def __get__(self, instance: object, owner: type) -> T: ...
         def __set__(self, instance: object, value: T | None) -> None: ...
 else:
     Defaulted = Optional
 LARGEST = 2**63
-"""Whole numbers are smaller: torch takes no larger ones."""
+"""Integers must be smaller than this: torch takes no larger ones."""
 
 
 def option(
@@ -35,8 +35,8 @@ def option(
 ) -> Any:
     """Declare a field: its default, its one-line help, and what values it may take.
 
-    `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones. What is `adjustable` may differ
-    between a training and the use of what it learned.
+    `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones. The value of an
+    `adjustable` option may differ between training and later use.
     """
     limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum, "below": below}
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "adjustable": adjustable})
@@ -48,7 +48,7 @@ def names_of(config_class: type) -> list[str]:
 
 
 def own_options_first(config_class: type[T]) -> type[T]:
-    """Let a dataclass list its own options before those of a group that it inherits; goes above `dataclass`."""
+    """List a dataclass's own options before those that it inherits; the decorator goes above `dataclass`."""
     known = dataclasses.fields(config_class)  # type: ignore[arg-type]
     ordered = sorted(known, key=lambda field: field.name not in config_class.__annotations__)
     config_class.__dataclass_fields__ = {field.name: field for field in ordered}  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def check_value(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> 
 
 
 def _check_size(name: str, value: Any) -> None:
-    """No option means NaN or infinity, and none needs more than 64 bits."""
+    """Refuse NaN, infinity, and integers that need more than 64 bits."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} must be a finite number, got {value!r}.")
     if isinstance(value, int) and not -LARGEST <= value < LARGEST:
@@ -114,7 +114,7 @@ def _check_size(name: str, value: Any) -> None:
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """Return what `value` looks like in a message of one line."""
+    """Return `value` as text for a one-line message, cut after `most` characters."""
     if isinstance(value, int) and value.bit_length() > 200:  # Python may refuse to print it
         return f"an integer of {value.bit_length()} bits"
     text = " ".join(repr(value).split())
@@ -122,7 +122,7 @@ def shortened(value: Any, most: int = 80) -> str:
 
 
 def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Return (name, type, field) triples that put `config_class`'s options, prefixed, into another dataclass.
+    """Return (name, type, field) triples that put `config_class`'s options, with the prefix, into another dataclass.
 
     The result is what `dataclasses.make_dataclass` takes, in the form that `HfArgumentParser` reads.
     """

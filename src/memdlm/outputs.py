@@ -1,9 +1,9 @@
-"""One way to replace an output: only what memdlm made goes, and only when the new one is complete.
+"""How an output is replaced: memdlm deletes only what it made, and only when the new output is complete.
 
-A folder of ours has a marker, `.memdlm.json`, with its kind and the names of all that was written there. A folder with
-anything else in it is not replaced. A new folder NAME grows beside its place as `.NAME.PID.tmp`; the earlier one is
-`.NAME.PID.old` between the two renames that exchange them, and is restored when a process was killed there.
-`.NAME.lock` keeps a second process away.
+A folder that memdlm wrote has a marker, `.memdlm.json`, with its kind and the names of everything written there. A
+folder with anything else in it is not replaced. A new folder NAME is written beside its place, as `.NAME.PID.tmp`. Two
+renames exchange it with the earlier one, which is called `.NAME.PID.old` between them. If the process is killed at
+that point, the earlier folder is restored later. `.NAME.lock` keeps a second process away.
 """
 
 import json
@@ -25,7 +25,7 @@ from memdlm.locks import locked
 
 MARKER = ".memdlm.json"
 GENERATOR = '<meta name="generator" content="memdlm">'
-"""In the head of every page that memdlm writes: what tells it from somebody else's."""
+"""Stands in the head of every page that memdlm writes, and tells these pages from others."""
 _SYSTEM = tuple(
     Path("/", name)
     for name in (
@@ -44,14 +44,14 @@ def _nothing(folder: Path) -> Collection[str]:
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A sort of folder that memdlm writes."""
+    """A kind of folder that memdlm writes."""
 
     name: str
-    """As markers say it."""
+    """The name of the kind in markers."""
     words: str
-    """As messages say it, with an article."""
+    """The kind in messages, with an article."""
     earlier: Callable[[Path], Collection[str]] = _nothing
-    """Of a folder without a marker: what memdlm wrote there, as `content` lists it, if it is one of this kind."""
+    """For a folder without a marker: returns what memdlm wrote there, as `content` lists it, if it is of this kind."""
     part: str | None = None
     """Name of a folder of the same kind, with a marker of its own, that may lie inside."""
 
@@ -59,16 +59,16 @@ class Kind:
 @final
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A folder that this process holds, and may write."""
+    """A folder that this process has locked and may write."""
 
     place: Path
     kind: Kind
 
     @contextmanager
     def replaced(self) -> Iterator[Path]:
-        """Yield an empty folder; when the block ends without an error, it takes the place of the output.
+        """Yield an empty folder, which replaces the output when the block ends without an error.
 
-        Raises MachineError when the disk is full or closed to us: the output is then as it was.
+        Raises MachineError when the disk is full or may not be written: the output is then as it was.
         """
         with _growing(self.place, self.kind) as growing:
             yield growing
@@ -80,7 +80,7 @@ class Output:
         if not self.place.exists() or not any(self.place.iterdir()):
             os.replace(growing, self.place)
             return
-        # Again: hours may have passed.
+        # Checked again: hours may have passed since the first time.
         refuse_foreign(self.place, self.kind)
         earlier = _beside(self.place, "old")
         os.replace(self.place, earlier)
@@ -97,12 +97,12 @@ class Output:
 def output_folder(
     path: str | Path, kind: Kind, *, overwrite: bool, option: str = "output", flag: str = "--overwrite"
 ) -> Iterator[Output]:
-    """Hold a folder for writing; inside the block no other process can.
+    """Lock a folder for writing; inside the block no other process can write it.
 
-    A link is followed. What a killed process left is put in order first. Raises ConfigError, and touches nothing, when
-    `path` may not be replaced: it holds anything that memdlm did not write as this kind, an earlier result and
-    `overwrite` is off, is no folder, is a place nobody means to replace (see `forbidden`), or another process writes
-    there.
+    A link is followed. What a killed process left is cleaned up first. Raises ConfigError, and touches nothing, when
+    `path` may not be replaced. That is so when it holds anything that memdlm did not write as this kind, when it holds
+    an earlier result and `overwrite` is off, when it is not a folder, when it must never be replaced (see `forbidden`),
+    and when another process is writing there.
     """
     place = resolved(path)
     refuse_place(place, path, option)
@@ -127,11 +127,11 @@ def output_file(
     option: str = "output",
     flag: str = "--overwrite",
 ) -> Iterator[Callable[[bytes], None]]:
-    """Hold a file for writing; yields what writes it, whole.
+    """Lock a file for writing; yields a function that writes the whole file.
 
-    `words` say what is written, and `is_ours` whether an earlier file is of that sort. Raises ConfigError, and touches
-    nothing, when it is not, or `overwrite` is off, or another process writes there; DataError when something other
-    than a file is there. A link is followed.
+    `words` say what is written, and `is_ours` says whether an earlier file is of that kind. A link is followed. Raises
+    ConfigError, and touches nothing, when an earlier file is of another kind, when there is one and `overwrite` is off,
+    and when another process is writing there; DataError when something other than a file is there.
     """
     place = regular(path)
 
@@ -162,7 +162,7 @@ _FILE = Kind(name="file", words="a file")
 
 @contextmanager
 def _growing(place: Path, kind: Kind) -> Iterator[Path]:
-    """Yield an empty folder beside `place`, whose marker says that memdlm may remove it; it is gone afterwards."""
+    """Yield an empty folder beside `place`, with a marker that lets memdlm remove it; it is removed afterwards."""
     make_folder(place.parent)
     growing = _beside(place, "tmp")
     with writing(place):
@@ -181,7 +181,7 @@ def is_page(path: Path) -> bool:
 
 
 def refuse_place(place: Path, shown: str | Path, option: str) -> None:
-    """Raise ConfigError when `place`, a resolved path, is no folder, or one that is never replaced."""
+    """Raise ConfigError when `place`, a resolved path, is not a folder, or is never to be replaced."""
     home = {resolved("~"), *_home_of_user()}
     running = (Path(__file__).parent, Path(sys.prefix), Path(sys.base_prefix), Path(tempfile.gettempdir()))
     reason = forbidden(place, home=home, here=Path.cwd(), running=[resolved(each) for each in running])
@@ -195,9 +195,9 @@ def refuse_place(place: Path, shown: str | Path, option: str) -> None:
 
 
 def forbidden(place: Path, *, home: Iterable[Path], here: Path, running: Iterable[Path]) -> str | None:
-    """Say why a folder must never be replaced, whatever is in it; None: it may. Nothing is looked up or touched.
+    """Return why a folder must never be replaced, whatever is in it, or None if it may be. Does not touch the disk.
 
-    All paths are resolved. `running` are folders that this program and its files live in.
+    All paths are resolved. `running` are the folders in which this program and its files are.
     """
     if place == Path(place.anchor):
         return "is the root of the file system"
@@ -216,13 +216,13 @@ def forbidden(place: Path, *, home: Iterable[Path], here: Path, running: Iterabl
 
 
 def _home_of_user() -> Iterator[Path]:
-    # HOME may name another folder, as under sudo; some containers know no user of this number.
+    # HOME may name another folder, as under sudo. In some containers the user's number has no entry.
     with suppress(KeyError):
         yield resolved(pwd.getpwuid(os.getuid()).pw_dir)
 
 
 def content(folder: Path) -> set[str]:
-    """Return all that is in `folder` but its marker, relative to it: folders end in /, what is no plain file in @."""
+    """Return the relative paths of all in `folder` but its marker. Folders end in /, links and special files in @."""
     found = set()
     for parent, names, files in os.walk(folder, onerror=_raise):
         for name in (*names, *files):
@@ -237,7 +237,7 @@ def _raise(error: OSError) -> None:
 
 
 def marked_as(folder: Path) -> str | None:
-    """Return the kind that a folder's marker says, None where there is no marker of ours."""
+    """Return the kind that a folder's marker names, or None if memdlm put no marker there."""
     marker = _marker(folder)
     return None if marker is None else str(marker["kind"])
 
@@ -254,14 +254,14 @@ def _marker(folder: Path) -> dict[str, Any] | None:
 
 
 def mark(folder: Path, kind: Kind, entries: Collection[str] | None = None) -> None:
-    """Write the marker: `entries` in `folder` are memdlm's; unset: all that is there."""
+    """Write the marker, which says that `entries` in `folder` are memdlm's; None: everything there."""
     names = sorted(content(folder) if entries is None else entries)
     facts = {"made_by": "memdlm", "kind": kind.name, "entries": names}
     (folder / MARKER).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def written_in(folder: Path, kind: Kind) -> set[str]:
-    """Return what memdlm wrote into `folder` as one of `kind`, as `content` lists it; empty: it is none."""
+    """Return what memdlm wrote into `folder` as one of `kind`, as `content` lists it; empty if it is not one."""
     marker = _marker(folder)
     if marker is None:
         return set(kind.earlier(folder))
@@ -292,12 +292,12 @@ def refuse_foreign(folder: Path, kind: Kind, *, shown: str | Path | None = None,
 
 
 def discard(folder: Path, kind: Kind) -> None:
-    """Delete what memdlm wrote into `folder`; anything else in it stays, and the folder with it."""
+    """Delete what memdlm wrote into `folder`. If anything else is in it, that stays, and so does the folder."""
     entries = written_in(folder, kind)
-    # Deepest first; the marker goes last, so that a deletion that was cut off can be ended.
+    # Deepest first. The marker goes last, so that an interrupted deletion can be finished later.
     for entry in (*sorted(entries, key=lambda each: each.rstrip("/").count("/"), reverse=True), MARKER, ""):
         path = folder / entry
-        # What cannot be deleted now is tried again at the next use; the new result is in its place.
+        # What cannot be deleted now is tried again at the next use. The new result is already in place.
         with suppress(OSError):
             if entry.endswith("/") or not entry:
                 path.rmdir()
@@ -306,7 +306,7 @@ def discard(folder: Path, kind: Kind) -> None:
 
 
 def recover(place: Path, kind: Kind) -> None:
-    """Put in order what killed processes left of `place`: an earlier result goes back, unfinished ones go.
+    """Clean up what killed processes left beside `place`: restore an earlier result, delete unfinished ones.
 
     Call it while holding the lock of `place`.
     """
@@ -323,11 +323,11 @@ def recover(place: Path, kind: Kind) -> None:
 
 
 def find(path: str | Path, kind: Kind) -> None:
-    """Before reading `path`: if it is gone because a process was killed while replacing it, put it back."""
+    """Restore `path`, before it is read, if it is missing because a process was killed while replacing it."""
     place = resolved(path)
     if place.exists() or not any(left.suffix == ".old" for left, _ in _left_of(place)):
         return
-    # A process that holds it is about to put something there; where nothing can be written, nothing is restored.
+    # A process that holds the lock will put something there. Where nothing can be written, nothing is restored.
     with suppress(MemDLMError), locked(_lock_of(place), path):
         recover(place, kind)
 
@@ -348,7 +348,7 @@ def _is_whole(folder: Path, kind: Kind) -> bool:
 
 def _is_alive(pid: int) -> bool:
     if pid == os.getpid():
-        return False  # an earlier process of the same number: this one holds the lock and has only begun
+        return False  # an earlier process had the same number: this one holds the lock and has only begun
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

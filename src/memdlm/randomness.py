@@ -3,8 +3,8 @@
 A generator is an argument everywhere. Where a draw must not depend on who shares the batch (evaluation, serving),
 callers pass a list of generators, one per row: each row then gets the numbers it would get alone.
 
-A generator gives one seed per draw; the numbers follow from (seed, index) alone, by integer arithmetic on the device
-that wants them. So a seed gives the same numbers on every device, and nothing is copied or waited for.
+A generator gives one seed per draw. The numbers follow from (seed, index) alone, by integer arithmetic on the device
+that needs them. So a seed gives the same numbers on every device, and no numbers are copied or waited for.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ MANTISSA = {torch.float32: 24, torch.float64: 53}
 """Random bits of a number, by dtype."""
 
 PART = 2**16
-"""Numbers that a processor draws at once."""
+"""Numbers that a CPU draws at once."""
 
 
 def number_of(*keys: int | str) -> int:
@@ -39,7 +39,7 @@ def derive(*keys: int | str) -> torch.Generator:
 
 
 def on_the_host(generator: torch.Generator) -> torch.Generator:
-    """Return `generator`, or a CPU generator seeded by a number of it where it lives on a device (which waits)."""
+    """Return `generator` if it is on the CPU, else a CPU generator seeded from it (waits for its device)."""
     if generator.device.type == "cpu":
         return generator
     seed = torch.randint(2**62, (1,), generator=generator, device=generator.device)
@@ -54,8 +54,8 @@ def uniform(
 ) -> Tensor:
     """Draw U[0, 1) of `shape` on `device`; with one generator per row, row i comes from generator i alone.
 
-    A row of another width begins with the same numbers. `dtype` is float32 or float64. Raises ConfigError when the
-    generators do not match the rows.
+    Such a row begins with the same numbers whatever its width. `dtype` is float32 or float64. Raises ConfigError when
+    the generators do not match the rows.
     """
     if not isinstance(randomness, torch.Generator) and len(randomness) != shape[0]:
         raise ConfigError(f"generator: got {len(randomness)} generators for {shape[0]} rows; pass one, or one per row.")
@@ -78,7 +78,7 @@ def seed_tensor(count: int, randomness: Randomness, device: torch.device | str) 
 def numbers(seed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Return U[0, 1) of `shape` on the device of `seed`: [1], or [shape[0]] with a stream for every row."""
     count = torch.Size(shape).numel() // max(1, seed.shape[0])
-    # A processor's cache holds a part; a GPU takes all at once.
+    # A part fits into a CPU's cache; a GPU takes everything at once.
     part = max(1, PART // max(1, seed.shape[0])) if seed.device.type == "cpu" else max(1, count)
     parts = [_part(seed, start, min(start + part, count), dtype) for start in range(0, count, part)]
     drawn = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) if parts else seed.new_empty(0, dtype=dtype)
@@ -93,22 +93,22 @@ def _part(seed: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
 
 def branched(seed: Tensor, place: Tensor | int) -> Tensor:
     """Return the seeds of other streams, [N]: one for every `seed` [N] and its `place` [N]."""
-    # Another step than the numbers' own, so that no branch is a later part of its stream.
+    # Not STEP, with which `numbers` counts: no branch may be a later part of the stream it starts from.
     return _mixed(seed + place * SECOND if isinstance(place, Tensor) else seed + _wrapped(place * SECOND))
 
 
 def _wrapped(value: int) -> int:
-    """Return what 64 bits hold of an integer."""
+    """Return an integer wrapped around to 64 signed bits."""
     return (value + 2**63) % 2**64 - 2**63
 
 
 def _mixed(value: Tensor) -> Tensor:
-    """Turn int64 counters into random bits, in the place of `value`: SplitMix64's output function."""
+    """Turn int64 counters into random bits with SplitMix64's output function; overwrites `value`."""
     value.bitwise_xor_(_shifted(value, 30)).mul_(FIRST)
     value.bitwise_xor_(_shifted(value, 27)).mul_(SECOND)
     return value.bitwise_xor_(_shifted(value, 31))
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Shift to the right as unsigned numbers are."""
+    """Shift to the right, as if the numbers were unsigned."""
     return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -16,8 +16,8 @@ Check: TypeAlias = Callable[[Any], bool]
 def read_json(path: str | Path) -> Any:
     """Return what the file holds; raises OSError, or ValueError that says what is wrong.
 
-    Refused are, beside what is no JSON: duplicate keys, NaN and infinity, nesting too deep for Python, and files of
-    more than `MOST_BYTES`.
+    Besides text that is not JSON, it refuses duplicate keys, NaN and infinity, nesting too deep for Python, and files
+    of more than `MOST_BYTES`.
     """
     path = Path(path)
     if path.stat().st_size > MOST_BYTES:
@@ -36,28 +36,28 @@ def read_json(path: str | Path) -> Any:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
 def _refused(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _real(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no number that can be held")
+        raise ValueError(f"{text} is too large a number")
     return value
 
 
 def is_whole(value: Any, least: int, most: int = 2**63 - 1) -> bool:
-    """Whether `value` is an integer (True is none) from `least` to `most`."""
+    """Whether `value` is an integer (True is not one) from `least` to `most`."""
     return type(value) is int and least <= value <= most
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number (True is none)."""
+    """Whether `value` is a finite number (True is not one)."""
     return type(value) in (int, float) and -1e300 < value < 1e300
 
 
@@ -97,12 +97,12 @@ def one_of(*checks: Check) -> Check:
 
 
 def check_fields(found: Any, expected: Mapping[str, Check], where: str, *, may_lack: bool = False) -> dict[str, Any]:
-    """Return `found`, an object with the `expected` fields and no others; raises ValueError that names the first wrong.
+    """Return `found`, an object with the `expected` fields and no others; raises ValueError for the first wrong.
 
     With `may_lack`, fields may be missing.
     """
     if not isinstance(found, dict):
-        raise ValueError(f"{where} is no object")
+        raise ValueError(f"{where} is not an object")
     for name in found:
         if name not in expected:
             raise ValueError(f"{where} has an unknown field {name[:80]!r}")

@@ -1,7 +1,7 @@
-"""Messages and texts as tokens: only what the chat template writes is control; what people write is text.
+"""Turn messages and texts into tokens. Only the chat template writes control tokens; what people write is text.
 
-A text may spell a control token, say <|mask|> or <|endoftext|>. In a message, a document or a context it means the
-words. A mark is put inside such a spelling before the message is rendered, so that the tokenizer does not find it.
+A text may spell a control token, say <|mask|> or <|endoftext|>. In a message, a document or a context the spelling is
+plain text. A mark is put inside it before the message is rendered, so that the tokenizer does not find it.
 """
 
 import re
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from memdlm.errors import DataError
 
 MARK = "\U0010fffd"
-"""Stands behind the first character of a control token that is meant as text. No text has it: it is private use."""
+"""Goes behind the first character of a control token that is meant as text. A private-use character: texts lack it."""
 NAMED = ("bos", "eos", "pad", "mask", "sep", "cls")
 
 Message = Mapping[str, Any]
@@ -24,21 +24,21 @@ Message = Mapping[str, Any]
 @final
 @dataclass(frozen=True, slots=True)
 class Control:
-    """The control tokens of a tokenizer: those it calls special, but for the unknown word."""
+    """The control tokens of a tokenizer: those it calls special, except the unknown token."""
 
     ids: Mapping[str, int]
-    """By spelling."""
+    """Token id of each spelling."""
     pattern: re.Pattern[str]
-    """Finds a spelling, the longest first."""
+    """Finds a spelling, and of several the longest."""
 
     def shield(self, value: Any) -> Any:
-        """Return `value` (text, or lists and mappings of texts) with a mark in all control tokens that it spells.
+        """Return `value` (text, or lists and mappings of texts) with a mark in every control token that it spells.
 
-        Raises DataError for a text that has the mark itself.
+        Raises DataError for a text that holds the mark already.
         """
         if isinstance(value, str):
             if MARK in value:
-                raise DataError("a text holds the private character U+10FFFD, which marks control tokens here.")
+                raise DataError("a text holds the private character U+10FFFD, which memdlm needs as a mark. Remove it.")
             return self.pattern.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", value)
         if isinstance(value, Mapping):
             return {name: each if name == "role" else self.shield(each) for name, each in value.items()}
@@ -58,16 +58,16 @@ def control_of(tokenizer: PreTrainedTokenizerBase) -> Control:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control | None = None) -> list[int]:
-    """Tokenize a text as itself: where it spells a control token, it means the words.
+    """Tokenize a text as plain text, even where it spells a control token.
 
-    Raises DataError for half of a surrogate pair, and for a tokenizer that cannot write the words.
+    Raises DataError for half of a surrogate pair, and for a tokenizer that cannot write the spelling as text.
     """
     check_text(text)
     return _text_ids(tokenizer, text, control_of(tokenizer) if control is None else control)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """Tokenize a text as it is: control tokens that it spells are tokens. Raises DataError, see `check_text`."""
+    """Tokenize a text; a control token that it spells becomes that token. Raises DataError, see `check_text`."""
     check_text(text)
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
@@ -75,9 +75,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tok
 def message_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation: bool = False
 ) -> list[int]:
-    """Put messages through the chat template and tokenize them, their contents as text.
+    """Put messages through the chat template and tokenize them; their contents are plain text.
 
-    `generation` appends what stands before an answer. Raises DataError, see `render` and `rendered_ids`.
+    `generation` appends what the template writes before an answer. Raises DataError, see `render` and `rendered_ids`.
     """
     control = control_of(tokenizer)
     return rendered_ids(tokenizer, render(tokenizer, control.shield(list(messages)), generation=generation), control)
@@ -88,7 +88,7 @@ def render(
 ) -> str:
     """Return what the chat template makes of shielded messages.
 
-    Raises DataError when there is no template, when it refuses the messages, and for text that is none.
+    Raises DataError when there is no template, when it refuses the messages, and for text that cannot be encoded.
     """
     if tokenizer.chat_template is None:
         raise DataError("the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model's.")
@@ -108,7 +108,7 @@ def render(
 def render_all(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, generation: bool = False
 ) -> list[str]:
-    """Do what `render` does to many conversations in one call, which is faster."""
+    """Do what `render` does, for many conversations in one call, which is faster."""
     if not conversations:
         return []
     if tokenizer.chat_template is not None:
@@ -120,12 +120,12 @@ def render_all(
             texts = []
         if texts and all(map(is_text, texts)):
             return texts
-    # One by one, to see which it is that cannot be rendered.
+    # One by one, to find the conversation that cannot be rendered.
     return [render(tokenizer, messages, generation=generation) for messages in conversations]
 
 
 def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control) -> list[int]:
-    """Tokenize what `render` returned: marked spellings as text, all others as the tokens that they are.
+    """Tokenize what `render` returned: marked spellings as text, all others as control tokens.
 
     Raises DataError when a text between control tokens is tokenized differently by itself.
     """
@@ -144,8 +144,8 @@ def rendered_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control
             ids += _text_ids(tokenizer, piece.replace(MARK, ""), control) if MARK in piece else marked
     if apart != whole:
         raise DataError(
-            "a message spells a control token, and this tokenizer cannot tell it from the token itself: it cuts texts "
-            "between control tokens in another way than by themselves. Take the words out."
+            "a message spells a control token, and this tokenizer cannot tell the spelling from the token: it cuts a "
+            "text between control tokens differently than a text alone. Take the spelling out."
         )
     return ids
 
@@ -166,8 +166,8 @@ def check_text(text: str, where: str = "") -> None:
     if not is_text(text):
         place = next(index for index, letter in enumerate(text) if "\ud800" <= letter <= "\udfff")
         raise DataError(
-            f"{where}character {place} of the text is {text[place]!a}, half of a surrogate pair and no character "
-            "(a cut emoji, or bytes that are no UTF-8). Repair the text, or take it out."
+            f"{where}character {place} of the text is {text[place]!a}, half of a surrogate pair and not a "
+            "character (a cut emoji, or bytes that are not UTF-8). Repair the text, or take it out."
         )
 
 
@@ -176,7 +176,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str, control: Control) -
     wrong = set(control.ids.values())
     if wrong.isdisjoint(ids):
         return ids
-    # The vocabulary has the spelling as a word as well, so it is cut behind its first character.
+    # The vocabulary also has the spelling as an ordinary word, so the text is cut behind its first character.
     pieces = control.pattern.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", text).split(MARK)
     ids = [
         token

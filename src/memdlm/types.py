@@ -36,11 +36,11 @@ Draws: TypeAlias = Float[Tensor, "B L"]
 Times: TypeAlias = Float[Tensor, "B"]
 """Diffusion time: 0 is clean text, 1 has every maskable token masked."""
 ViewSet: TypeAlias = Bool[Tensor, "_ L"]
-"""The same for some views of each text."""
+"""True at the positions that belong to the set, for some views of each text."""
 ViewTimes: TypeAlias = Float[Tensor, "_"]
 """Diffusion times of some views of each text."""
 Logits: TypeAlias = Float[Tensor, "N V"]
-"""Of chosen positions."""
+"""Logits of chosen positions."""
 Features: TypeAlias = Float[Tensor, "N D"]
 """Hidden states of chosen positions."""
 Values: TypeAlias = Float[Tensor, "N"]
@@ -50,7 +50,7 @@ OfTexts: TypeAlias = Float[Tensor, "B"]
 OfSamples: TypeAlias = Float[Tensor, "S"]
 """One number per memory."""
 Elementwise: TypeAlias = Float[Tensor, "*shape"]
-"""What goes in and comes out in the same shape."""
+"""The shape of an input that the output shares."""
 
 Project: TypeAlias = Callable[[Tensor], Tensor]
 """Turns features [n, D] into logits [n, V]."""
@@ -62,7 +62,7 @@ class TokenLoss(ABC):
     """A `PerToken` that is a function of the logits and knows its own derivative."""
 
     def __call__(self, features: Tensor, chosen: slice, project: Project) -> Tensor:
-        """Project, then read."""
+        """Project the features to logits, then return their `values`."""
         return self.values(project(features), chosen)
 
     @abstractmethod
@@ -71,7 +71,7 @@ class TokenLoss(ABC):
 
     @abstractmethod
     def consume(self, logits: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
-        """Return (values [n], their derivative by `logits` [n, V], in the place of `logits`); records no graph."""
+        """Return (values [n], their derivative [n, V] by `logits`); may overwrite `logits`, and records no graph."""
 
 
 IGNORE_INDEX = -100
@@ -81,15 +81,15 @@ IGNORE_INDEX = -100
 class Denoise(ABC):
     """What the diffusion mathematics needs of a network: predictions at chosen positions of a noised text.
 
-    The rows of `ids` may be a whole multiple of the rows the denoiser was made for (several views of one text,
-    row-major: views of the same text are neighbours).
+    `ids` may have a multiple of the rows that the denoiser was made for: several views of each text, with the views of
+    one text next to each other.
     """
 
     @abstractmethod
     def logits(self, ids: Ids, positions: Positions) -> Logits:
         """Return [N, V] logits of the tokens at `positions`; other positions never reach the vocabulary.
 
-        `positions` may be on the host, where a decoding loop knows them.
+        `positions` may be on the CPU, where a decoding loop has them.
         """
 
     @abstractmethod
@@ -97,15 +97,15 @@ class Denoise(ABC):
         """Return [N, D] last hidden states, after the final norm, at `positions`."""
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:
-        """Return [N, D], what `read` hands to a `PerToken`; here the logits."""
+        """Return what `read` hands to a `PerToken`, one row per position; here the logits [N, V]."""
         return self.logits(ids, positions)
 
     def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
-        """Return [N] values, `per_token` of every position; a network may take the positions in several chunks."""
+        """Return [N] values, `per_token` at every position; a network may take the positions in several chunks."""
         return per_token(self.features(ids, positions), slice(0, positions.shape[0]), _as_it_is)
 
     def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiated once."""
+        """Return (the sum [] of `weights` [N] times `read`, the values [N] without gradient); differentiable once."""
         values = self.read(ids, positions, per_token)
         return (values * weights.to(values.dtype)).sum(), values.detach()
 

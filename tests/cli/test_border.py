@@ -189,7 +189,7 @@ def test_an_encoding_that_lacks_a_character_shows_its_number():
         ),
         (
             ["generate", "--model", MODEL, "--suppress_tokens", "512", "--", "w1"],
-            "token 512 is not one of the vocabulary",
+            "token 512 is not in the vocabulary",
         ),
         (["generate", "--model", MODEL, "--cfg_keep_tokens", "-3", "--", "w1"], "-3 is no token id"),
         (

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from memdlm.diffusion import Corrupted
+from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.chunks import Text
 from memdlm.randomness import derive
@@ -101,7 +102,8 @@ def test_a_text_is_cut_with_all_that_belongs_to_it():
             assert part.mask.equal(mask[:, :, rows, start:stop])
 
 
-def test_nothing_of_a_chunk_is_kept():
+@pytest.mark.parametrize("update", ["sequential", "accumulated"])
+def test_nothing_of_a_chunk_is_kept(update):
     """Bytes that autograd holds at most, at 2 and at 8 chunks."""
 
     def peak(chunks):
@@ -119,8 +121,125 @@ def test_nothing_of_a_chunk_is_kept():
                 held -= self.size
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), torch.no_grad():
-            with memory_of(tiny("small"), chunk_length=32).write(random_ids(1, 32 * chunks), generator=rng()):
+            memory = memory_of(tiny("small"), chunk_length=32, chunk_update=update)
+            with memory.write(random_ids(1, 32 * chunks), generator=rng()):
                 pass
         return most
 
     assert peak(8) == peak(2)
+
+
+STRIDED = {"masking_strategy": "strided", "strides": 2, "num_inner_steps": 1, "chunk_update": "accumulated"}
+
+
+def moves(memory, ids, **arguments):
+    """By how much a write moves each tensor."""
+    with memory.write(ids, generator=rng(), **arguments):
+        after = [tensor.clone() for tensor in memory.fast.tensors()]
+    memory.fast.reset(len(ids), rng())
+    return [tensor - start for tensor, start in zip(after, memory.fast.tensors(), strict=True)]
+
+
+@every_family
+@pytest.mark.parametrize("norm", ["token", "sequence", "batch"])
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_accumulated_chunks_take_the_step_of_their_gradients_sum(family, norm, clip):
+    """A text of 12 tokens in chunks of 8: the gradients of 8 and of 4 tokens, each from its own write, unclipped."""
+    model, ids = tiny(family, torch.float64), random_ids(2, 12)
+    plain = {**STRIDED, "inner_grad_clip": 0.0, "loss_norm_type": norm, "loss_weight_type": "uniform"}
+    first, second = (moves(memory_of(model, **plain), part) for part in (ids[:, :8], ids[:, 8:]))
+    shares = (1.0, 1.0) if norm == "batch" else (8 / 12, 4 / 12)
+    memory = memory_of(model, chunk_length=8, **(plain | {"inner_grad_clip": clip}))
+    expected = [-(shares[0] * a + shares[1] * b) for a, b in zip(first, second, strict=True)]
+    for found, gradient in zip(moves(memory, ids), memory.update.clip(expected), strict=True):
+        assert_close(found, -gradient, rtol=1e-9, atol=1e-12)
+    assert any(step.abs().max() > 0 for step in first)
+    sequential = moves(memory_of(model, chunk_length=8, **(plain | {"chunk_update": "sequential"})), ids)
+    assert not all(torch.allclose(a, -b) for a, b in zip(sequential, expected, strict=True))
+
+
+@every_family
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_outer_loss_goes_through_accumulated_chunks(family, steps):
+    """The exact gradient by central differences in float64, of weights in the adapted blocks and below them."""
+    model = tiny(family, torch.float64)
+    options = STRIDED | {"num_inner_steps": steps, "num_inner_epochs": 1, "chunk_length": 5, "chunk_overlap": 1}
+    memory = memory_of(model, outer_gradient="exact", learn_start=True, **options)
+    ids, question = random_ids(2, 12), random_ids(2, 7, seed=1)
+
+    def loss():
+        with memory.write(ids, generator=rng(3)) as written:
+            assert written.losses.shape == (steps, 2)
+            return model(question).logits.log_softmax(-1)[..., 5].mean()
+
+    model.requires_grad_(True)
+    loss().backward()
+    lower, upper = (next(iter(layer.parameters())) for layer in (model.model.layers[0], model.model.layers[-1]))
+    for index, parameter in enumerate((lower, upper, memory.learned.starts[0])):
+        direction = torch.randn(parameter.shape, generator=derive("d", index), dtype=torch.float64)
+        found = []
+        with torch.no_grad():
+            for move in (1e-6, -2e-6, 1e-6):
+                parameter.add_(move * direction)
+                found.append(loss())
+        assert_close((parameter.grad * direction).sum(), (found[0] - found[1]) / 2e-6, rtol=1e-5, atol=1e-9)
+        assert parameter.grad.abs().sum() > 0
+
+
+@every_family
+@pytest.mark.parametrize("update", ["sequential", "accumulated"])
+def test_an_overlap_is_shown_and_not_written_again(family, update):
+    model, ids = tiny(family), random_ids(2, 14)
+    memory = memory_of(model, **(STRIDED | {"chunk_update": update}), chunk_length=6, chunk_overlap=2)
+    done = []
+    with memory.write(ids, generator=rng(), on_chunk=done.append) as written:
+        assert written.num_tokens == 2 * 14
+    assert done == [6, 10, 14]
+    parts = list(Text(ids, ids >= 0, None, None).chunks(6, 2))
+    assert [part.clean.tolist() for part in parts] == [ids[:, start : start + 6].tolist() for start in (0, 4, 8)]
+    assert [part.is_maskable[0].tolist() for part in parts] == [[True] * 6, *[[False] * 2 + [True] * 4] * 2]
+    assert [part.clean.shape[1] for part in Text(ids[:, :10], ids[:, :10] >= 0, None, None).chunks(6, 2)] == [6, 6]
+
+
+def test_a_word_of_the_chunk_before_changes_what_an_overlap_writes():
+    model, ids = tiny("llada", torch.float64), random_ids(1, 12)
+    other = ids.clone()
+    other[:, 5] = (other[:, 5] + 1) % 20
+    differs = []
+    for overlap in (0, 1):
+        memory = memory_of(model, **STRIDED, chunk_length=6, chunk_overlap=overlap)
+        later = []
+        for text in (ids, other):
+            seen: list[torch.Tensor] = []
+            note = lambda module, args, out, seen=seen: seen.append(args[0])
+            hook = model.model.embed_tokens.register_forward_hook(note)
+            with memory.write(text, generator=rng()):
+                pass
+            hook.remove()
+            later.append(torch.cat([each.flatten() for each in seen[1:]]))
+        differs.append(not torch.equal(*later))
+    assert differs == [False, True]
+
+
+def test_a_shorter_text_in_the_batch_is_accumulated_as_alone():
+    model, ids = tiny("llada", torch.float64), random_ids(2, 12)
+    keep = torch.arange(12) < torch.tensor([12, 3])[:, None]
+    memory = memory_of(model, chunk_length=4, **STRIDED)
+    generators = lambda: [derive("row", row) for row in range(2)]
+    _, *together = values(memory, ids.masked_fill(~keep, PAD), attention_mask=keep, generator=generators())
+    _, *alone = values(memory, ids[1:, :3], generator=generators()[1:])
+    for several, one in zip(together, alone, strict=True):
+        assert_close(several.select(-3, 1), one.select(-3, 0), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"chunk_overlap": 4}, "mem_chunk_overlap=4 has no effect without mem_chunk_length"),
+        ({"chunk_length": 4, "chunk_overlap": 4}, "mem_chunk_overlap=4 leaves nothing new"),
+        ({"chunk_length": 4, "chunk_update": "joint"}, "chunk_update"),
+    ],
+)
+def test_refusals(options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        MemoryConfig(**options)

@@ -180,9 +180,9 @@ def test_what_reading_needs_is_checked_before_it_is_used(original, tmp_path, nam
     ("text", "reason"),
     [
         ("[" * 100_000, "nested too deeply"),
-        ('{"format": 1, "format": 1}', "stands there twice"),
-        ('{"format": Infinity}', "Infinity is no JSON number"),
-        ('{"format": 1e999}', "no number that can be held"),
+        ('{"format": 1, "format": 1}', "occurs twice"),
+        ('{"format": Infinity}', "Infinity is not a JSON number"),
+        ('{"format": 1e999}', "too large a number"),
         ("[]", "has format None"),
         ('"text"', "has format None"),
         ("\x00", "could not be read"),
@@ -207,7 +207,7 @@ def test_a_memory_with_nan_in_its_tensors_is_refused(original, tmp_path, value):
     memory = memory_of()
     with pytest.raises(MemoryFileError, match=r"finite|NaN"), memory.recall(folder):
         pass
-    with pytest.raises(CheckpointError, match="no matrix of finite numbers"):
+    with pytest.raises(CheckpointError, match="not a matrix of finite numbers"):
         load_outer_adapter(tiny("lladamoe"), folder)
 
 

@@ -1,4 +1,4 @@
-"""In which order a canvas is filled: lists of position sets, one per block, in which every row has its own columns."""
+"""The order in which a canvas is filled: lists of position sets, one per block; rows may have different columns."""
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ def absolute_blocks(batch: int, length: int, block_size: int, device: torch.devi
 def absolute_blocks_from(
     prompt_lengths: Tensor, length: int, max_new_tokens: int, block_size: int
 ) -> list[PositionSet]:
-    """Cut the columns into blocks that start at column 0, and begin in every row with the one its prompt ends in.
+    """Cut the columns into blocks from column 0, and begin each row with the block of its first response token.
 
-    The k-th set holds the k-th block of every row that is not wholly prompt: [B, length]. The last one of a row is
+    The k-th set holds the k-th block of every row that is not wholly prompt: [B, length]. A row's last block is
     whole, so it may reach beyond the row's `max_new_tokens`.
 
         prompt 3, 4 new   p p p . | . . . .      block_size 4
@@ -36,6 +36,6 @@ def absolute_blocks_from(
     first = prompt_lengths[:, None] // block_size
     last = (prompt_lengths[:, None] + max_new_tokens - 1) // block_size
     inside = (block >= first) & (block <= last)
-    # A block more than the response needs if it fitted: the prompt may end inside one.
+    # One more block than the response fills, because the prompt may end inside a block.
     most = -(-(max_new_tokens - 1) // block_size) + 1
     return [inside & (block == first + index) for index in range(most)]

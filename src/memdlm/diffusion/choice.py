@@ -31,7 +31,7 @@ class Confidence(ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class LowConfidence(Confidence):
-    """The probability of the predicted token, in float32 so that bf16 ties cannot decide: the unsure stay masked."""
+    """The probability of the predicted token, in float32 so that bf16 ties cannot decide; unsure tokens stay masked."""
 
     def confidence(self, logits: Logits, token: TokenIds, draw: Draw | None) -> Values:
         """Return softmax(logits) at `token`."""
@@ -74,7 +74,7 @@ class TokenSampler:
     top_k: int | None = None
     """Only the k likeliest tokens (and what ties with the last of them) count."""
     top_p: float | None = None
-    """Only the likeliest tokens whose predecessors hold at most this much probability count."""
+    """Only the likeliest tokens count: those whose likelier tokens together hold at most this much probability."""
     suppress: tuple[int, ...] = ()
     """Tokens that are never predicted."""
     postpone: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class TokenSampler:
     ) -> tuple[Tensor, Tensor]:
         """Return (token [N], confidence [N]) for `logits` [N, V].
 
-        With one generator per row, `rows` [N] says whose each line is (ascending): a row's draws are then those it
+        With one generator per row, `rows` [N] (ascending) names the row of each line: a row's draws are then those it
         would get alone. Raises ConfigError when something must be drawn and there is no generator.
         """
         draw = None if generator is None else _drawer(generator, rows, logits)
@@ -121,24 +121,24 @@ class TokenSampler:
 @functools.lru_cache(maxsize=64)
 def ids_on(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Return `ids` as a tensor on `device`, copied there once."""
-    with torch.inference_mode(False):  # whoever asks first must not decide what others may do with it
+    with torch.inference_mode(False):  # a cached tensor must not be bound to its first caller's mode
         return torch.tensor(ids).to(device, non_blocking=True)
 
 
 def _drawer(generator: Randomness, rows: Tensor | None, logits: Logits) -> Draw:
-    """Return what draws for every line of `logits` [N, V]; each draw takes one number of a generator, whatever N."""
+    """Return a function that draws for every line of `logits` [N, V], with one number of each generator, whatever N."""
     count, device = logits.shape[0], logits.device
     if isinstance(generator, torch.Generator):
         owners, row_of, place_of = [generator], torch.zeros(count, dtype=torch.int64), torch.arange(count)
     elif rows is None:
-        raise ConfigError("generator: one per row was given, but not which row each position belongs to.")
+        raise ConfigError("generator: one per row was given, but not the row of each position; pass rows.")
     else:
         known, row_of, sizes = rows.cpu().unique_consecutive(return_inverse=True, return_counts=True)
         owners = [generator[row] for row in known.tolist()]
         place_of = torch.arange(count) - (sizes.cumsum(0) - sizes)[row_of]
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # Every row has its own stream of numbers, and every position of it a branch of that.
+        # Every row has its own stream of numbers, and every position in the row a branch of that stream.
         seeds = seed_tensor(len(owners), owners, device) if count else torch.zeros(1, dtype=torch.int64, device=device)
         there = [each.to(device, non_blocking=True) for each in (row_of, place_of)]
         return numbers(branched(seeds[there[0]], there[1]), (count, *shape), dtype)

@@ -21,7 +21,7 @@ class ClassifierFree(Denoise):
         free: Denoise | None = None,
     ) -> None:
         self.denoise, self.is_given = denoise, is_given
-        # A denoiser that remembers what it has seen needs a twin for the text without its prompt.
+        # A denoiser with a cache needs a second one for the text without its prompt.
         self.free = denoise if free is None else free
         self.mask_token_id, self.scale = mask_token_id, scale
 

@@ -74,7 +74,7 @@ def weighted_nll(denoise: Denoise, clean: Ids, is_masked: PositionSet, share: Te
 
 
 def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_token_id: int) -> bool:
-    """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; T passes.
+    """Whether decoding one token per step, most confident first, reproduces `target_ids` [T]; takes T passes.
 
     Raises NotFiniteError when the network computes NaN or infinity.
     """

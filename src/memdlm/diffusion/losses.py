@@ -54,7 +54,7 @@ def weight_of(name: str, schedule: Schedule, t: Times) -> Tensor:
 
 
 def cross_entropy(logits: Logits, targets: TokenIds) -> Values:
-    """Return [N] nats, in float32 at least whatever the dtype of `logits` [N, V]."""
+    """Return [N] nats, in float32 or wider, whatever the dtype of `logits` [N, V]."""
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, reduction="none")
@@ -88,7 +88,7 @@ class Nats(TokenLoss):
 
 
 def row_sums(values: Values, positions: Positions, shape: torch.Size) -> OfTexts:
-    """Sum `values` [N] at `positions` of a [B, L] tensor over each row: [B]; same bits in every run."""
+    """Sum `values` [N] at `positions` of a [B, L] tensor over each row: [B]; bitwise the same in every run."""
     dense = values.new_zeros(shape.numel()).scatter(0, positions, values)
     return dense.view(shape).sum(-1)
 
@@ -104,10 +104,10 @@ def normalise(
 ) -> Tensor:
     """Turn per-row sums [B] into one loss per sample [S]; sample s owns rows s*B/S .. (s+1)*B/S - 1.
 
-    With c the `counts` [B]: token: sum(sums) / sum(c); sequence: mean(sums / c); batch: mean(sums). Under
-    gradient accumulation or several ranks pass `total_tokens` and `total_rows`, the numbers of the whole
-    optimizer step: parts of a batch then add up to exactly what the whole batch gives. Rows or samples that
-    count nothing contribute 0. Raises ConfigError for an unknown norm.
+    With c the `counts` [B], the norm token is sum(sums) / sum(c), sequence is mean(sums / c), batch is mean(sums).
+    Under gradient accumulation or with several ranks, pass `total_tokens` and `total_rows` of the whole optimizer
+    step: the parts of a batch then add up to exactly what the whole batch gives. Rows or samples without counted
+    tokens contribute 0. Raises ConfigError for an unknown norm.
     """
     sums, counts = sums.view(samples, -1), counts.view(samples, -1).to(sums.dtype)
     rows = sums.shape[1] if total_rows is None else total_rows
@@ -124,7 +124,7 @@ def normalise(
 def shares(
     counts: Tensor, norm: str, *, total_tokens: Tensor | float | None = None, total_rows: Tensor | float | None = None
 ) -> Tensor:
-    """Return [B] float64, what `normalise` multiplies each row's sum by: one sample's loss is (sums * shares).sum()."""
+    """Return [B] float64, the factors of `normalise` for the rows' sums: one sample's loss is (sums * shares).sum()."""
     wide = counts.double()
     if norm == "token":
         return 1 / (wide.sum().clamp_min(1) if total_tokens is None else total_tokens) * torch.ones_like(wide)
@@ -138,24 +138,25 @@ def shares(
 
 @dataclass(frozen=True, slots=True)
 class MaskedLoss:
-    """What one denoising pass lost."""
+    """The loss of one denoising pass."""
 
     sums: OfTexts
     """[B] weighted nats, summed over the masked positions of each row; carries the gradient."""
     bound: Tensor
     """[B] the same with the schedule's weight, without gradient: an estimate of each row's NELBO, in nats."""
     counts: Counts
-    """[B] int64, maskable positions of each row."""
+    """[B] int64, the number of maskable positions of each row."""
     loss: Tensor | None = None
-    """[] with `norm`: the sums, normalised; it carries the gradient then, and they have none."""
+    """[] the normalised sums, if a `norm` was given. It then carries the gradient, and the sums do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planner:
     """Planner-aware path learning (PAPL, arXiv 2509.23405, Eq. 7): the loss counts more where decoding would go next.
 
-    A masked token's cross-entropy counts 1 + weight * share times (weight is the paper's alpha), where the shares of a
-    row are the softmax of its masked tokens' log-probabilities over `temperature` (tau): 1 in all, without gradient.
+    A masked token's cross-entropy is multiplied by 1 + weight * share. The shares of a row are the softmax of its
+    masked tokens' log-probabilities, divided by `temperature`. They add up to 1 and carry no gradient. The paper calls
+    the weight alpha and the temperature tau.
     """
 
     weight: float
@@ -183,9 +184,9 @@ def masked_loss(
 ) -> MaskedLoss:
     """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss).
 
-    With a `planner` the sums count what decoding would commit first more; the bound never does. With `norm` the result
-    has a `loss`, normalised as by `normalise`: what every token counts is then known beforehand (unless a planner
-    says), so that our families never hold more than a chunk of logits, nor compute one twice.
+    A `planner` gives tokens that decoding would commit first more weight in the sums; the bound stays the same. With
+    `norm` the result has a `loss`, normalised as by `normalise`. Every token's weight is then known beforehand (unless
+    there is a planner). So our families hold at most a chunk of logits at a time, and compute each chunk once.
     """
     positions, counts = positions_of(noised.is_masked), is_maskable.sum(-1)
     per_token, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, noised.t)

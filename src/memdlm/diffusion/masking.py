@@ -56,7 +56,7 @@ def corrupt(
     schedule: Schedule,
     mask_token_id: int,
 ) -> Corrupted:
-    """Replace each maskable token by [MASK] with probability 1 - alpha(t) of its row (q(x_t | x_0)).
+    """Replace each maskable token by [MASK] with probability 1 - alpha(t), t being its row's time (q(x_t | x_0)).
 
     `uniform` [B, L] holds the U[0, 1) draws, so the same draws give the same noise whatever else changes.
     """

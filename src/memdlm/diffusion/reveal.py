@@ -17,9 +17,10 @@ class Reveal(ABC):
 
     @abstractmethod
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
-        """Return [B, S] int64 on the CPU: what row i commits in step j of a block that opens with `num_open` [B].
+        """Return [B, S] int64 on the CPU: how many tokens row i commits in step j of a block.
 
-        S bounds the steps; the quotas of a row add up to `num_open` or more.
+        The block begins with `num_open` [B] open positions. S bounds the steps; the quotas of a row add up to
+        `num_open` or more.
         """
 
     @property
@@ -53,7 +54,7 @@ class Scheduled(Reveal):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Even(Reveal):
-    """Equal shares, what is left over going to the first steps (LLaDA)."""
+    """Equal shares; the first steps take one more until the remainder is used up (LLaDA)."""
 
     steps: int
 
@@ -68,37 +69,37 @@ class Even(Reveal):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Above(Reveal):
-    """Whatever is surer than `threshold`, but no fewer than an even share of `block_size` (LLaDA2.x)."""
+    """All predictions surer than `threshold`, but no fewer than an even share of `block_size` (LLaDA2.x)."""
 
     threshold: float
     block_size: int
     steps: int
 
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
-        """Share out a whole block, however much of it is open: the larger shares come first."""
+        """Spread a whole block, even if only a part of it is open; the larger shares come first."""
         steps = min(self.steps, self.block_size)
         share = self.block_size // steps + (torch.arange(steps) < self.block_size % steps).long()
         return share.expand(num_open.shape[0], -1)
 
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
-        """Count the sure ones."""
+        """Return the number of sure predictions, at least `quota`."""
         return (confidence > self.threshold).sum(-1).maximum(quota)
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AtLeast(Reveal):
-    """Whatever is surer than `threshold`, but no fewer than `num_to_transfer` (LLaDA2.1)."""
+    """All predictions surer than `threshold`, but no fewer than `num_to_transfer` (LLaDA2.1)."""
 
     threshold: float
     num_to_transfer: int = 1
 
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
-        """Return the same number for as many steps as it can take."""
+        """Return `num_to_transfer` for as many steps as the block can take."""
         return _as_long_as_it_takes(num_open, self.num_to_transfer)
 
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
-        """Count the sure ones."""
+        """Return the number of sure predictions, at least `quota`."""
         return (confidence > self.threshold).sum(-1).maximum(quota)
 
 
@@ -110,11 +111,11 @@ class Factor(Reveal):
     factor: float
 
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
-        """Return 1 for as many steps as it can take."""
+        """Return 1 for as many steps as the block can take."""
         return _as_long_as_it_takes(num_open, 1)
 
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
-        """Count; the bound rises with r while the confidence falls, so those that pass come first."""
+        """Return how many pass: the bound rises with r while the confidence falls, so these come first."""
         rank = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device, dtype=confidence.dtype)
         return (confidence >= 1 - self.factor / (rank + 1)).sum(-1).maximum(quota)
 
@@ -133,10 +134,10 @@ def reveal_counts(
 ) -> Tensor:
     """Spread each row's masked tokens over `steps`: [B] -> [B, S'], S' <= steps, int64 on the CPU.
 
-    At step j a masked token survives with probability `schedule.stay_masked((S-j-1)/S, (S-j)/S)`; the expected
-    number of the others, rounded half to even, is revealed (with a `generator`, or one per row: a binomial draw). Steps
-    that would reveal nothing are dropped, since the network is not told the time: skipping them is exact. Every
-    row's total equals its number of masks.
+    At step j a token stays masked with probability `schedule.stay_masked((S-j-1)/S, (S-j)/S)`, S being `steps`. The
+    expected number of the others, rounded half to even, is revealed. With a `generator`, or one per row, the number is
+    a binomial draw instead. Steps that would reveal nothing are dropped. That is exact, because the network is not told
+    the time. Every row's total equals its number of masked tokens.
     """
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}.")

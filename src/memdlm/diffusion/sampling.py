@@ -1,12 +1,12 @@
 """The reverse process: one loop that fills the open positions of a canvas, block by block, step by step.
 
-The loop owns the control flow. What varies is a small object: which token and how sure (`TokenSampler`), how many a
-step commits (`Reveal`), whether committed tokens may change (`Edit`), when a row is finished (`EosStop`); or data: the
-blocks. A step sees the whole canvas but predicts only positions of its block; the mask token is never predicted, so
-nothing is left open, and every block takes a bounded number of steps.
+The loop owns the control flow. Small objects decide what varies: which token and how sure (`TokenSampler`), how many
+tokens a step commits (`Reveal`), whether committed tokens may change (`Edit`), when a row is finished (`EosStop`). The
+blocks are data. A step sees the whole canvas but predicts only positions of its block. The mask token is never
+predicted, so nothing is left open, and every block takes a bounded number of steps.
 
-Rows share nothing but the pace: a row without open positions in the current block is not asked for, so the denoiser
-need not run it. Equally sure predictions are committed in the order of their columns, on every device.
+Rows share only the pace: a row without open positions in the current block is not predicted, so the denoiser need not
+run it. Equally sure predictions are committed in the order of their columns, on every device.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ from memdlm.types import Denoise, Ids, Logits, PositionSet
 class Edit:
     """Token editing (LLaDA2.1): a committed token of the current block is replaced by a surer, different prediction.
 
-    A full block is looked at again until nothing changes, at most `max_post_steps` times.
+    A full block is predicted again until nothing changes, at most `max_post_steps` times.
     """
 
     threshold: float = 0.9
@@ -49,7 +49,7 @@ class Step:
     num_scored: int
     """Positions that reached the vocabulary projection."""
     confidence: Tensor
-    """[B, T] of the predictions, -inf where nothing was predicted."""
+    """[B, T] the confidence of each prediction, -inf where nothing was predicted."""
     is_edited: PositionSet
     """[B, T] true where the step replaced a token."""
 
@@ -70,8 +70,8 @@ def denoise_canvas(
 ) -> Iterator[Step]:
     """Fill the open positions of `ids` [B, T], one block after the other, and yield after every step.
 
-    `blocks` are position sets; rows may differ in everything: prompt length, block, open tokens. How many tokens a
-    step commits is `reveal`'s to say, or the linear schedule's in `steps_per_block` steps. Runs without gradient.
+    `blocks` are position sets; rows may differ in everything: prompt length, block, open tokens. `reveal` says how many
+    tokens a step commits; with `steps_per_block` the linear schedule does, over so many steps. Runs without gradient.
 
     Raises NotFiniteError when the network's logits hold NaN or infinity: on the CPU before the step is yielded,
     elsewhere where the next step waits for the device anyway.
@@ -104,7 +104,7 @@ class _Loop:
     def fill(self, ids: Ids, is_open: PositionSet, block: PositionSet) -> Iterator[tuple[Step, PositionSet]]:
         """Fill one block; yields every step with what is still open after it."""
         region = is_open & block
-        # Waits for the device to learn which positions, once per step: its work depends on what the last one decided.
+        # Waits for the device, here and once per step: which positions to predict depends on the step before.
         known = (region & self.seen.are_finite).cpu()
         num_open = known.sum(-1)
         quotas = self.reveal.quotas(num_open, self.generator)
@@ -118,7 +118,7 @@ class _Loop:
             in_block = is_open & block
             is_scored = in_block if self.edit is None else review.scored(in_block)
             if index > 0 and is_foreseen:
-                # Of the rows that go on, all positions of the block: predictions for filled ones are not looked at.
+                # In rows that go on, all positions of the block; predictions for filled positions are ignored.
                 known = known & (num_open > quotas[:, :index].sum(1))[:, None]
             elif index > 0:
                 known = (is_scored & self.seen.are_finite).cpu()
@@ -135,10 +135,10 @@ class _Loop:
             yield step, is_open
 
     def _is_foreseen(self, device: torch.device) -> bool:
-        """Whether how many tokens each step of a block commits is known when it begins.
+        """Whether the number of tokens that each step of a block commits is known when the block begins.
 
-        A device is then not waited for between the steps. On the CPU that would only cost predictions; and draws would
-        be other ones.
+        The loop then need not wait for a device between the steps. It is False on the CPU, where there is nothing to
+        gain and filled positions would be predicted again; and with a sampler that draws, whose draws would change.
         """
         ends = (self.stop, self.edit, self.stable)
         is_fixed = self.reveal.is_fixed and not self.sampler.draws and all(each is None for each in ends)
@@ -175,25 +175,25 @@ class _Loop:
 
 
 class _Logits:
-    """Whether all that the network has predicted were numbers; once they are not, no position is asked for."""
+    """Whether all logits so far allowed a choice; once they do not, no more positions are predicted."""
 
     def __init__(self, device: torch.device) -> None:
         self.are_finite = torch.ones((), dtype=torch.bool, device=device)
 
     def see(self, logits: Logits) -> None:
-        """Look at new ones; where that is free, at once."""
+        """Take new logits into account; on the CPU, where checking is free, raise at once."""
         self.are_finite = self.are_finite & are_logits(logits).to(self.are_finite.device)
         if self.are_finite.device.type == "cpu":
             self.check()
 
     def check(self) -> None:
-        """Raise NotFiniteError if some were not; waits for the device."""
+        """Raise NotFiniteError if some logits held NaN or infinity; waits for the device."""
         if not bool(self.are_finite):
             raise NotFiniteError("the model's logits hold NaN or infinity, from which no token can be chosen.")
 
 
 class _Review:
-    """Which rows look at a block again under token editing."""
+    """Which rows predict a full block again under token editing."""
 
     def __init__(self, region: PositionSet, edit: Edit | None) -> None:
         self.region, self.edit = region, edit
@@ -213,7 +213,7 @@ class _Review:
 
 
 class _Streak:
-    """How long each row's predictions have not changed."""
+    """For how many steps each row's predictions have not changed."""
 
     def __init__(self, ids: Ids, stable: StableAnswer | None) -> None:
         self.stable = stable

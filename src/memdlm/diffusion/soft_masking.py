@@ -23,7 +23,7 @@ from memdlm.types import Denoise, Ids, Logits, Positions, Project
 
 
 class Feedback(NamedTuple):
-    """What N masked positions are shown as."""
+    """What the network sees at N masked positions."""
 
     positions: Positions
     tokens: Tensor
@@ -37,7 +37,7 @@ class Feedback(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SoftMask:
-    """How a prediction becomes feedback; also the `PerToken` function that keeps no more of the logits than that."""
+    """How a prediction becomes feedback; also a `PerToken` function, which keeps only the feedback of the logits."""
 
     mask_token_id: int
     top_k: int
@@ -53,7 +53,7 @@ class SoftMask:
     def feedback(self, logits: Logits, positions: Positions) -> Feedback:
         """Return the feedback of predictions `logits` [N, V] at `positions` [N]; the mask token is never a part of it.
 
-        In float32 at least: token numbers must come through `__call__` unharmed.
+        Computed in float32 or wider, so that `__call__` returns token ids exactly.
         """
         wide = logits if logits.dtype == torch.float64 else logits.float()
         wide = wide.index_fill(-1, ids_on((self.mask_token_id,), wide.device), float("-inf"))
@@ -75,17 +75,22 @@ class SoftMask:
 class SoftMaskOptions:
     """The options of soft-masking that training and decoding share."""
 
-    soft_mask_top_k: int = option(3, "Soft-masking: of so many likeliest tokens.", minimum=1, maximum=2**16)
+    soft_mask_top_k: int = option(
+        3, "Soft-masking: how many of the likeliest tokens are mixed in.", minimum=1, maximum=2**16
+    )
     soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
     soft_mask_steepness: float = option(
         5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
     )
     soft_mask_centre: float = option(
-        -1.0, "Soft-masking: minus the entropy (nats) with half of the largest share.", minimum=-1e6, maximum=0
+        -1.0,
+        "Soft-masking: minus the entropy (nats) at which the share is half of the largest.",
+        minimum=-1e6,
+        maximum=0,
     )
 
     def soft_masking(self, mask_token_id: int) -> SoftMask:
-        """Build what feeds predictions back."""
+        """Return the `SoftMask` that these options describe."""
         return SoftMask(
             mask_token_id=mask_token_id,
             top_k=self.soft_mask_top_k,

@@ -1,4 +1,4 @@
-"""When a row is finished before all its blocks are."""
+"""Rules by which a row, or a block, is finished early."""
 
 import functools
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Prompts -> a canvas to be filled: what is open, in which blocks, and how many tokens a step commits."""
+"""From prompts to a canvas to be filled: what is open, in which blocks, and how many tokens a step commits."""
 
 import math
 import warnings
@@ -30,19 +30,19 @@ class Canvas:
     ids: Ids
     """[B, T], with mask tokens at the open positions."""
     lengths: Tensor
-    """[B] int64 on the CPU: where each row ends; what follows is not there."""
+    """[B] int64 on the CPU: where each row ends; the columns after that are padding."""
     is_open: PositionSet
     blocks: list[PositionSet]
     block_size: int
     prompt_lengths: Tensor
     """[B] int64 on the CPU."""
     response_ends: Tensor
-    """[B] int64 on the CPU: where what was asked for ends; a whole block may reach further."""
+    """[B] int64 on the CPU: where the requested response ends; its last block may reach further."""
 
     most_new: int
-    """The tokens asked for per row; of an infilling, those of a block."""
+    """How many tokens were requested per row; for an infilling, the tokens of a block."""
     num_shares: int
-    """Among how many blocks `steps` are shared out: as many as the response fills, wherever the prompt ends."""
+    """Over how many blocks `steps` are spread: as many as the response fills, wherever the prompt ends."""
 
     @property
     def most_asked(self) -> int:
@@ -59,7 +59,7 @@ class Canvas:
 
     @property
     def is_response(self) -> PositionSet:
-        """[B, T] true where the answer stands."""
+        """[B, T] true at the positions of the response."""
         column = torch.arange(self.ids.shape[1], device=self.ids.device)
         first, last = (
             each.to(self.ids.device, non_blocking=True)[:, None] for each in (self.prompt_lengths, self.response_ends)
@@ -105,7 +105,7 @@ def response_canvas(
 def infill_canvas(
     rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
 ) -> Canvas:
-    """Lay out texts with mask tokens in them. Raises DataError for one without."""
+    """Lay out texts with mask tokens in them. Raises DataError for a text without one."""
     for index, row in enumerate(rows):
         if not bool((row == special.mask).any()):
             raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
@@ -130,21 +130,21 @@ def infill_canvas(
 
 
 def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
-    """Return how many tokens a step commits. `steps` are shared out among the blocks; unset: one a token."""
+    """Return the rule for how many tokens a step commits. `steps` are spread over the blocks; unset: one per token."""
     threshold, fewest = config.threshold, config.num_to_transfer
     if config.factor is not None:
         return Factor(factor=config.factor)
     if config.editing_threshold is not None or fewest is not None:
         if threshold is None:
             raise ConfigError(
-                "editing_threshold and num_to_transfer need to know what is sure enough to be committed; set threshold."
+                "editing_threshold and num_to_transfer need a confidence above which to commit tokens; set threshold."
             )
         return AtLeast(threshold=threshold, num_to_transfer=1 if fewest is None else fewest)
     steps = config.steps_per_block
     if steps is None:
         steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
     if threshold is not None:
-        # As published: so few that each commits `minimal_topk` tokens.
+        # As published: no more steps than commit `minimal_topk` tokens each.
         most = canvas.most_new // config.minimal_topk
         if most == 0:
             raise ConfigError(
@@ -155,7 +155,7 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
     if config.minimal_topk != 1:
         raise ConfigError(
             f"minimal_topk={config.minimal_topk} has no effect on this model without a threshold; set threshold, or "
-            "say how many steps with steps."
+            "set the number of steps with steps."
         )
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
@@ -163,7 +163,7 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
 
 
 def edit_for(config: GenerationConfig) -> Edit | None:
-    """Return whether committed tokens may change."""
+    """Return how committed tokens may be edited, or None if they may not."""
     if config.editing_threshold is None:
         return None
     return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
@@ -185,7 +185,7 @@ def sampler_for(config: GenerationConfig, pattern: AttentionPattern, special: Sp
 
 
 def _check_room(rows: int, length: int, block_size: int | None) -> None:
-    """Every block is a set of positions of the whole canvas."""
+    """Raise ConfigError for too large a canvas: every block is a set of positions of all of it."""
     if rows * length * (length // (block_size or length) + 1) > MOST_PLACES:
         raise ConfigError(
             f"{rows} rows of {length} tokens in blocks of {block_size} take more than {MOST_PLACES} bytes of "

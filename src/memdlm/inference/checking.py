@@ -1,4 +1,4 @@
-"""What `generate`, `stream`, `infill` and `score` are given, checked before anything runs."""
+"""Check the arguments of `generate`, `stream`, `infill` and `score` before anything runs."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ NOTHING = type(None)
 
 
 def check_parts(model: Any, tokenizer: Any, config: Any, memory: Any, pattern: Any, prompt_cache: Any = None) -> None:
-    """Raise ConfigError for an argument of another kind, and for a memory of another model."""
+    """Raise ConfigError for an argument of the wrong type, and for a memory of another model."""
     check_model(model)
     check_kind(tokenizer, PreTrainedTokenizerBase, "tokenizer", "a tokenizer (memdlm.load_tokenizer gives one)")
     check_kind(config, (GenerationConfig, NOTHING), "config", "a GenerationConfig, or None")
@@ -30,7 +30,7 @@ def check_parts(model: Any, tokenizer: Any, config: Any, memory: Any, pattern: A
 
 
 def check_memory(model: nn.Module, memory: Any) -> None:
-    """Raise ConfigError unless `memory` is None, or one of `model`: that of another would be written, and not read."""
+    """Raise ConfigError unless `memory` is None or belongs to `model`, which would not read a memory of another."""
     check_kind(memory, (ParametricMemory, NOTHING), "memory", "a ParametricMemory, or None")
     if memory is not None and unwrap(memory.model) is not unwrap(model):
         raise ConfigError("memory belongs to another model; build it for this one: ParametricMemory(model, ...).")
@@ -59,13 +59,13 @@ def check_tokens(
 
 
 def check_scoring(model: Any, prompt_ids: Any, target_ids: Any, memory: Any, generator: Any, pattern: Any) -> None:
-    """Raise DataError for texts that cannot be scored, ConfigError for arguments of another kind."""
+    """Raise DataError for texts that cannot be scored, ConfigError for arguments of the wrong type."""
     check_model(model)
     check_memory(model, memory)
     check_kind(generator, (torch.Generator, NOTHING), "generator", "a torch.Generator, or None")
     check_kind(pattern, (AttentionPattern, NOTHING), "attention_pattern", "an AttentionPattern, or None")
     for name, ids in (("prompt_ids", prompt_ids), ("target_ids", target_ids)):
-        # No tokens have no kind either: torch.tensor([]) is float.
+        # An empty prompt may have any dtype: torch.tensor([]) is float.
         is_empty_prompt = name == "prompt_ids" and isinstance(ids, Tensor) and tuple(ids.shape) == (0,)
         if not is_empty_prompt:
             check_ids(ids, name, dim=1, vocabulary=vocabulary_of(model))

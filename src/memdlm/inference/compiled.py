@@ -1,4 +1,4 @@
-"""torch.compile for the steps of a decoding: static shapes, and only blocks that nothing outside their code changes."""
+"""torch.compile for the steps of a decoding: with static shapes, and only below the first fast weights or hooks."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias, final
@@ -19,13 +19,13 @@ _COMPILED: "WeakKeyDictionary[nn.Module, dict[str, Forward]]" = WeakKeyDictionar
 
 @final
 class CompiledSteps:
-    """Runs a backbone's repeated passes over one canvas through torch.compile, with `mode` as torch knows it
-    ("reduce-overhead" and "max-autotune" record CUDA graphs).
+    """Runs a backbone's repeated passes over one canvas through torch.compile, in torch's `mode`.
 
-    A pass is compiled when its shape comes a second time: what happens once per canvas, the prompt, is not worth it.
-    Every such pass asks for as many places as a block has, and attends to the whole canvas under a mask, so that
-    neither the step nor the block changes a shape. The blocks from the first with fast weights (or hooks) on run as
-    they are: torch.compile would not notice that they have changed. Raises ConfigError when that is all of them.
+    The modes "reduce-overhead" and "max-autotune" record CUDA graphs. A pass is compiled when its shape comes a second
+    time: the pass over the prompt happens once per canvas, so compiling it is not worth it. Every compiled pass asks
+    for as many positions as a block has, and attends to the whole canvas under a mask, so its shapes are the same in
+    every step and every block. From the first block with fast weights (or hooks) on, the network runs uncompiled,
+    because torch.compile would not notice changes there. Raises ConfigError when that is every block.
     """
 
     def __init__(self, backbone: Backbone, mode: str, most_asked: int) -> None:
@@ -55,7 +55,7 @@ class CompiledSteps:
         if self.first == len(self.backbone.layers):
             return forward(shown, request=Request(cached=cached, queries=queries), **masks).last_hidden_state
         lower = forward(shown, request=Request(cached=cached, stop_layer=self.first), **masks).last_hidden_state
-        # A CUDA graph's output is overwritten when it runs again, which is after this pass.
+        # The output of a CUDA graph is valid until the graph runs again, which is after this pass.
         upper = Request(start_layer=self.first, cached=cached, queries=queries)
         return self.backbone(inputs_embeds=lower, request=upper, **masks).last_hidden_state
 
@@ -77,13 +77,13 @@ def _is_changed(module: nn.Module) -> bool:
 def _mark_static(cached: CachedPass) -> None:
     """Tell torch.compile that the buffers which a pass fills stay where they are.
 
-    A CUDA graph may write into inputs of this kind alone; with others torch gives the graph up without an error. Where
-    no graph is recorded nothing changes. Another canvas' buffers are noticed, and recorded again.
+    A CUDA graph may write only into such inputs; with other inputs torch gives up the graph without an error. Where no
+    graph is recorded, this has no effect. torch notices the buffers of another canvas, and records a graph for them.
     """
     for buffer in cached.cache.buffers():
         torch._dynamo.mark_static_address(buffer, guard=False)
 
 
 def _padded(queries: Tensor, width: int) -> Tensor:
-    """Return `queries` [R, n] as [R, width]; what is added asks for the first place, and is not read."""
+    """Return `queries` [R, n] as [R, width]; the added ones ask for the first column, and are not read."""
     return torch.cat((queries, queries.new_zeros(len(queries), width - queries.shape[1])), dim=1)

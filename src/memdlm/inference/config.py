@@ -1,4 +1,4 @@
-"""The options of generation and infilling, under the names users know; None is the family's default."""
+"""The options of generation and infilling, under the names that users know."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
@@ -15,11 +15,11 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 SCHEDULES = ("dllm", "llada")
 TOKEN_LISTS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
 MOST = 2**16
-"""Of tokens and steps: more than any model of this kind can use, and as much as a mistyped number may cost."""
+"""The most tokens and steps: more than a model of this kind can use, yet a mistyped number costs little."""
 COLDEST = 1e-4
-"""Below it, logits divided by the temperature leave the range of their numbers."""
+"""The least temperature above 0: with a lower one, divided logits leave the range of their dtype."""
 THRESHOLD = 0.95
-"""What block-causal families are decoded with by default."""
+"""The default `threshold` of block-causal families."""
 
 
 @own_options_first
@@ -27,17 +27,18 @@ THRESHOLD = 0.95
 class GenerationConfig(SoftMaskOptions):
     """How a response is decoded.
 
-    LLaDA and LLaDA-MoE: the response is cut into blocks of `block_size` from the end of the prompt, filled one after
-    the other; `steps` denoising steps are shared out among the blocks. LLaDA2.x: blocks are absolute columns, do not
-    see later ones, and a step commits what is surer than `threshold`, or else an even share of the block;
-    with `editing_threshold` committed tokens may still be replaced (LLaDA2.1). Values of None become the default.
+    LLaDA and LLaDA-MoE: the response is cut into blocks of `block_size` from the end of the prompt. The blocks are
+    filled one after the other, and the `steps` denoising steps are spread over them. LLaDA2.x: blocks are absolute
+    columns and do not see later ones. A step commits all tokens surer than `threshold`, at least an even share of the
+    block. With `editing_threshold`, committed tokens may still be replaced (LLaDA2.1). Values of None become the
+    default.
     """
 
     max_new_tokens: int | None = option(
-        128, "Length of the response; unset: what max_length leaves.", minimum=1, maximum=MOST
+        128, "Tokens of the response; unset: as many as max_length leaves.", minimum=1, maximum=MOST
     )
     max_length: int | None = option(
-        None, "Length of prompt and response, if max_new_tokens is unset.", minimum=1, maximum=MOST
+        None, "Tokens of prompt and response together, if max_new_tokens is unset.", minimum=1, maximum=MOST
     )
     block_size: int | None = option(
         None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1, maximum=MOST
@@ -49,37 +50,44 @@ class GenerationConfig(SoftMaskOptions):
     )
     top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
     top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
-    remasking: Defaulted[str] = option("low_confidence", "Which predictions are kept.", choices=tuple(CONFIDENCES))
-    threshold: float | None = option(
-        None, "Commit whatever is surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
+    remasking: Defaulted[str] = option(
+        "low_confidence", "Which predictions a step commits: the surest, or random ones.", choices=tuple(CONFIDENCES)
     )
-    factor: float | None = option(None, "Commit the r-th surest from 1 - factor / (r + 1) on.", above=0, maximum=1e6)
+    threshold: float | None = option(
+        None, "Commit all tokens surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
+    )
+    factor: float | None = option(
+        None, "Commit the r-th surest token if it is at least 1 - factor / (r + 1).", above=0, maximum=1e6
+    )
     minimal_topk: Defaulted[int] = option(
-        1, "With threshold: so few steps that each commits this many tokens on average.", minimum=1, maximum=MOST
+        1, "With threshold: limit the steps so that each commits this many tokens on average.", minimum=1, maximum=MOST
     )
     num_to_transfer: int | None = option(
-        None, "With threshold or editing: the fewest a step commits.", minimum=1, maximum=MOST
+        None, "With threshold or editing: the fewest tokens that a step commits.", minimum=1, maximum=MOST
     )
     editing_threshold: float | None = option(
         None, "Replace committed tokens by predictions surer than this (LLaDA2.1).", minimum=0, maximum=1
     )
     max_post_steps: Defaulted[int] = option(
-        16, "With editing: how often a full block is looked at again.", minimum=0, maximum=MOST
+        16, "With editing: how often at most a full block is predicted again.", minimum=0, maximum=MOST
     )
     transfer_schedule: Defaulted[str] = option(
-        "dllm", "Fixed numbers: where what is left over goes.", choices=SCHEDULES
+        "dllm", "With a fixed number of tokens per step: which steps take the remainder.", choices=SCHEDULES
     )
     stochastic_transfer: Defaulted[bool] = option(
-        False, "Draw how many tokens a step commits instead of spreading evenly."
+        False, "Draw how many tokens a step commits instead of spreading them evenly."
     )
     stable_steps: int | None = option(
-        None, "Commit the rest of a block once predictions are the same for so many steps.", minimum=1, maximum=MOST
+        None,
+        "Commit the rest of a block once its predictions are the same for this many steps.",
+        minimum=1,
+        maximum=MOST,
     )
     cfg_scale: Defaulted[float] = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0, maximum=1e4)
     cfg_keep_tokens: Defaulted[tuple[int, ...]] = option((), "Prompt tokens that guidance never masks.")
     suppress_tokens: Defaulted[tuple[int, ...]] = option((), "Tokens that are never predicted.")
     begin_suppress_tokens: Defaulted[tuple[int, ...]] = option(
-        (), "Tokens that are committed only when nothing else is left."
+        (), "Tokens that are committed only when no others are left."
     )
     begin_suppress: Defaulted[str] = option(
         "postpone", "forbid: begin_suppress_tokens are never predicted.", choices=("postpone", "forbid")
@@ -96,15 +104,17 @@ class GenerationConfig(SoftMaskOptions):
     )
     cache_refresh: int | None = option(
         None,
-        "With the approximate cache: steps until all is recomputed; unset: at every new block.",
+        "With the approximate cache: steps until whole rows are recomputed; unset: only at a new block.",
         minimum=1,
         maximum=MOST,
     )
     cache_scope: Defaulted[str] = option(
-        "dual", "With the approximate cache: recompute the block, or all from it on.", choices=("dual", "prefix")
+        "dual",
+        "With the approximate cache: recompute the block (dual), or all from its start on (prefix).",
+        choices=("dual", "prefix"),
     )
     soft_mask: Defaulted[bool] = option(
-        False, "Soft-masking: masked positions are shown as what was last predicted there; for models trained with it."
+        False, "Soft-masking: mix the last prediction into masked positions; for models trained with it."
     )
 
     def __post_init__(self) -> None:
@@ -124,7 +134,7 @@ class GenerationConfig(SoftMaskOptions):
         self.refuse_idle(field.name for field in fields(self) if getattr(self, field.name) != field.default)
 
     def refuse_idle(self, given: Iterable[str]) -> None:
-        """Raise ConfigError if one of the options `given` is read by nothing as the others stand."""
+        """Raise ConfigError if one of the options `given` has no effect with the others as they are."""
         names = set(given)
         for group, is_read, why in self._read_with():
             for name in group:
@@ -132,13 +142,13 @@ class GenerationConfig(SoftMaskOptions):
                     raise ConfigError(f"{name}={getattr(self, name)!r} has no effect {why}, or leave {name} out.")
 
     def check_vocabulary(self, rows: int) -> None:
-        """Raise ConfigError for an option that names more tokens than the `rows` of the embedding table."""
+        """Raise ConfigError for a token, or a count of tokens, beyond the `rows` of the embedding table."""
         for name in TOKEN_LISTS:
             for token in getattr(self, name):
                 if token >= rows:
-                    raise ConfigError(f"{name}: token {token} is not one of the vocabulary, 0 to {rows - 1}.")
+                    raise ConfigError(f"{name}: token {token} is not in the vocabulary, 0 to {rows - 1}.")
         if self.soft_mask and self.soft_mask_top_k > rows:
-            raise ConfigError(f"soft_mask_top_k={self.soft_mask_top_k} is more than the {rows} tokens there are.")
+            raise ConfigError(f"soft_mask_top_k={self.soft_mask_top_k} exceeds the {rows} tokens there are; lower it.")
         if self.top_k is not None and self.top_k > rows:
             raise ConfigError(f"top_k={self.top_k} is more than the {rows} tokens there are; leave it out.")
 
@@ -149,7 +159,7 @@ class GenerationConfig(SoftMaskOptions):
                     raise ConfigError(f"{name}: {token!r} is no token id; ids are whole numbers from 0 on.")
 
     def _read_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
-        """Options that only count beside others: their names, whether they do, and if not, why and what to set."""
+        """Return options that need others: their names, whether they take effect, and if not, why and what to set."""
         soft = tuple(field.name for field in fields(SoftMaskOptions))
         draws_order = self.remasking == "random"
         return [
@@ -173,7 +183,7 @@ class GenerationConfig(SoftMaskOptions):
         ]
 
     def _conflicts(self) -> list[tuple[bool, str]]:
-        """Options that cannot take effect beside each other."""
+        """Return pairs of whether options exclude each other, and the message for that."""
         is_paced = self.steps is not None or self.steps_per_block is not None
         is_free = self.editing_threshold is not None or self.num_to_transfer is not None or self.factor is not None
         looks = self.threshold is not None or is_free
@@ -220,21 +230,22 @@ class GenerationConfig(SoftMaskOptions):
             ),
             (
                 self.soft_mask and self.cfg_scale != 0,
-                "soft_mask and cfg_scale: which of guidance's two predictions to feed back is not defined; use one.",
+                "soft_mask and cfg_scale exclude each other: guidance makes two predictions, and which of them to feed "
+                "back is not defined; use one of the two options.",
             ),
         ]
 
     def resolved(self, pattern: AttentionPattern) -> "GenerationConfig":
-        """Return the options with the defaults of a family that decodes under `pattern` filled in.
+        """Return the options, with the defaults of a family that decodes under `pattern` filled in.
 
-        Raises ConfigError for options that it does not read, and where `block_size` is not that of the pattern.
+        Raises ConfigError for options that have no effect there, and for a `block_size` other than the pattern's.
         """
         if not isinstance(pattern, BlockCausal):
             return self
         if self.block_size not in (None, pattern.block):
             raise ConfigError(
-                f"block_size {self.block_size} and attention_pattern {pattern} disagree; tokens that are decoded "
-                "together are those of one block. Leave block_size out."
+                f"block_size {self.block_size} and attention_pattern {pattern} disagree; this model decodes "
+                "the tokens of one block together. Leave block_size out."
             )
         if self.threshold is not None or self.factor is not None:
             return replace(self, block_size=pattern.block)
@@ -242,17 +253,19 @@ class GenerationConfig(SoftMaskOptions):
         for name in ("transfer_schedule", "stochastic_transfer", "remasking"):
             if getattr(self, name) != getattr(plain, name):
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no effect on this model: what is surer than a threshold is "
-                    f"committed, {THRESHOLD} where none is set. Leave {name} out."
+                    f"{name}={getattr(self, name)!r} has no effect on this model: it commits all tokens surer than "
+                    f"threshold, which is {THRESHOLD} if unset. Leave {name} out."
                 )
         return replace(self, block_size=pattern.block, threshold=THRESHOLD)
 
     def response_length(self, longest: int) -> int:
-        """Return the tokens of a response, after prompts of at most `longest`. Raises ConfigError for no room."""
+        """Return the length of a response to prompts of at most `longest` tokens. Raises ConfigError if none fits."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.max_length is None or self.max_length <= longest:
-            raise ConfigError(f"max_length {self.max_length} leaves no room after a prompt of {longest} tokens.")
+            raise ConfigError(
+                f"max_length {self.max_length} leaves no room after a prompt of {longest} tokens; raise max_length."
+            )
         return self.max_length - longest
 
     @classmethod
@@ -264,7 +277,7 @@ class GenerationConfig(SoftMaskOptions):
 
     @classmethod
     def llada_quality(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA and LLaDA-MoE: blocks of 32, one token a step."""
+        """LLaDA and LLaDA-MoE: blocks of 32 tokens, one token per step."""
         return cls(**{"block_size": 32, "max_new_tokens": 256} | changes)
 
     @classmethod
@@ -274,7 +287,7 @@ class GenerationConfig(SoftMaskOptions):
 
     @classmethod
     def llada21_speed(cls, **changes: Any) -> "GenerationConfig":
-        """LLaDA2.1, as its model card recommends for speed: commit early, then edit whatever is predicted otherwise."""
+        """LLaDA2.1, as its model card recommends for speed: commit early, then edit."""
         return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
 
 

@@ -1,4 +1,4 @@
-"""A model with all that a decoding needs, and one decoding: a canvas, and the memory open while it is filled."""
+"""`Decoder`, a model with all that decoding needs, and `Job`, one decoding: a canvas that is filled step by step."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +41,7 @@ from memdlm.types import IGNORE_INDEX, Denoise, Ids
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """What came out, and what it cost."""
+    """The result of a decoding, and what it cost."""
 
     sequences: list[Tensor]
     """Per prompt, a 1-D int64 tensor: the prompt and its response, which ends with the first EOS, if any."""
@@ -51,7 +51,7 @@ class Generation:
     num_token_positions: int
     """Positions that went through the network, summed over passes."""
     num_reused_positions: int
-    """Positions of prompts that a `prompt_cache` held: only the blocks that a memory changes ran on them."""
+    """Positions of prompts that a `prompt_cache` held; only the blocks that a memory changes ran on them."""
     num_tokens: int
     """Tokens generated, up to each response's end."""
     unresolved: int
@@ -61,7 +61,7 @@ class Generation:
 @final
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """A model and how it decodes; `generate`, `stream` and `infill` do what the functions of these names say.
+    """A model and how it decodes; `generate`, `stream` and `infill` do what the functions of these names do.
 
     Raises ConfigError for parts that do not fit together.
     """
@@ -73,7 +73,7 @@ class Decoder:
     memory: ParametricMemory | None = None
     """Written on every prompt before it is decoded."""
     attention_pattern: AttentionPattern | None = None
-    """None: the family's way."""
+    """None: the family's own."""
     prompt_cache: PromptCache | None = None
 
     def __post_init__(self) -> None:
@@ -105,12 +105,12 @@ class Decoder:
         canvas = lay_out(rows, self.options, self.special, self.pattern, self.model)
         check_randomness(generator, len(rows))
         check_places(self.model, canvas.ids.shape[1], "prompt and response")
-        # One per row, all alike: every row gets the numbers it would get alone.
+        # One generator per row, all seeded alike: every row gets the numbers that it would get alone.
         randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
         return Job(decoder=self, rows=rows, canvas=canvas, randomness=randomness, infills=infills)
 
     def caching(self, memory: ParametricMemory | None) -> "Decoder":
-        """Return this decoder with a cache of prompts, with `memory` or without; itself where none can be used."""
+        """Return this decoder with a prompt cache for `memory` (or None), or itself where no cache can be used."""
         is_usable = self.is_cacheable and isinstance(self.pattern, BlockCausal) and self.options.cache == "exact"
         if not is_usable or (memory is not None and memory.first_block == 0):
             return self
@@ -123,7 +123,7 @@ class Decoder:
 
     @cached_property
     def pattern(self) -> AttentionPattern:
-        """Who sees whom."""
+        """Which positions attend to which."""
         if self.attention_pattern is not None:
             return self.attention_pattern
         return decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
@@ -146,7 +146,7 @@ class Decoder:
         return is_ours and not self.options.right_shift_logits
 
     def view(self, canvas: Canvas) -> View:
-        """Return how much each pass recomputes: as little as gives the same tokens, unless asked to approximate."""
+        """Return how much each pass recomputes: as little as keeps the tokens the same, unless `cache` approximates."""
         options, pattern, length = self.options, self.pattern, canvas.ids.shape[1]
         if options.cache == "approximate":
             if not self.is_cacheable or not isinstance(pattern, Full):
@@ -163,7 +163,7 @@ class Decoder:
         return FinishedBlocks(canvas.lengths, pattern.block, length)
 
     def prefill(self, view: View) -> Prefill | None:
-        """Return what continues from earlier prompts, if there is a cache of them."""
+        """Return what continues from earlier prompts, or None without a prompt cache."""
         if self.prompt_cache is None:
             return None
         self.prompt_cache.check(self.model, self.memory)
@@ -175,14 +175,14 @@ class Decoder:
         return Prefill(self.prompt_cache, view)
 
     def compiled(self, canvas: Canvas) -> CompiledSteps | None:
-        """Return what runs repeated passes through torch.compile, if that is asked for."""
+        """Return what runs repeated passes through torch.compile, or None if `compile` is unset."""
         mode, network = self.options.compile, unwrap(self.model)
         if mode is None:
             return None
         if not isinstance(network, MaskedDiffusionLM) or self.options.right_shift_logits:
             raise ConfigError(
-                f"compile {mode!r} covers our families without right_shift_logits; {type(network).__name__} can be "
-                "passed through torch.compile before generate."
+                f"compile {mode!r} is for memdlm's own families without right_shift_logits, not for "
+                f"{type(network).__name__}; pass the model through torch.compile before generate."
             )
         return CompiledSteps(network.model, mode, canvas.most_asked)
 
@@ -194,11 +194,11 @@ class Job:
 
     decoder: Decoder
     rows: list[Tensor]
-    """What was given, [P] ids each."""
+    """The given ids, [P] each."""
     canvas: Canvas
     randomness: Randomness
     infills: bool
-    """Whether mask tokens of the texts are filled; otherwise responses are decoded, which end tokens finish."""
+    """Whether mask tokens in the texts are filled. Otherwise responses are decoded, each up to its end token."""
     meter: Meter = field(default_factory=Meter)
 
     def run(self) -> Generation:
@@ -211,8 +211,8 @@ class Job:
     def steps(self) -> Iterator[Step]:
         """Write the memory, if there is one, and fill the canvas; yields after every denoising step.
 
-        Between the steps the model is bare, and held: no other memory can be opened. Raises NotFiniteError when the
-        model computes NaN or infinity.
+        Between the steps the model runs without the memory, but no other memory can be opened. Raises NotFiniteError
+        when the model computes NaN or infinity.
         """
         decoder, canvas, options = self.decoder, self.canvas, self.decoder.options
         memory, stops = decoder.memory, options.eos_early_stop and not self.infills
@@ -229,7 +229,7 @@ class Job:
                 stable=None if options.stable_steps is None else StableAnswer(options.stable_steps),
                 generator=self.randomness,
             ):
-                # Whoever looks at the step may call the model too, and opened no memory.
+                # The caller may use the model between steps, and has not opened a memory.
                 with nullcontext() if memory is None else memory.set_aside():
                     yield step
 
@@ -286,7 +286,7 @@ class Job:
         )
 
     def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:
-        """Open `memory` on the given tokens of every row: its prompt, or what an infilling leaves open."""
+        """Write `memory` from the given tokens of every row: its prompt, or all but the mask tokens of an infilling."""
         special, device = self.decoder.special, self.canvas.ids.device
         ids, lengths = right_padded(self.rows, special.eos)
         is_real = torch.arange(ids.shape[1]) < lengths[:, None]

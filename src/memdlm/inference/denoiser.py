@@ -1,4 +1,4 @@
-"""A model as the denoiser of one canvas: only asked rows run, and only asked positions reach the vocabulary."""
+"""A model as the denoiser of one canvas: only rows with asked positions run, and only these reach the vocabulary."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,26 +20,26 @@ from memdlm.models.networks.requests import Request
 from memdlm.types import Denoise, Ids, Logits, Positions
 
 OfRows: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
-"""Makes the network read the memories of some rows of the canvas alone."""
+"""Makes the network read only the memories of some rows of the canvas."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """What decoding asked of the network."""
+    """How much work decoding gave to the network."""
 
     passes: int = 0
     positions: int = 0
     reused: int = 0
-    """Positions of prompts whose lower blocks a prompt cache held; the upper blocks alone ran on them."""
+    """Positions of prompts whose lower blocks a prompt cache held; only the upper blocks ran on them."""
 
 
 @final
 class CanvasDenoiser(Denoise):
-    """Predicts positions of a canvas [B, T] whose row i ends before `lengths[i]`; columns beyond are not there.
+    """Predicts positions of a canvas [B, T] whose row i ends before `lengths[i]`; columns beyond that are ignored.
 
-    Rows in which nothing is asked do not run. Of our families the last layer computes only what is asked; other
-    networks, and those with shifted logits, run whole rows. With `soft`, positions that are still masked are shown as
-    what was last predicted for them.
+    Rows without asked positions do not run. In our families the last layer computes only the asked positions; other
+    networks, and those with shifted logits, run whole rows. With `soft`, the last prediction for a position that is
+    still masked is mixed into its input.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class CanvasDenoiser(Denoise):
         return found
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:
-        """Decoding needs no hidden states."""
+        """Raise NotImplementedError: decoding needs no hidden states."""
         raise NotImplementedError("a canvas denoiser gives logits; use ModelDenoiser for hidden states.")
 
     def _reading(self, rows: Tensor, ids: Ids) -> AbstractContextManager[None]:
@@ -94,7 +94,7 @@ class CanvasDenoiser(Denoise):
         return self.of_rows(rows) if self.of_rows is not None and is_part else nullcontext()
 
     def _restore(self, prefill: Prefill, ids: Ids, asked: Asked) -> None:
-        """Put known beginnings of prompts in place; only the blocks that a memory changes run on them."""
+        """Restore known beginnings of prompts; only the blocks that a memory changes run on them."""
         known = prefill.restore(ids, asked)
         if known is None:
             return
@@ -102,7 +102,7 @@ class CanvasDenoiser(Denoise):
         self.meter.reused += int(part.last.sum())
         if prefill.cache.first == len(prefill.cache.network.model.layers):
             return
-        # Of the last block nothing is needed but its keys and values.
+        # Only keys and values are needed, so the last block computes a single output.
         one = torch.zeros(len(rows), 1, dtype=torch.int64, device=ids.device)
         with self._reading(rows, ids):
             cached = self.view.cached(rows, part, ids.device)
@@ -148,7 +148,7 @@ class CanvasDenoiser(Denoise):
 
     @staticmethod
     def _keep(part: Pass, shown: Ids) -> Tensor | None:
-        """Return [R, W] bool, or None where nothing is padding: a mask would only cost the fast attention path."""
+        """Return [R, W] bool, or None without padding: a mask would only rule out the fast attention kernels."""
         if part.start is not None:
             return None
         return (part.columns < part.last[:, None]).to(shown.device, non_blocking=True)

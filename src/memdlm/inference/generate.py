@@ -28,11 +28,11 @@ def generate(
 ) -> Generation:
     """Decode a response to each of `prompts` (texts, lists of messages, or lists of ids; lengths may differ).
 
-    With a `memory`, each prompt is written before it is decoded. `generator` draws memories and samples: one for the
-    batch, or one per row; None: a fixed one per row, so that a row's response is that of running it alone.
-    `attention_pattern` None is the family's way: block-causal for LLaDA2.x, else full. A mask token in a prompt stays
-    what it is, a blank that the model sees; `infill` fills it. With a `prompt_cache` (block-causal families), what
-    earlier calls with it computed for the beginning of a prompt is not computed again; the tokens are the same.
+    With a `memory`, each prompt is written before it is decoded. `generator` draws memories and samples. It is one for
+    the batch, or one per row; None means a fixed one per row, so that a row's response is the one it would get alone.
+    `attention_pattern` None means the family's own: block-causal for LLaDA2.x, else full. A mask token in a prompt is
+    not filled, and the model sees it as a blank; `infill` fills such tokens. With a `prompt_cache` (block-causal
+    families), the beginning of a prompt that earlier calls have seen is not computed again; the tokens are the same.
 
     Warns when prompt and response exceed the positions the model was trained on. Raises DataError for an empty prompt
     and ConfigError for options that cannot be honoured.
@@ -76,11 +76,11 @@ def infill(
 ) -> Generation:
     """Fill the mask tokens inside `sequences` (texts with mask tokens, or ids), in absolute blocks of `block_size`.
 
-    `max_new_tokens`, `max_length` and `eos_early_stop` play no part; `steps` are shared out among the blocks of the
-    longest sequence, as published (`steps_per_block` does not depend on the batch). With a `memory`, the given tokens
-    of each sequence are written. `texts` are the whole sequences. A block-causal pattern (the default of LLaDA2.x) does
-    not see what follows the block; pass `attention_pattern=Full()` to use both sides. Raises DataError when a sequence
-    has no mask token.
+    `max_new_tokens`, `max_length` and `eos_early_stop` are ignored. `steps` are spread over the blocks of the longest
+    sequence, as published; `steps_per_block` does not depend on the batch. With a `memory`, the given tokens of each
+    sequence are written. The result's `texts` are the whole sequences. A block-causal pattern (the default of LLaDA2.x)
+    does not see what follows the block; pass `attention_pattern=Full()` to use both sides. Raises DataError when a
+    sequence has no mask token.
     """
     decoder = Decoder(model, tokenizer, config, memory=memory, attention_pattern=attention_pattern)
     return decoder.infill(sequences, generator)

@@ -1,4 +1,4 @@
-"""Prompts that a block-causal network has seen, kept between decodings: what no memory can change of them.
+"""Prompts that a block-causal network has seen, kept between decodings: the states that no memory changes.
 
 n tokens of finished blocks   F the first block with fast weights   H key heads   P head width   D model width
 """
@@ -32,7 +32,7 @@ class SeenPrompt:
     """[n, D], the input of block F."""
 
     def shared_with(self, ids: TextIds) -> int:
-        """Return how many tokens this text and `ids` [m], on the CPU, begin with in common."""
+        """Return how many tokens this text and `ids` [m], on the CPU, have in common at their beginning."""
         length = min(self.ids.numel(), ids.numel())
         differs = (self.ids[:length] != ids[:length]).nonzero()
         return length if differs.numel() == 0 else int(differs[0])
@@ -46,10 +46,11 @@ class PromptCache:
         generate(model, tokenizer, prompts, memory=memory, prompt_cache=cache)
         generate(model, tokenizer, prompts, prompt_cache=cache)      # the blocks below the memory are not run again
 
-    Holds the blocks below the first fast weight of `memory`, which compute the same with the memory, with another one
-    and without; the blocks above run again on the prompt. Without a `memory` it holds all blocks: then no memory may
-    be open while it is used. What two prompts begin with is shared, as in a conversation that grows. Valid as long as
-    the model's weights are. `max_prompts` are kept, those used last.
+    It holds the states of the blocks below the first fast weight of `memory`. These are the same with the memory, with
+    another one of the same blocks, and without any. The blocks above run again on the prompt. Without a `memory` it
+    holds all blocks, and no memory may be open while it is used. A beginning that two prompts have in common is shared,
+    as in a conversation that grows. The cache is valid until the model's weights change. It keeps the `max_prompts`
+    prompts that were used last.
 
     Raises ConfigError for networks that are not block-causal: there every new token changes the states of the prompt.
     """
@@ -76,11 +77,11 @@ class PromptCache:
         return len(self._seen)
 
     def clear(self) -> None:
-        """Let go of everything, for example after the model was trained further."""
+        """Drop all prompts, for example after the model was trained further."""
         self._seen.clear()
 
     def check(self, model: nn.Module, memory: ParametricMemory | None) -> None:
-        """Raise ConfigError if what is held is not what `model` computes while `memory` is open."""
+        """Raise ConfigError if the held states are not those that `model` computes while `memory` is open."""
         if unwrap(model) is not self.network:
             raise ConfigError("prompt_cache belongs to another model; make one for this: PromptCache(model, memory).")
         if memory is not None and memory.first_block < self.first:
@@ -90,7 +91,7 @@ class PromptCache:
             )
 
     def find(self, ids: TextIds, block: int) -> tuple[SeenPrompt, int] | None:
-        """Return what shares the longest beginning with `ids` [m], on the CPU, and its length in whole blocks."""
+        """Return the prompt that begins most like `ids` [m], on the CPU, and the common tokens in whole blocks."""
         shared = [seen.shared_with(ids) // block * block for seen in self._seen]
         longest = max(shared, default=0)
         if longest == 0:
@@ -110,7 +111,7 @@ class PromptCache:
         length = ids.numel()
         if any(seen.shared_with(ids) == length for seen in self._seen):
             return
-        # Texts that this one continues hold nothing more.
+        # Texts that this one continues are no longer needed.
         self._seen = [seen for seen in self._seen if seen.shared_with(ids) < seen.ids.numel()]
         layers = [cache.held(layer, row, length) for layer in range(self.first)]
         self._seen.append(SeenPrompt(ids.clone(), layers, torch.cat(list(hidden))))
@@ -119,8 +120,7 @@ class PromptCache:
 
 @final
 class Prefill:
-    """The first pass over each row of one canvas: what the cache holds of a row is put in place instead of computed,
-    and what it did not hold is kept."""
+    """The first pass over each row of one canvas: states that the cache holds are restored, new ones are kept in it."""
 
     def __init__(self, cache: PromptCache, view: FinishedBlocks) -> None:
         self.cache, self.view = cache, view
@@ -132,8 +132,11 @@ class Prefill:
         return bool(self._is_new[asked.rows].any())
 
     def restore(self, ids: Ids, asked: Asked) -> tuple[Tensor, Tensor, Pass] | None:
-        """Put known beginnings in place below block F. Return the rows [R] they are in, their input of that block
-        [R, W, D] and the pass over them that the blocks from F on have to make; None: nothing is known."""
+        """Restore known beginnings of rows below block F.
+
+        Return their rows [R], their input of block F [R, W, D], and the pass over them that the blocks from F on still
+        have to make; None if no beginning is known.
+        """
         rows, states = [], []
         ends = asked.per_row("amin") // self.view.block * self.view.block
         for row, end in zip(asked.rows.tolist(), ends.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Prompts as users give them -> ids, and what of a response is its text."""
+"""From prompts as users give them to ids, and the part of a response that is its text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class SpecialIds:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Read them off a tokenizer; raises ConfigError when it has no mask or no EOS token."""
+    """Read the special tokens off a tokenizer; raises ConfigError when it has no mask or no EOS token."""
     for name in ("mask", "eos"):
         if getattr(tokenizer, f"{name}_token_id", None) is None:
             raise ConfigError(f"the tokenizer has no {name} token; load it with memdlm.load_tokenizer.")
@@ -45,8 +45,8 @@ def encode_prompts(
 ) -> list[Tensor]:
     """Return one int64 tensor of ids per prompt.
 
-    Raises DataError, naming the prompt's index, for one that is empty, of another kind, no text (lone surrogates),
-    refused by the chat template, or with ids outside the `vocabulary`.
+    Raises DataError, naming the prompt's index, for a prompt that is empty, of another type, not encodable (lone
+    surrogates), refused by the chat template, or with ids outside the `vocabulary`.
     """
     is_list = isinstance(prompts, Sequence) and not isinstance(prompts, (str, bytes))
     is_list = is_list or (isinstance(prompts, Tensor) and prompts.dim() > 0)
@@ -67,7 +67,7 @@ def encode_prompts(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
     if isinstance(prompt, Tensor):
-        # A row of one, as tokenizers return it, is meant as the row.
+        # A batch of one row, as tokenizers return it, means that row.
         ids = prompt.squeeze(0) if prompt.dim() == 2 and len(prompt) == 1 else prompt
         if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise DataError(f"it must be int64 of shape [L], got {prompt.dtype} of shape {tuple(prompt.shape)}.")
@@ -81,7 +81,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Tensor:
         return torch.tensor(message_ids(tokenizer, items, generation=True), dtype=torch.int64)
     if items is not None and all(type(item) is int and abs(item) < 2**62 for item in items):
         return torch.tensor(items, dtype=torch.int64)
-    raise DataError(f"{shortened(prompt)} is none; give text, messages, or a list of ids.")
+    raise DataError(f"{shortened(prompt)} is not a prompt; give text, messages, or a list of ids.")
 
 
 def visible(text_ids: Tensor, ends: Sequence[int]) -> Tensor:

@@ -32,9 +32,9 @@ def score(
 ) -> Likelihood:
     """Bound -log p(target | prompt) in nats by Monte Carlo, with `.stderr`; a `memory` writes the prompt first.
 
-    `prompt_ids` [P] and `target_ids` [T] are 1-D; `right_shift_logits` is that of `GenerationConfig`. The mask token
-    comes from `mask_token_id`, the memory, or the model's configuration; ConfigError when none of them has it.
-    `attention_pattern` None is full attention, as published for every family.
+    `prompt_ids` [P] and `target_ids` [T] are 1-D; `right_shift_logits` means the same as in `GenerationConfig`. The
+    mask token comes from `mask_token_id`, the memory, or the model's configuration; raises ConfigError when none of
+    them has it. `attention_pattern` None means full attention, as published for every family.
     """
     check_scoring(model, prompt_ids, target_ids, memory, generator, attention_pattern)
     num_samples, batch_size = check_count(num_samples, "num_samples"), check_count(batch_size, "batch_size")

@@ -1,4 +1,4 @@
-"""A prompt that many texts begin with, seen once: exact where later tokens cannot change it (block-causal families).
+"""A prompt that many texts begin with, run once: exact where later tokens cannot change it (block-causal families).
 
 P tokens of the prompt   n of them in finished blocks   L tokens of a text
 """
@@ -17,7 +17,7 @@ from memdlm.types import Denoise, Ids, Logits, PerToken, Positions
 
 
 def can_share(model: nn.Module) -> bool:
-    """Whether `model` keeps what it computes of a prompt under a block-causal pattern."""
+    """Whether `model` can keep a prompt's keys and values under a block-causal pattern."""
     network = unwrap(model)
     return isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
 
@@ -36,7 +36,7 @@ class SharedPrompt(Denoise):
         if self.seen:
             columns = torch.arange(self.seen, device=prompt_ids.device)
             cached = CachedPass(self.cache, slice(0, 1), columns[None], 0, self.seen, self._visible(columns))
-            # Of the last layer nothing is needed but its keys and values.
+            # Only keys and values are needed, so the last layer computes a single output.
             one = columns.new_zeros(1, 1)
             with torch.no_grad():
                 request = Request(cached=cached, queries=one, hidden_only=True)

@@ -1,4 +1,4 @@
-"""Soft-masking while a canvas is filled: what a step predicted is a part of what the next one sees."""
+"""Soft-masking while a canvas is filled: the prediction of a step is a part of the input of the next."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import final
@@ -13,7 +13,7 @@ from memdlm.types import Ids, Logits, Positions
 
 @final
 class SoftFeedback:
-    """The last prediction for every position of a canvas [B, T]; none before the first."""
+    """The last prediction for every position of a canvas [B, T]; there is none before the first step."""
 
     def __init__(self, soft: SoftMask, model: nn.Module, shape: torch.Size, device: torch.device) -> None:
         self.soft, self.model = soft, model
@@ -26,12 +26,12 @@ class SoftFeedback:
     def shown(self, ids: Ids, places: Tensor) -> AbstractContextManager[None]:
         """Let the network see, in place of the mask tokens of `ids` [R, W], what was predicted there.
 
-        `places` [R, W] says which position of the canvas each of them is.
+        `places` [R, W] are the canvas positions of `ids`.
         """
         if not self._has_learned:
             return nullcontext()
         flat = places.flatten()
-        # All positions, most of them with a share of 0: to choose would be to wait for the device.
+        # All positions, most of them with a share of 0: choosing the others would mean waiting for the device.
         share = self._share[flat] * (ids.flatten() == self.soft.mask_token_id)
         everywhere = torch.arange(flat.numel(), device=flat.device)
         return blended_inputs(self.model, everywhere, self._tokens[flat], self._weights[flat], share)

@@ -1,4 +1,4 @@
-"""Which columns of a canvas a decoding pass recomputes, and what of the rest it attends to.
+"""Which columns of a canvas a decoding pass recomputes, and which of the others it attends to.
 
 B rows of a canvas   T its columns   R rows of one pass   W columns of one pass   N asked positions
 Bookkeeping lives on the CPU: a step starts by learning its positions from the device anyway.
@@ -26,13 +26,13 @@ class Asked:
     row_of: Tensor
     """[N] index into `rows`."""
     place_of: Tensor
-    """[N] how many positions of the same row come before."""
+    """[N] how many asked positions of the same row come before."""
     columns: Tensor
-    """[N]."""
+    """[N] the asked columns."""
 
     @classmethod
     def of(cls, positions: Positions, length: int, *, right_shift: bool = False) -> "Asked":
-        """Sort out `positions` of a canvas with `length` columns."""
+        """Group `positions` of a canvas with `length` columns by row; `right_shift` asks one column earlier."""
         flat = positions.cpu()
         rows, row_of, counts = (flat // length).unique_consecutive(return_inverse=True, return_counts=True)
         place_of = torch.arange(flat.numel()) - (counts.cumsum(0) - counts)[row_of]
@@ -55,7 +55,7 @@ class Asked:
 @final
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The columns one pass of the network takes: of every row, `first` [R] up to `last` [R]."""
+    """The columns that one pass of the network takes: in every row, `first` [R] up to and without `last` [R]."""
 
     first: Tensor
     last: Tensor
@@ -67,7 +67,7 @@ class Pass:
 
     @property
     def columns(self) -> Tensor:
-        """[R, W], also beyond `last`."""
+        """[R, W]; rows with fewer columns go on beyond their `last`."""
         return self.first[:, None] + torch.arange(self.width)
 
     @property
@@ -82,10 +82,10 @@ class View(ABC):
 
     @abstractmethod
     def plan(self, asked: Asked) -> Pass:
-        """Return the pass that answers a question."""
+        """Return the pass that predicts the asked positions."""
 
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass | None:
-        """Return what else a pass over `rows` [R] attends to; None: nothing, it sees all it needs."""
+        """Return the kept columns that a pass over `rows` [R] also attends to; None if it needs none."""
         return None
 
     def done(self, asked: Asked, part: Pass) -> None:
@@ -95,7 +95,7 @@ class View(ABC):
 
 @final
 class WholeRows(View):
-    """Every row from its first column to its end, every time: exact for any pattern."""
+    """Every row from its first column to its end, in every pass: exact for any pattern."""
 
     def __init__(self, lengths: Tensor) -> None:
         self.lengths = lengths
@@ -108,7 +108,7 @@ class WholeRows(View):
 
 @final
 class UpToBlock(View):
-    """Every row up to the end of its current block, every time: exact for a block-causal pattern."""
+    """Every row up to the end of its current block, in every pass: exact for a block-causal pattern."""
 
     def __init__(self, lengths: Tensor, block: int) -> None:
         self.lengths, self.block = lengths, block
@@ -121,8 +121,11 @@ class UpToBlock(View):
 
 @final
 class FinishedBlocks(View):
-    """Keys and values of finished blocks are kept: exact for a block-causal pattern, where later tokens cannot change
-    them. The pass that first sees a block takes what was finished before it along: the prompt, then one block each."""
+    """Keys and values of finished blocks are kept: exact for a block-causal pattern.
+
+    There, later tokens cannot change them. The first pass over a block also takes what was finished just before it: the
+    prompt at first, then one block each.
+    """
 
     def __init__(self, lengths: Tensor, block: int, length: int) -> None:
         self.lengths, self.block = lengths, block
@@ -134,12 +137,12 @@ class FinishedBlocks(View):
         self._kept[rows] = lengths
 
     def plan(self, asked: Asked) -> Pass:
-        """Take what is not kept, up to the block's end."""
+        """Take the columns that are not kept, up to the block's end."""
         last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
         return Pass(self._kept[asked.rows], last)
 
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
-        """See one's own block and those before it."""
+        """Let every column see its own block and those before it."""
         columns, end = part.columns, int(part.last.max())
         visible: Tensor | Segments | None = None
         if part.start is not None and part.width > SEGMENT:
@@ -160,10 +163,12 @@ class FinishedBlocks(View):
 
 @final
 class Approximate(View):
-    """Keys and values of the whole row are kept and refreshed at every new block and every `refresh` steps (None: at
-    new blocks alone, as in Fast-dLLM, arXiv 2505.22618). In between only the current block ("dual"), or all from its
-    start on ("prefix"), is recomputed. Not exact: in a bidirectional network the other positions' states change a
-    little with every token."""
+    """Keys and values of the whole row are kept, and refreshed at every new block and every `refresh` steps.
+
+    With `refresh` None they are refreshed only at new blocks, as in Fast-dLLM (arXiv 2505.22618). In between, only the
+    current block ("dual"), or all from its start on ("prefix"), is recomputed. This is not exact: in a bidirectional
+    network the states of the other positions change a little with every token.
+    """
 
     def __init__(self, lengths: Tensor, length: int, *, refresh: int | None, scope: str) -> None:
         self.lengths, self.refresh, self.scope = lengths, refresh, scope
@@ -172,7 +177,7 @@ class Approximate(View):
         self._age = 0
 
     def plan(self, asked: Asked) -> Pass:
-        """Take whole rows when a block begins or the kept values have aged, else the block."""
+        """Take whole rows when a block begins or the kept values are too old, else the block."""
         first, last = asked.per_row("amin"), asked.per_row("amax") + 1
         is_new = (first < self._first[asked.rows]) | (last > self._last[asked.rows])
         ends = self.lengths[asked.rows]
@@ -185,7 +190,7 @@ class Approximate(View):
         return Pass(self._first[asked.rows], ends if self.scope == "prefix" else self._last[asked.rows])
 
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
-        """See all of the row."""
+        """Let every column see the whole row."""
         ends = self.lengths[rows]
         end = int(ends.max())
         is_even = bool((ends == end).all())
@@ -195,7 +200,7 @@ class Approximate(View):
         return _cached_pass(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
-        """Age."""
+        """Count the age of the kept values."""
         self._age += 1
 
 

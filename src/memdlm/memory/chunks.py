@@ -21,18 +21,25 @@ class Text:
     """[B, L] attention mask, or 4-D."""
     anchor: Corrupted | None
 
-    def chunks(self, length: int | None) -> Iterator["Text"]:
-        """Yield the text in pieces of `length` columns; a text that fits is yielded as it is."""
+    def chunks(self, length: int | None, overlap: int = 0) -> Iterator["Text"]:
+        """Yield the text in pieces of at most `length` columns; a text that fits is yielded as it is.
+
+        Each piece but the first begins with the last `overlap` columns of the one before, which it shows and does not
+        write again.
+        """
         total = self.clean.shape[1]
         if length is None or total <= length:
             yield self
             return
-        for start in range(0, total, length):
+        for start in range(0, total - overlap, length - overlap):
             part = slice(start, start + length)
-            anchor = self.anchor
+            anchor, is_maskable = self.anchor, self.is_maskable[:, part]
             if anchor is not None:
                 anchor = Corrupted(anchor.ids[:, part], anchor.is_masked[:, part], anchor.t)
-            yield Text(self.clean[:, part], self.is_maskable[:, part], self._mask(part), anchor)
+            if start > 0 and overlap > 0:
+                is_maskable = is_maskable.clone()
+                is_maskable[:, :overlap] = False
+            yield Text(self.clean[:, part], is_maskable, self._mask(part), anchor)
 
     def _mask(self, part: slice) -> Tensor | None:
         if self.mask is None:

@@ -21,6 +21,7 @@ Part = TypeVar("Part")
 WRITE_SOURCES = ("response", "prompt", "both", "context")
 ATTENTIONS = ("full", "decode")
 WRITE_GATES = ("none", "learned")
+CHUNK_UPDATES = ("sequential", "accumulated")
 PAD_UNMASK_MODES = ("none", "inner", "both")
 CLIP_SCOPES = ("tensor", "global")
 MOST = 4096
@@ -108,8 +109,22 @@ class WriteConfig(_Options):
     )
     chunk_length: int | None = option(
         None,
-        "Write longer texts in chunks of so many tokens, one after the other; unset: in one piece.",
+        "Write longer texts in chunks of at most so many tokens; unset: in one piece.",
         minimum=1,
+        adjustable=True,
+    )
+    chunk_overlap: int = option(
+        0,
+        "Tokens that a chunk shows of the one before, without writing them again.",
+        minimum=0,
+        maximum=2**24,
+        adjustable=True,
+    )
+    chunk_update: str = option(
+        "sequential",
+        "sequential: each chunk takes gradient steps of its own; accumulated: all chunks of a text take common ones, "
+        "which is almost a write in one piece.",
+        choices=CHUNK_UPDATES,
         adjustable=True,
     )
     strides: int = option(
@@ -181,6 +196,13 @@ class WriteConfig(_Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chunk_length is None:
+            self._refuse_idle("chunk_overlap", "without mem_chunk_length; set it, or leave mem_chunk_overlap out.")
+        elif self.chunk_overlap >= self.chunk_length:
+            raise ConfigError(
+                f"mem_chunk_overlap={self.chunk_overlap} leaves nothing new in a chunk of mem_chunk_length="
+                f"{self.chunk_length} tokens; choose a smaller overlap."
+            )
         if self.inner_grad_clip == 0:
             self._refuse_idle("inner_clip_scope", "with mem_inner_grad_clip=0; set a norm, or leave it out.")
         if self.inner_loss_type == "distill_hidden":
@@ -328,7 +350,9 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
         Each prompt is written into its own fast weights, in one step over strided views, and the outer loss is
         differentiated through that step, its start, its rates and its gate. A stride of 4 keeps a value's cue in sight
         up to three tokens away; the rank bounds the number of facts. The loss is a sum over the tokens, so that the
-        clipped step is as large for a short prompt as for a long one. What each choice is worth is in docs/recall.md.
+        clipped step is as large for a short prompt as for a long one. Chunks of a long text take common steps: with
+        steps of their own, a later chunk's facts weigh on those of an earlier one. What each choice is worth is in
+        docs/recall.md.
         """
         options: dict[str, Any] = {
             "write_source": "prompt",
@@ -345,6 +369,7 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
             "loss_weight_type": "scheduler",
             "loss_norm_type": "batch",
             "per_sample": True,
+            "chunk_update": "accumulated",
         }
         if not changes.get("learn_lr", True):
             del options["learned_rates_lr"]

@@ -4,7 +4,7 @@ Nothing here waits for the device, except to learn how many positions the states
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from memdlm.memory.objectives import Objective
 from memdlm.memory.outer_gradient import InnerGradient, LossOf, OuterGradient, Untracked, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Denoise, Ids, OfSamples, Positions, Values
+from memdlm.types import Counts, Denoise, Ids, OfSamples, Positions, Values
 
 Gate: TypeAlias = Callable[[Ids, Positions], Tensor]
 """Returns the weights [N] of a state's scored positions, with the graph that an outer loss follows."""
@@ -108,13 +108,14 @@ class InnerLoss:
         denoise: Denoise,
         samples: int,
         whole: "JoinedBatch | None" = None,
+        counts: Counts | None = None,
     ) -> LossOf:
         """Fix what `step` follows, under the fast weights of now; what is left to say is which network reads it."""
         target = self.objective.target(denoise, step, positions)
 
         def losses_of(read: Denoise, gates: Tensor | None = None) -> Tensor:
             values = self.objective.values(read, step, positions, target)
-            return self.reduce(values if gates is None else values * gates, positions, step, samples, whole)
+            return self.reduce(values if gates is None else values * gates, positions, step, samples, whole, counts)
 
         return losses_of
 
@@ -125,17 +126,20 @@ class InnerLoss:
         step: TrajectoryStep,
         samples: int,
         whole: "JoinedBatch | None" = None,
+        counts: Counts | None = None,
     ) -> OfSamples:
         """Weight and normalise `values` [N] at `positions`: one loss per sample [S], or this rank's part of `whole`.
 
         Sampled positions stand for all that are scored: their sum is scaled up, so its mean over the draws is the sum
-        over all.
+        over all. `counts` are the scored positions of each row's whole text, where `step` is one chunk of it; the
+        chunks' losses then add up to the text's.
         """
         sums = row_sums(values, positions, step.ids.shape) * weight_of(self.weighting, self.schedule, step.t)
         if step.is_sampled is not None:
             sums = sums * (step.is_scored.sum(-1).to(sums.dtype) / step.is_sampled.sum(-1).clamp_min(1))
         totals = {} if whole is None else {"total_tokens": whole.tokens.clamp_min(1), "total_rows": whole.rows}
-        return normalise(sums, step.is_scored.sum(-1), self.norm, samples=samples, **totals)
+        counts = step.is_scored.sum(-1) if counts is None else counts
+        return normalise(sums, counts, self.norm, samples=samples, **totals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +152,77 @@ class JoinedBatch:
     """[] texts."""
 
 
-def _wholes(steps: Sequence[TrajectoryStep], ranks: Ranks | None) -> list[JoinedBatch | None]:
-    if ranks is None:
-        return [None] * len(steps)
-    rows = torch.tensor(len(steps[0].ids), device=steps[0].ids.device)
-    *tokens, rows = ranks.sum([*(step.is_scored.sum() for step in steps), rows])
-    return [JoinedBatch(each, rows) for each in tokens]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """A text, or a part of one, as the updates read it."""
+
+    steps: Sequence[TrajectoryStep]
+    """What each update follows; more updates than steps begin again."""
+    denoise: Denoise
+    gate: Gate | None = None
+    """Weighs the scored positions."""
+    outer: OuterGradient = field(default_factory=Untracked)
+    counts: Sequence[int] | None = None
+    """How many positions each step reads; None: the device is waited for, once, to learn them."""
+    forget: Callable[[], None] = lambda: None
+    """Lets go of what was computed for the chunk. It is called after each update that several chunks share."""
+
+    def sizes(self) -> Sequence[int]:
+        """Return `counts`, or wait for the device."""
+        if self.counts is not None:
+            return self.counts
+        found: list[int] = torch.stack([step.is_read.sum() for step in self.steps]).tolist()
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One state of a chunk, and what its loss is divided by."""
+
+    chunk: Chunk
+    step: TrajectoryStep
+    size: int
+    whole: JoinedBatch | None
+    counts: Tensor
+
+    def gradient(
+        self, fast: FastWeights, loss: InnerLoss, leaves: Sequence[Tensor], update: int
+    ) -> tuple[Tensor, InnerGradient]:
+        """Return the loss [S] at `leaves`, which `fast` holds, and its gradient."""
+        step, chunk = self.step, self.chunk
+        with torch.enable_grad():
+            positions = positions_of(step.is_read, self.size)
+            gates = None if chunk.gate is None else chunk.gate(step.ids, positions)
+            losses_of = loss.at(step, positions, chunk.denoise, fast.num_samples, self.whole, self.counts)
+            # The backward pass too: it may run layers again, and they must drop the same inputs.
+            with fast.dropping(update):
+                per_sample = losses_of(chunk.denoise, None if gates is None else gates.detach())
+                found = differentiate(per_sample, leaves)
+        return per_sample.detach(), InnerGradient(
+            found=found, loss_of=losses_of, gates=gates, ids=step.ids, update=update
+        )
+
+
+def _states(chunks: Sequence[Chunk], ranks: Ranks | None) -> list[list[_State]]:
+    """Return, for every step, the states of all chunks that its update adds up."""
+    sizes = [chunk.sizes() for chunk in chunks]
+    # Row by row and step by step: a text's chunks have the same rows.
+    counts = [
+        torch.stack([step.is_scored.sum(-1) for step in of_step]).sum(0)
+        for of_step in zip(*(chunk.steps for chunk in chunks), strict=True)
+    ]
+    wholes: list[JoinedBatch | None] = [None] * len(counts)
+    if ranks is not None:
+        rows = torch.tensor(len(chunks[0].steps[0].ids), device=counts[0].device)
+        *tokens, rows = ranks.sum([*(each.sum() for each in counts), rows])
+        wholes = [JoinedBatch(each, rows) for each in tokens]
+    return [
+        [
+            _State(chunk, chunk.steps[index], size[index], whole, count)
+            for chunk, size in zip(chunks, sizes, strict=True)
+        ]
+        for index, (whole, count) in enumerate(zip(wholes, counts, strict=True))
+    ]
 
 
 def run_inner_loop(
@@ -178,30 +247,54 @@ def run_inner_loop(
     `counts` are the positions that the steps read; None: the device is waited for, once, to learn them.
     """
     outer = Untracked() if outer is None else outer
+    chunk = Chunk(steps=steps, denoise=denoise, gate=gate, outer=outer, counts=counts)
+    return write_chunks([chunk], fast=fast, loss=loss, update=update, epochs=epochs, ranks=ranks, rates=rates)
+
+
+def write_chunks(
+    chunks: Sequence[Chunk],
+    *,
+    fast: FastWeights,
+    loss: InnerLoss,
+    update: LocalSGD,
+    epochs: int = 1,
+    ranks: Ranks | None = None,
+    rates: Sequence[Sequence[Tensor]] | None = None,
+    on_chunk: Callable[[int], None] = lambda done: None,
+) -> Written:
+    """Write all `chunks` of one text by common updates: each adds up the gradients of all chunks, clips and steps once.
+
+    The text is written as in one piece, but for attention, which ends at the borders of a chunk. The activations of
+    one chunk are held at a time. `on_chunk` is told how many chunks the last update has read. The rest is as in
+    `run_inner_loop`.
+    """
     losses, norms = [], []
     values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
-    if counts is None:
-        counts = torch.stack([step.is_read.sum() for step in steps]).tolist()
-    states = list(zip(steps, counts, _wholes(steps, ranks), strict=True))
-    for index, (step, count, whole) in enumerate(states * epochs):
+    states = _states(chunks, ranks)
+    for index, of_step in enumerate(states * epochs):
         leaves = [value.detach().requires_grad_() for value in values]
         fast.replace(leaves)
-        with torch.enable_grad():
-            positions = positions_of(step.is_read, count)
-            gates = None if gate is None else gate(step.ids, positions)
-            losses_of = loss.at(step, positions, denoise, fast.num_samples, whole)
-            # The backward pass too: it may run layers again, and they must drop the same inputs.
-            with fast.dropping(index):
-                per_sample = losses_of(denoise, None if gates is None else gates.detach())
-                gradients = differentiate(per_sample, leaves)
-        per_sample = per_sample.detach()
+        base: Sequence[Tensor] = values
+        per_sample: Tensor | None = None
+        gradients: Sequence[Tensor] = []
+        for done, state in enumerate(of_step, start=1):
+            of_chunk, taken = state.gradient(fast, loss, leaves, index)
+            base, found = state.chunk.outer.traced(values, taken)
+            if per_sample is None:
+                per_sample, gradients = of_chunk, found
+            else:
+                per_sample = per_sample + of_chunk
+                gradients = [total + part for total, part in zip(gradients, found, strict=True)]
+            if len(of_step) > 1:
+                state.chunk.forget()
+            if index == len(states) * epochs - 1:
+                on_chunk(done)
+        assert per_sample is not None
         if ranks is not None:
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
-        norm = _global_norm(gradients)
+        norm = _global_norm([gradient.detach() for gradient in gradients])
         is_sound = per_sample.isfinite() & norm.isfinite()
-        taken = InnerGradient(found=gradients, loss_of=losses_of, gates=gates, ids=step.ids, update=index)
-        step_from = outer.traced(values, taken)
-        values = update.step(*step_from, is_sound, None if rates is None else rates[index])
+        values = update.step(base, gradients, is_sound, None if rates is None else rates[index])
         losses.append(per_sample)
         norms.append(norm)
     fast.replace(values)
@@ -210,7 +303,7 @@ def run_inner_loop(
         losses=stacked,
         grad_norms=torch.stack(norms),
         num_skipped=(~(stacked.isfinite() & torch.stack(norms).isfinite())).sum(0),
-        num_tokens=sum(counts) * epochs,
+        num_tokens=sum(state.size for of_step in states for state in of_step) * epochs,
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,26 @@ from memdlm.diffusion.masking import Corrupted, maskable_positions
 from memdlm.diffusion.schedules import Linear, Schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.checking import check_parts, check_text, warn_if_long
-from memdlm.memory.chunks import Text, joined
+from memdlm.memory.chunks import Text
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.files.exporting import WrittenText, check_fits, check_written, exported, packed
 from memdlm.memory.files.fingerprint import Identity
 from memdlm.memory.files.packing import unpack
 from memdlm.memory.files.saved import SavedMemory, read_memory
-from memdlm.memory.inner_loop import InnerLoss, Written, run_inner_loop
+from memdlm.memory.inner_loop import InnerLoss, Written
 from memdlm.memory.learned import LearnedWrite, saved_config
-from memdlm.memory.outer_gradient import Exact, FirstOrder, OuterGradient, Untracked, check_attention
-from memdlm.memory.ranks import Ranks
+from memdlm.memory.outer_gradient import check_attention
 from memdlm.memory.sites import adapted_blocks, find_sites
-from memdlm.memory.trajectory import Anchor, Draw, sampled, scored_sets, trajectory, with_sizes
 from memdlm.memory.write_gate import width_below
+from memdlm.memory.writer import Writer
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
-from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
-from memdlm.models.networks.patching import checkpointed
 from memdlm.models.networks.soundness import blaming
-from memdlm.randomness import Randomness, derive, uniform
+from memdlm.randomness import Randomness, derive
 from memdlm.types import Ids, PositionSet
 
 
@@ -111,11 +107,12 @@ class ParametricMemory:
             raise ConfigError(
                 "mem_attention='decode' has no effect: this model decodes under full attention. Leave it out."
             )
-        if self.config.chunk_length is not None and self.config.chunk_length % pattern.block:
-            raise ConfigError(
-                f"mem_chunk_length={self.config.chunk_length} cuts through the blocks of {pattern.block} tokens that "
-                "mem_attention='decode' writes under; use a multiple."
-            )
+        for name in ("chunk_length", "chunk_overlap"):
+            if (getattr(self.config, name) or 0) % pattern.block:
+                raise ConfigError(
+                    f"mem_{name}={getattr(self.config, name)} cuts through the blocks of {pattern.block} tokens that "
+                    "mem_attention='decode' writes under; use a multiple."
+                )
         return pattern
 
     def learn_from(self, *keys: int | str) -> None:
@@ -165,7 +162,8 @@ class ParametricMemory:
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
         pattern = self.attention_pattern if attention_pattern is None else attention_pattern
-        reading = _Reading(anchor is not None and torch.is_grad_enabled(), is_tracked, pattern)
+        is_read_at_anchor = anchor is not None and torch.is_grad_enabled()
+        writer = self._writer(pattern, is_tracked=is_tracked, is_read_at_anchor=is_read_at_anchor)
         with self._opened("write"):
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
@@ -178,9 +176,8 @@ class ParametricMemory:
                 self.fast.reset(samples, drawing, start, dropout=self.config.inner_dropout)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
-                    written = self._write_chunks(
-                        Text(clean, is_maskable, mask, anchor), randomness, reading, is_alone, on_chunk
-                    )
+                    text = Text(clean, is_maskable, mask, anchor)
+                    written, self._lower = writer.write(text, randomness, is_alone=is_alone, on_chunk=on_chunk)
                 # In training the trainer looks, where it waits for the device anyway.
                 if not self.model.training:
                     with blaming(self.model):
@@ -268,96 +265,23 @@ class ParametricMemory:
         """
         return None if self._lower is None else self._lower.connected()
 
-    def _write_chunks(
-        self,
-        text: Text,
-        randomness: Randomness,
-        reading: "_Reading",
-        is_alone: bool,
-        on_chunk: Callable[[int], None] | None,
-    ) -> Written:
-        """Write a text chunk after chunk into the same fast weights; nothing of a chunk stays but them."""
-        parts = list(text.chunks(self.config.chunk_length))
-        written, done = [], 0
-        for part in parts:
-
-            def draw(shape: torch.Size = part.clean.shape) -> Tensor:
-                return uniform(shape, randomness, text.clean.device)
-
-            anchor = self._anchor(part.clean, part.is_maskable, part.anchor, draw)
-            written.append(self._write(anchor, part.mask, draw, reading, is_alone))
-            done += part.clean.shape[1]
-            if on_chunk is not None:
-                on_chunk(done)
-        if len(parts) > 1:
-            # A later call sees the whole text, of which no chunk knows what lies below.
-            self._lower = None
-        return joined(written)
-
-    def _write(self, anchor: Anchor, mask: Tensor | None, draw: Draw, reading: "_Reading", is_alone: bool) -> Written:
-        path, scored = self.strategy.path(anchor, draw), self.config.inner_loss_mask_mode
-        chosen, fraction = scored_sets(path, scored), self.config.inner_score_fraction
-        epochs = self.config.num_inner_epochs
-        if fraction < 1:
-            # Every update has a sample of its own, so that epochs see more of the text.
-            chosen, epochs = [sampled(each, fraction, draw) for each in chosen * epochs], 1
-        anchor, counts = with_sizes(anchor, chosen)
-        steps = trajectory(path, anchor, mask_token_id=self.mask_token_id, scored=scored)
-        if fraction < 1:
-            repeated = steps * self.config.num_inner_epochs
-            steps = [replace(step, is_sampled=each) for step, each in zip(repeated, chosen, strict=True)]
-        if self.first_block > 0:
-            self._lower = SharedLowerLayers(
-                self.first_block,
-                anchor=anchor.ids if reading.anchor_has_gradient else None,
-                is_traced=reading.is_tracked and self.config.outer_gradient == "exact",
-            )
-
-        def denoiser(lower_layers: LowerLayers | None, is_constant: bool = False) -> ModelDenoiser:
-            return ModelDenoiser(
-                self.model,
-                attention_mask=mask,
-                attention_pattern=reading.pattern,
-                right_shift_logits=self.right_shift_logits,
-                lower_layers=lower_layers,
-                is_constant=is_constant,
-            )
-
-        with torch.set_grad_enabled(reading.is_tracked):
-            rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
-        outer: OuterGradient = FirstOrder() if reading.is_tracked else Untracked()
-        if reading.is_tracked and self.config.outer_gradient != "first_order":
-            outer = Exact(self.model, self.fast, self._adapted, denoiser, self._lower)
-        denoise = denoiser(self._lower, is_constant=True)
-        gate = None if self.learned is None else self.learned.gated(denoise.below, reading.is_tracked)
-        with checkpointed(self._adapted if self.config.inner_gradient_checkpointing else ()):
-            written = run_inner_loop(
-                steps,
-                fast=self.fast,
-                loss=self.loss,
-                update=self.update,
-                denoise=denoise,
-                epochs=epochs,
-                ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
-                rates=rates,
-                gate=gate,
-                outer=outer,
-                counts=counts,
-            )
-        if self._lower is not None:
-            self._lower.retain(anchor.ids)
-        return written
-
-    def _anchor(self, clean: Ids, is_maskable: PositionSet, noised: Corrupted | None, draw: Draw) -> Anchor:
-        if noised is None:
-            ratio = self.config.prompt_mask_ratio
-            is_masked = is_maskable & (draw() < ratio)
-            t = torch.full(clean.shape[:1], ratio, device=clean.device)
-            return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
-        is_masked = noised.is_masked & is_maskable
-        is_same = (is_masked == noised.is_masked).all()
-        return Anchor(
-            clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=noised.t, ids=noised.ids, is_same=is_same
+    def _writer(self, pattern: AttentionPattern | None, *, is_tracked: bool, is_read_at_anchor: bool) -> Writer:
+        return Writer(
+            model=self.model,
+            config=self.config,
+            fast=self.fast,
+            learned=self.learned,
+            strategy=self.strategy,
+            loss=self.loss,
+            update=self.update,
+            adapted=self._adapted,
+            first_block=self.first_block,
+            mask_token_id=self.mask_token_id,
+            right_shift_logits=self.right_shift_logits,
+            pattern=pattern,
+            process_group=self.process_group,
+            is_tracked=is_tracked,
+            is_read_at_anchor=is_read_at_anchor,
         )
 
     @contextmanager
@@ -367,18 +291,6 @@ class ParametricMemory:
                 yield
             finally:
                 self._lower, self._source = None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """How a caller will differentiate what it reads."""
-
-    anchor_has_gradient: bool
-    """The outer loss continues from what the write computed below the fast weights."""
-    is_tracked: bool
-    """The outer loss is differentiated through the write."""
-    pattern: AttentionPattern | None
-    """Who sees whom in the write."""
 
 
 def _for_start(randomness: Randomness, per_sample: bool) -> Randomness:

@@ -1,10 +1,10 @@
-"""Chunked linear cross-entropy, and whatever else is computed from each token's logits: never all logits at once.
+"""Chunked linear cross-entropy, and other functions of each token's logits, without holding all logits at once.
 
-Logits of N positions take N x V numbers, four times over while they are differentiated. Above a size, positions are
-therefore taken in chunks. Where the projection's weights get no gradient (a write), each chunk's derivative by its
-hidden states is taken on the spot and nothing is computed twice. So it is where only a sum of the values is wanted
-whose weights are known beforehand (training): the projection's own gradient is then added up chunk by chunk. Otherwise
-chunks are recomputed in the backward pass.
+Logits of N positions take N x V numbers, and four times as many while they are differentiated. So above a certain size
+positions are taken in chunks. There are three cases. If the projection's weights get no gradient (a write), each
+chunk's derivative by its hidden states is taken at once, and nothing is computed twice. The same holds if only a
+weighted sum of the values is wanted and the weights are known beforehand (training): the projection's own gradient is
+then added up chunk by chunk. Otherwise chunks are recomputed in the backward pass.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from torch.utils.checkpoint import checkpoint
 from memdlm.types import PerToken, Project, TokenLoss
 
 MAX_LOGITS = 2**26
-"""Logits (numbers) up to which nothing is chunked when chunks have to be recomputed; on a GPU at least so many."""
+"""The most logits without chunks, where chunks would be recomputed; on a GPU at least this many."""
 MAX_CONSTANT_LOGITS = 2**23
-"""Logits of a chunk when the projection is a constant; on a GPU at least so many."""
+"""Logits of a chunk when the projection is a constant; on a GPU at least this many."""
 MAX_SUMMED_LOGITS = 2**23
 """Logits of a chunk when the projection's gradient is added up: each chunk reads and writes all of that gradient. On a
-GPU at least so many."""
+GPU at least this many."""
 SHARE = 32
-"""On a GPU, a chunk's logits may fill one part in so many of its memory..."""
+"""On a GPU, a chunk's logits may fill its memory divided by this number."""
 BYTES = 16
-"""...at so many bytes each: four float32 numbers, while they are differentiated."""
+"""Bytes that a logit takes while it is differentiated: four float32 numbers."""
 
 
 def at_once(least: int, device: torch.device) -> int:
     """Return how many logits a chunk has on `device`.
 
-    A GPU reads the projection's weights anew for every chunk, so it gets large ones. They follow from all of its
-    memory, not from what is free at the moment: the same card then adds up in the same order every time.
+    A GPU reads the projection's weights again for every chunk, so it gets large chunks. Their size depends on its total
+    memory, not on the free memory, so that the same card always adds up in the same order.
     """
     if device.type != "cuda":
         return least
@@ -74,12 +74,12 @@ def sum_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """Return (the sum [] of `weights` [N] times `per_token` of all positions, those values [N] without gradient).
 
-    `parameters` are all that `project` is made of and that may need a gradient. The sum can be differentiated by them
+    `parameters` are all those of `project` that may need a gradient. The sum can be differentiated by them
     and by `hidden` [N, D], once; not by `weights`. Values and gradients are those of one call, up to rounding.
     """
     count = hidden.shape[0]
     trained = [each for each in parameters if each.requires_grad]
-    # A parameter that is elsewhere (sharded to nothing) gets its gradient where its module's own hooks can see it.
+    # A parameter that is sharded to nothing must get its gradient where its module's own hooks can see it.
     is_whole = all(each.numel() for each in trained)
     if not torch.is_grad_enabled() or not isinstance(per_token, TokenLoss) or not count or not is_whole:
         values = values_in_chunks(per_token, hidden, project, vocab_size)
@@ -91,7 +91,7 @@ def sum_in_chunks(
 
 
 class _Summed(torch.autograd.Function):
-    """Weights are known, so every chunk's part of the gradients is known with its values."""
+    """The weights are known, so every chunk's part of the gradients is computed with its values."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class _Summed(torch.autograd.Function):
         chunks: list[slice],
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        # In 16 bits, small weights times small probabilities would vanish: the largest weight counts as 1 meanwhile.
+        # In 16 bits, small weights times small probabilities would vanish. So the largest weight is scaled to 1.
         scale = weights.abs().amax().clamp_min(torch.finfo(weights.dtype).tiny)
         relative = weights / scale
         values, of_rows = [], []
@@ -136,8 +136,8 @@ class _Summed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, arriving: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("a sum over chunks is differentiated once: its gradients are no longer kept.")
-        # Scaled where they lie: the projection's gradient may be the largest tensor of all.
+            raise RuntimeError("a sum over chunks can be differentiated once: its gradients are no longer kept.")
+        # Scaled in place: the projection's gradient may be the largest tensor of all.
         factor, gradients, ctx.gradients = arriving * ctx.scale, ctx.gradients, None
         hidden, *parameters = (None if each is None else each.mul_(factor.to(each.dtype)) for each in gradients)
         return hidden, None, None, None, None, *parameters

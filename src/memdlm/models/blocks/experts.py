@@ -19,7 +19,7 @@ from memdlm.models.blocks.layers import SelfInitialising
 MAX_GROUPS = 1023
 """Groups that one grouped product takes on a GPU (torch refuses 1024 and more)."""
 ALIGNED = 16
-"""Bytes, of which the rows of a grouped product's operands must be whole multiples."""
+"""The rows of a grouped product's operands must be multiples of this many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,11 @@ class Routing:
     """[E*S] int32: where each (expert, sample) group ends, expert-major."""
     num_samples: int
     first_sample: int = 0
-    """Which of the memory's samples these tokens begin with; they belong to `num_samples` of them."""
+    """The first of the `num_samples` samples of the memory to which these tokens belong."""
 
     @property
     def samples(self) -> slice:
-        """Which of the memory's samples these tokens belong to."""
+        """The samples of the memory to which these tokens belong."""
         return slice(self.first_sample, self.first_sample + self.num_samples)
 
     @property
@@ -67,9 +67,9 @@ def route(expert: Tensor, num_experts: int, num_samples: int = 1, first_sample: 
 
 
 def sample_chunks(num_experts: int, num_samples: int) -> list[tuple[int, int]]:
-    """Return (first sample, how many) of parts of nearly equal size that have at most `MAX_GROUPS` groups each.
+    """Return (first sample, number of samples) of nearly equal parts that have at most `MAX_GROUPS` groups each.
 
-    The parts follow from the two numbers alone, so nothing waits for the device. A single sample is never divided.
+    The parts depend only on the two numbers, so nothing waits for the device. A single sample is never divided.
     """
     parts = -(-num_samples // max(1, MAX_GROUPS // num_experts))
     bounds = [part * num_samples // parts for part in range(parts + 1)]
@@ -80,8 +80,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Multiply every slice of `x` by its own weight: y[a:b] = x[a:b] @ weight[g].T.
 
     `x` [N, in], `weight` [G, out, in], `ends` [G] int32 ascending, the last one N; empty groups are fine.
-    One grouped product where the dtype allows it, otherwise `looped_linear`. Under autocast it is computed in that
-    dtype, as a linear layer is: torch has no rule for grouped products.
+    One grouped product where the dtype allows it, otherwise `looped_linear`. Under autocast it is computed in
+    autocast's dtype, as a linear layer is: torch has no rule for grouped products.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -102,7 +102,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    # The kernels take rows of whole 16 bytes; zeros fill the others up (a low rank, mostly).
+    # The kernels take rows of multiples of 16 bytes; others, mostly of a low rank, are filled up with zeros.
     wide, out = (-size % (ALIGNED // x.element_size()) for size in (x.shape[-1], weight.shape[-2]))
     if wide or out:
         x, weight = F.pad(x, (0, wide)), F.pad(weight, (0, wide, 0, out))
@@ -112,7 +112,7 @@ def _one_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("memdlm::grouped_product", mutates_args=())
 def _opaque_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Do what `_one_product` does, unseen by torch.compile, which does not know all dtypes: one graph stays one.
+    """Do what `_one_product` does, hidden from torch.compile, which does not know all dtypes: the graph stays whole.
 
     Shapes are those of `grouped_linear`; it has no backward pass.
     """
@@ -132,12 +132,12 @@ def _outside_the_graph(product: Callable[..., Tensor], x: Tensor, weight: Tensor
 def looped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Do what `grouped_linear` does, one group at a time: the oracle, and the path for float64."""
     bounds = [0, *ends.tolist()]
-    # A product over no rows still records where gradients go, so every weight has one (zero) as expected.
     parts = [
         x[start:end] @ matrix.transpose(0, 1)
         for matrix, start, end in zip(weight, bounds[:-1], bounds[1:], strict=True)
         if end > start
     ]
+    # A product over no rows still gives every weight a gradient (zero), as callers expect.
     return torch.cat(parts) if parts else x @ weight[0].transpose(0, 1)
 
 
@@ -159,7 +159,7 @@ class StackedWeight(nn.Module, ABC):
 
 
 class ExpertAdapter(nn.Module, ABC):
-    """What an outer adapter adds to the expert projections of one layer; its parameters are the model's."""
+    """What an outer adapter adds to the expert projections of one layer; its parameters belong to the model."""
 
     @abstractmethod
     def add(self, projection: str, out: Tensor, x: Tensor, ends: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class Experts(SelfInitialising):
 
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Return sum_k weight[t, k] * f_{expert[t, k]}(x[t]): `x` [T, D], `expert` and `weight` [T, k] -> [T, D]."""
-        # The memory is that of the call's beginning, though another thread may open one meanwhile.
+        # Read once, at the beginning of the call: another thread may open a memory meanwhile.
         added = self.additions
         samples = 1 if added is None else added.num_samples
         chunks = sample_chunks(self.num_experts, samples)

@@ -24,11 +24,11 @@ class KeyValueCache:
     def of(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the (key, value) buffers [B, H, T + 1, P] of a layer.
 
-        The last column is never read. What must not be kept is written there.
+        The last column is never read. Values that must not be kept are written there.
         """
         if layer not in self._layers:
             shape = (self.batch, like.shape[1], self.length + 1, like.shape[3])
-            # Zeros, not whatever is there: a hidden NaN would still reach the output as 0 * NaN.
+            # Zeros, not uninitialised memory: a masked NaN would still reach the output as 0 * NaN.
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
 
@@ -91,7 +91,7 @@ class PrefixCachedPass:
     """One pass behind a prefix that all rows share: it attends to the prefix and itself, and keeps nothing."""
 
     prefix: KeyValueCache
-    """Of one row, [1, prefix.length], every column filled."""
+    """A cache of one row, [1, prefix.length], with every column filled."""
     columns: Tensor
     """[1, W] int64, from `prefix.length` on."""
     is_visible: Tensor | None
@@ -107,7 +107,7 @@ class PrefixCachedPass:
 
 
 Cached: TypeAlias = CachedPass | PrefixCachedPass
-"""What a pass over some columns attends to beside them."""
+"""What a pass over some columns attends to in addition to them."""
 
 
 def at(x: Tensor, places: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ def accurate(dtype: torch.dtype) -> torch.dtype:
 
 
 class SelfInitialising(nn.Module):
-    """A module that knows how its own parameters start; transformers' initialisation calls `initialise`."""
+    """A module that sets its own starting values; transformers' initialisation calls `initialise`."""
 
     def initialise(self, config: Any) -> None:
         """Set own parameters through `transformers.initialization`, after the children's."""
@@ -86,7 +86,7 @@ class AttentionShape:
     head_dim: int
     bias: bool = False
     out_bias: bool | None = None
-    """Whether the output projection has a bias. None: as the query, key and value projections, see `bias`."""
+    """Whether the output projection has a bias. None: the same as for query, key and value, see `bias`."""
     fused: bool = False
     """Query, key and value are one projection, `query_key_value`: rows of all query heads, then key, then value."""
     qk_norm_eps: float | None = None
@@ -95,7 +95,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, config: Any, **switches: Any) -> "AttentionShape":
-        """Take the sizes from a configuration that calls them as transformers does."""
+        """Take the sizes from a configuration that names them as transformers does."""
         return cls(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -140,7 +140,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend over `x` [B, L, D]; `mask` is what `attention_scores_mask` or `segments_for` returned.
 
-        `cached` adds the keys and values of earlier passes. With `queries` [B, n] only these places attend: [B, n, D].
+        `cached` adds the keys and values of earlier passes. With `queries` [B, n] only these
+        places attend, and the result is [B, n, D].
         """
         shape = self.shape
         if shape.fused:
@@ -248,7 +249,7 @@ class Block(GradientCheckpointingLayer):
         cached: Cached | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
-        """Run on [B, L, D]; with `queries` [B, n] the output is that of these places alone, [B, n, D]."""
+        """Run on [B, L, D]; with `queries` [B, n] the output is only that of these places, [B, n, D]."""
         inner = self.input_layernorm(x)
         if self.mixing is not None:
             inner = self.mixing(inner, is_visible)

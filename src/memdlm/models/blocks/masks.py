@@ -7,7 +7,7 @@ A network here never infers causality. It is told three things, and they are int
   [B or 1, heads or 1, L, L], true where query (row) may see key (column); or 4-D float, added to the scores;
 * the network's own sliding window, if it has one.
 
-Anything else raises, because guessing is how a padded batch turns causal in silence.
+Anything else raises: a wrong guess would make a padded batch causal without a warning.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from memdlm.options import shortened
 
 
 class AttentionPattern(ABC):
-    """Who may see whom, before padding is taken away."""
+    """Which positions may see which, before padding is excluded."""
 
     @abstractmethod
     def allowed(self, length: int, device: torch.device) -> Tensor | None:
@@ -60,7 +60,7 @@ class BlockCausal(AttentionPattern):
 @final
 @dataclass(frozen=True, slots=True)
 class SlidingWindow(AttentionPattern):
-    """A position sees those at most `reach` away: what lies further must be remembered otherwise."""
+    """A position sees those at most `reach` away; what lies further must be remembered by other means."""
 
     reach: int
 
@@ -75,7 +75,7 @@ class SlidingWindow(AttentionPattern):
 
 
 SEGMENT = 512
-"""Columns whose queries attend together where a block-causal mask is not formed whole."""
+"""Columns whose queries attend together when a block-causal mask is not formed whole."""
 
 
 @final
@@ -83,8 +83,8 @@ SEGMENT = 512
 class Segments:
     """A block-causal mask for `width` queries, the columns from `first` on, that see keys 0 .. end - 1.
 
-    It is not formed whole. The queries are taken in segments; each is shown the keys up to the end of its last block,
-    so that what lies behind is neither computed nor masked.
+    It is not formed whole. The queries are taken in segments, and each segment sees the keys up to the end of its last
+    block. Keys beyond that are neither computed nor masked.
     """
 
     block: int
@@ -92,7 +92,7 @@ class Segments:
     width: int
     end: int
     is_visible: Tensor | None = None
-    """[B, 1, 1, end] bool, true where a key is no padding; None: everywhere."""
+    """[B, 1, 1, end] bool, true where a key is not padding; None: everywhere."""
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """Yield (queries of a segment, keys that some of them see)."""
@@ -123,9 +123,9 @@ class Segments:
 
 
 def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern) -> Segments | None:
-    """Return the mask of a block-causal pass over `hidden` [B, L, D] in segments; None where it is to be formed whole.
+    """Return the mask of a block-causal pass over `hidden` [B, L, D] in segments; None if it is to be formed whole.
 
-    That is where it is small, where the pattern is another, and where `attention_mask` is no 2-D one.
+    It is formed whole where it is small, for other patterns, and for an `attention_mask` that is not 2-D.
     """
     batch, length = hidden.shape[:2]
     if not isinstance(pattern, BlockCausal) or length <= SEGMENT:

@@ -1,4 +1,4 @@
-"""What configurations of the published families share: they are told apart by what they say, not by `model_type`.
+"""The base of the published families' configurations, which are told apart by content, not by `model_type`.
 
 Published files disagree with themselves: LLaDA-MoE calls itself `llada` like the dense LLaDA, and LLaDA2.1 has three
 model types for one network.
@@ -31,7 +31,7 @@ class PublishedConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.published_model_type = str(kwargs.pop("published_model_type", type(self).model_type))
         super().__post_init__(**kwargs)
-        # transformers' constructor of a class that only declares fields leaves this out.
+        # transformers does not do this for a class that only declares fields.
         self.validate()
 
     @classmethod
@@ -55,14 +55,14 @@ class PublishedConfig(PreTrainedConfig):
 def config_class_for(fields: Mapping[str, Any], tensor_names: Iterable[str] = ()) -> "type[PublishedConfig] | None":
     """Return the configuration class of the family that a file describes, or None for a foreign one.
 
-    Looks at `architectures`, then at which fields are there, then at the names of the checkpoint's tensors.
+    Looks at `architectures`, then at the fields, then at the names of the checkpoint's tensors.
     """
     named = {str(name).lower() for name in fields.get("architectures") or ()}
     for cls in _CLASSES:
         if named & {name.lower() for name in cls.published_architectures}:
             return cls
     if named and not any(name.startswith("llada") for name in named):
-        return None  # says what it is, and that is none of ours
+        return None  # it names its architecture, which is none of ours
     present = {key for key, value in fields.items() if value is not None}
     for cls in _CLASSES:
         if any(telling <= present for telling in cls.telling_fields):

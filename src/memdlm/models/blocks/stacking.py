@@ -1,7 +1,7 @@
-"""How a checkpoint's experts, one tensor each, become the stacked tensors of a layer, and no layer is held twice.
+"""How a checkpoint's experts, one tensor each, become the stacked tensors of a layer, without holding a layer twice.
 
-transformers' own operations stack gate and up apart and then join the two stacks, and leave the file's pages of every
-expert resident until the whole model is there. Here each expert is copied to its place and its pages are given back.
+transformers' own operations stack gate and up separately and then join the two stacks, and keep the file's pages of
+every expert in memory until the whole model is loaded. Here each expert is copied to its place and its pages are freed.
 """
 
 import ctypes
@@ -57,13 +57,13 @@ class StackSideBySide(MergeModulelist):
             for index, tensor in enumerate(tensors):
                 part[index].copy_(tensor)
             give_back(tensors)
-            # With the last reference, what a conversion to another dtype or device allocated is free too.
+            # The last references: this also frees what a conversion to another dtype or device allocated.
             tensors.clear()
         return {target_patterns[0]: whole}
 
 
 class Joined(Concatenate):
-    """What cuts a stack apart when saving; loading has nothing left to join."""
+    """Cuts a stack apart when saving; when loading there is nothing left to join."""
 
     def convert(self, input_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
         """Return `input_dict`."""
@@ -71,10 +71,10 @@ class Joined(Concatenate):
 
 
 def give_back(tensors: Iterable[Tensor]) -> None:
-    """Let the system drop the pages of those `tensors` that are a mapped file's; they would be read again when needed.
+    """Let the system drop the pages of `tensors` that belong to a mapped file; they are read again when needed.
 
-    Only whole pages, so that neighbours in the file keep theirs. Other tensors, and other systems than Linux, are left
-    alone.
+    Only whole pages are dropped, so that neighbours in the file keep theirs. Other tensors are left alone. On systems
+    other than Linux nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -85,7 +85,7 @@ def give_back(tensors: Iterable[Tensor]) -> None:
             continue
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
         start, stop = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        # A page of a file can come back; one of other memory would be lost.
+        # A page of a file can be read again; a page of other memory would be lost.
         if start < stop and any(low <= begin and end <= high for low, high in mapped):
             # A refusal costs memory and nothing else.
             advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)

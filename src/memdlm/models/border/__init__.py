@@ -1,1 +1,1 @@
-"""A network, ours or another, as the masked process sees it."""
+"""Networks, ours and others, as the masked process calls them."""

@@ -26,8 +26,8 @@ class ModelDenoiser(Denoise):
     i // m. With `right_shift_logits` (networks converted from autoregressive ones) the token at column i is predicted
     by the network's output at column i - 1; column 0 keeps its own.
 
-    `lower_layers` supplies what lies below its first block. `is_constant` promises that only what is attached to the
-    model from outside is differentiated, once: the vocabulary projection then costs less memory.
+    `lower_layers` supplies the hidden states below its first block. `is_constant` promises that only what is attached
+    to the model from outside needs gradients, and only once: the vocabulary projection then costs less memory.
     """
 
     def __init__(
@@ -71,21 +71,21 @@ class ModelDenoiser(Denoise):
         hidden = self._below(ids)
         if isinstance(self.lower_layers, SharedLowerLayers):
             hidden = self.lower_layers.of(ids)
-        assert hidden is not None, "there is a boundary"
+        assert hidden is not None, "below needs lower_layers"
         return hidden.flatten(0, 1)[self._shifted(ids, positions)]
 
     def features(self, ids: Ids, positions: Positions) -> Tensor:
-        """Return the hidden states; of a network that is not ours, the logits."""
+        """Return the hidden states, or the logits if the network is not ours."""
         return self.hidden(ids, positions) if self.is_ours else self.logits(ids, positions)
 
     def read(self, ids: Ids, positions: Positions, per_token: PerToken) -> Tensor:
-        """Return [N] values; our families never hold more than a chunk of logits for it."""
+        """Return [N] values; our families hold at most a chunk of logits for it."""
         if not self.is_ours:
             return super().read(ids, positions, per_token)
         return self._call(ids, positions, Request(per_token=per_token, is_constant=self.is_constant)).per_token
 
     def read_sum(self, ids: Ids, positions: Positions, per_token: PerToken, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum and the values; of our families without computing a chunk of logits twice."""
+        """Return the weighted sum and the values; in our families no chunk of logits is computed twice."""
         if not self.is_ours or self.is_constant:
             return super().read_sum(ids, positions, per_token, weights)
         out = self._call(ids, positions, Request(per_token=per_token, weights=weights))
@@ -99,7 +99,7 @@ class ModelDenoiser(Denoise):
         if self.lower_layers is not None and hidden is not None:
             request = replace(Request() if request is None else request, start_layer=self.lower_layers.first)
             return self.model(inputs_embeds=hidden, request=request, **arguments)
-        # A network of another kind that takes `positions` knows no requests.
+        # A foreign network may take `positions`, but it knows no requests.
         return self.model(input_ids=ids, **arguments, **({} if request is None else {"request": request}))
 
     @contextmanager

@@ -1,8 +1,8 @@
 """Masked diffusion models of other families, called so that only chosen positions reach their vocabulary projection.
 
 BERT-like masked language models, and autoregressive decoders that were converted to look both ways. A pass can be cut
-in two at a block, as in our families, without re-implementing any layer: the blocks that are not wanted hand on what
-they are given, and the network's own code around them (masks, positions, final norm) runs every time.
+in two at a block, as in our families, without re-implementing any layer: the blocks that are not wanted pass on their
+input, and the network's own code around them (masks, positions, final norm) runs every time.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from memdlm.types import Ids, Logits, Positions
 
 
 def chooses_positions(network: nn.Module) -> bool:
-    """Return whether `network` itself takes `positions`, as our families do."""
+    """Whether `network` itself takes `positions`, as our families do."""
     return "positions" in inspect.signature(network.forward).parameters
 
 
@@ -45,8 +45,8 @@ def check_places(model: nn.Module, length: int, name: str) -> None:
 class ForeignModel:
     """A transformers model that knows nothing of `positions` and `attention_pattern`.
 
-    Where it is a body with a head on top, as transformers' language models are, positions are chosen between the
-    two; otherwise among all logits. `network` is what is inside the wrappers of `model`.
+    If it is a body with a head on top, like transformers' language models, positions are chosen between the two;
+    otherwise from all logits. `network` is what is inside the wrappers of `model`.
     """
 
     def __init__(self, model: nn.Module, network: nn.Module) -> None:
@@ -77,7 +77,7 @@ class ForeignModel:
         return states.flatten(0, 1).index_select(0, positions)
 
     def below(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None, *, stop: int) -> Tensor:
-        """Return what block `stop`, which is not the first, would be given for `ids` [B, L]: [B, L, D]."""
+        """Return the input [B, L, D] that block `stop`, which is not the first, would get for `ids` [B, L]."""
         blocks = blocks_of(self.network)
         last, caught = blocks[stop - 1].forward, []
 
@@ -92,7 +92,7 @@ class ForeignModel:
 
         idle = dict.fromkeys(blocks[stop + 1 :], self._hand_on)
         with patched({blocks[stop - 1]: observe, blocks[stop]: catch, **idle}):
-            # Through the wrappers: an outer adapter, for one, may have to prepare its layers for a call.
+            # Called through the wrappers: an outer adapter, for example, may have to prepare its layers.
             self._run_body(ids, mask, pattern)
         return caught[0]
 
@@ -136,7 +136,7 @@ class ForeignModel:
 
 @contextmanager
 def _only(body: nn.Module, positions: Positions) -> Iterator[None]:
-    """Let `body` hand on [1, N, D] states, those at `positions`, inside the block."""
+    """Inside the block, let `body` return only the states at `positions`, [1, N, D]."""
 
     is_mine = in_this_thread()
 

@@ -1,1 +1,1 @@
-"""A name or a folder -> a model and a tokenizer: published names, layouts, devices, loading."""
+"""From a name or a folder to a model and a tokenizer: published names, layouts, devices, loading."""

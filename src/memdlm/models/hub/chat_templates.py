@@ -1,4 +1,4 @@
-"""Chat templates are programs out of a download: one that takes all memory, or never ends, is refused on a trial."""
+"""Chat templates are downloaded programs: each is tried, and refused if it takes too much memory or never ends."""
 
 import functools
 import json
@@ -13,9 +13,9 @@ from memdlm.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 SECONDS, MEMORY, MOST_CHARACTERS = 5, 2**30, 2**20
-"""What the rendering of two short messages may take."""
+"""The most that the rendering of two short messages may take."""
 
-# As transformers renders: same sandbox, same blocks. It runs apart, since nothing in this process could stop it.
+# Renders as transformers does, in the same sandbox. A process of its own, because it can be stopped.
 _TRIAL = """
     import json, sys
     try:
@@ -48,7 +48,7 @@ _TRIAL = """
     except MemoryError:
         sys.exit(3)
     except Exception:
-        # What the template refuses, it refuses when it is used.
+        # A template that refuses these messages says so when it is used.
         pass
 """
 

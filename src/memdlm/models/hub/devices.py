@@ -1,6 +1,6 @@
-"""Where a model runs, and in which numbers: the rule behind "auto"; devices by name, checked before all else.
+"""Where a model runs and in which dtype: the rule behind "auto", and checks of device names before anything runs.
 
-The rule stands here alone. Commands, the Python interface, evaluation and training ask these functions.
+The rule is only here. Commands, the Python interface, evaluation and training ask these functions.
 """
 
 import functools
@@ -14,12 +14,12 @@ from memdlm.errors import ConfigError, MachineError
 
 AUTO = "auto"
 DEVICE_HELP = (
-    "Where it runs. auto: a CUDA card if there is one (of a distributed launch, this process's), else Apple's MPS if "
-    "what is needed runs on it, else the CPU; or a name: cpu, cuda:1."
+    "Where it runs. auto: a CUDA card if there is one (in a distributed launch, this process's own), else Apple's MPS "
+    "if all that is needed runs on it, else the CPU; or a name, such as cpu or cuda:1."
 )
 DTYPE_HELP = "Number type of the weights. auto: the checkpoint's own where the device computes in it, else float32."
 BFLOAT16_CAPABILITY = (8, 0)
-"""The least compute capability of a CUDA card whose arithmetic knows bfloat16; older ones only imitate it."""
+"""The lowest compute capability of CUDA cards that compute in bfloat16; older ones only emulate it."""
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def check_device(wanted: str | torch.device) -> torch.device:
     """Return the device called `wanted`.
 
-    Raises ConfigError for a name that is none, MachineError for a device that this machine does not have.
+    Raises ConfigError for a name that is not a device's, MachineError for a device that this machine does not have.
     """
     try:
         device = torch.device(wanted)
@@ -42,10 +42,11 @@ def check_device(wanted: str | torch.device) -> torch.device:
     except RuntimeError:
         module = None
     if module is None or not module.is_available():
-        raise MachineError(f"device: {str(wanted)!r} is not there: torch finds none on this machine. Name auto or cpu.")
+        raise MachineError(f"device: {str(wanted)!r} is not there: torch finds no such device here. Name auto or cpu.")
     if device.index is not None and device.index >= module.device_count():
         raise MachineError(
-            f"device: {str(wanted)!r} is not there: this machine has {module.device_count()}, counted from 0."
+            f"device: {str(wanted)!r} is not there: this machine has {module.device_count()}, counted from 0. "
+            "Name one of these, or auto."
         )
     return device
 
@@ -55,11 +56,12 @@ def choose_device(
 ) -> torch.device:
     """Return the device that `wanted` means; a name is checked, "auto" follows the rule.
 
-    The rule: the CPU where accelerate was launched for it (ACCELERATE_USE_CPU); else a CUDA card, of a distributed
-    launch (LOCAL_RANK) the process's own; else Apple's MPS if what memdlm needs runs on it in `dtype`, and a log
-    message says so where it does not; else the CPU.
-    Raises ConfigError for a name that is none and for a LOCAL_RANK that is no number, MachineError for a device that
-    this machine does not have.
+    The rule: the CPU if accelerate was launched for it (ACCELERATE_USE_CPU); else a CUDA card, which in a distributed
+    launch (LOCAL_RANK) is the process's own; else Apple's MPS if all that memdlm needs runs on it in `dtype` (if not, a
+    log message says so); else the CPU.
+
+    Raises ConfigError for a name that is not a device's and for a LOCAL_RANK that is not a number, MachineError for a
+    device that this machine does not have.
     """
     if wanted != AUTO:
         return check_device(wanted)
@@ -67,7 +69,7 @@ def choose_device(
         return torch.device("cpu")
     if cuda_is_there():
         rank = _local_rank()
-        # As accelerate counts: a launcher may also show every process its own card alone.
+        # Modulo, as accelerate does: a launcher may also show every process only its own card.
         return torch.device("cuda") if rank is None else torch.device("cuda", rank % cuda_count())
     if mps_is_there():
         if load_in_4bit:
@@ -102,7 +104,7 @@ def computes_in(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def trains_on_the_cpu() -> bool:
-    """Whether training has the CPU alone: there is no accelerator, or only MPS, on which memdlm does not train."""
+    """Whether training has only the CPU: there is no accelerator, or only an MPS that lacks what it needs."""
     if not torch.accelerator.is_available():
         return True
     return not cuda_is_there() and mps_is_there() and mps_problem(torch.float32) is not None
@@ -130,7 +132,7 @@ def mps_is_there() -> bool:
 
 @functools.cache
 def mps_problem(dtype: torch.dtype) -> str | None:
-    """Return what memdlm needs and MPS does not do, said in the log as well; None: all of it runs."""
+    """Return what memdlm needs and MPS cannot do, and log it; None if all of it runs."""
     found = problem_of(torch.device("mps"), dtype)
     if found is not None:
         _say_once(f"MPS is there, but not all that memdlm needs runs on it ({found}): the CPU is used.")
@@ -138,9 +140,9 @@ def mps_problem(dtype: torch.dtype) -> str | None:
 
 
 def problem_of(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Try, on a few numbers, what memdlm needs of `device`; return the first that does not work, None: all of it does.
+    """Try what memdlm needs of `device` on a few numbers; return the first thing that fails, or None.
 
-    Waits for the device. That is for once, before a model is loaded.
+    Waits for the device, so it is called once, before a model is loaded.
     """
     return (
         _failing(lambda: _multiply(device, dtype), f"a matrix product in {name_of(dtype)}")
@@ -208,7 +210,7 @@ def job_line(
     is_quantised: bool = False,
     autocast: torch.dtype | None = None,
 ) -> str:
-    """Return the first line of a job: where it runs, in which numbers, with which attention."""
+    """Return the first line of a job: on which device it runs, in which dtype, with which attention."""
     number = name_of(dtype) if isinstance(dtype, torch.dtype) else "the dtype of their files"
     weights = f"weights in 4 bits (nf4), the others in {number}" if is_quantised else f"weights in {number}"
     products = "" if autocast is None else f", products in {name_of(autocast)} (autocast)"

@@ -37,7 +37,7 @@ class Family:
     is_block_causal: bool = False
     """Decoded in absolute blocks that do not see later ones (LLaDA2.x)."""
     chat_template: str | None = None
-    """Replaces the tokenizer's own; None leaves that."""
+    """Replaces the tokenizer's own template; None keeps that one."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
 
@@ -117,7 +117,7 @@ BLOCK = 32
 
 
 def decoding_pattern(config: object, block: int | None = None) -> AttentionPattern:
-    """Return who sees whom while a model of this configuration decodes: blocks of `block` tokens (LLaDA2.x), or all."""
+    """Return the pattern under which a model of this configuration decodes: blocks of `block` (LLaDA2.x), or full."""
     family = family_of(config)
     return BlockCausal(block or BLOCK) if family is not None and family.is_block_causal else Full()
 

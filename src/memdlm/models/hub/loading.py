@@ -40,7 +40,7 @@ from memdlm.models.networks.checking import check_kind, check_name
 from memdlm.models.quantisation.four_bit import four_bit_config, is_four_bit
 
 MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
-"""What a training run with a learned memory leaves beside the model: its start, rates and gate, and its options."""
+"""Files that a training run with a learned memory adds to the model: its start, rates and gate; its options."""
 
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable that keeps transformers from reading weights in threads."""
@@ -66,23 +66,24 @@ def load_model(
     """Load a masked diffusion language model, in eval mode.
 
     `name_or_path` is a folder or a hub name (at `revision`, with `token`; the hub's cache and offline mode are
-    respected). The family is read off the files; a model of no family of ours loads through AutoModelForMaskedLM, or,
-    if its configuration says `is_causal: false`, as a converted decoder. `dtype` "auto" is the checkpoint's
-    where `device` computes in it and is float32 elsewhere, as on CUDA cards before capability 8.0 for bfloat16 (the log
-    says so). `device` None means the CPU; "auto" a CUDA card if there is one (of a distributed launch, this process's),
-    else Apple's MPS if what is needed runs on it, else the CPU (see `choose_device`). Weights go straight there.
+    respected). The family is read off the files. A model of no family of ours loads through AutoModelForMaskedLM or,
+    if its configuration says `is_causal: false`, as a converted decoder.
 
-    `load_in_4bit` quantises the blocks' linear layers and experts (nf4) while reading and computes in `dtype`.
-    `adapter` is a folder or hub name with an outer LoRA; it is put on top, trainable, everything else frozen. When
-    `name_or_path` itself is an adapter, the base is the one it names.
+    `dtype` "auto" is the checkpoint's if `device` computes in it, else float32 (the log says so); CUDA cards before
+    capability 8.0, for example, do not compute in bfloat16. `device` None means the CPU. "auto" means a CUDA card if
+    there is one (in a distributed launch, this process's own), else Apple's MPS if all that is needed runs on it, else
+    the CPU (see `choose_device`). Weights are read straight onto the device.
+
+    `load_in_4bit` quantises the blocks' linear layers and experts (nf4) while reading, and computes in `dtype`.
+    `adapter` is a folder or hub name with an outer LoRA. It is put on top and is trainable; everything else is frozen.
+    When `name_or_path` itself is an adapter, the base is the one that it names.
 
     When the folder (or the adapter's) holds a learned memory, the model's `memory_folder` names it, and a
     `ParametricMemory` starts from it.
 
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
-    unexpected or of the wrong size; ConfigError for an unknown dtype,
-    for 4 bits in float64 or without bitsandbytes, and for a device that is none; MachineError for one that this
-    machine does not have.
+    unexpected or of the wrong size; ConfigError for an unknown dtype, for 4 bits in float64 or without bitsandbytes,
+    and for a name that is not a device's; MachineError for a device that this machine does not have.
     """
     for what, value in (("name_or_path", name_or_path), ("adapter", adapter)):
         if value is not None or what == "name_or_path":
@@ -115,10 +116,11 @@ def load_model(
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill `model` in place from `folder`, which holds what saving it wrote: a whole model, or its outer adapter.
+    """Fill `model` in place from `folder`, which holds the saved model, or its saved outer adapter.
 
-    The tensors are read as `load_model` reads them, and all are checked before the first is changed. Wrappers of data
-    parallelism and torch.compile are looked through. The model keeps its dtypes.
+    The tensors are read as `load_model` reads them, and all are checked before the first is changed. The model may be
+    wrapped for data parallelism and by torch.compile. It keeps its dtypes.
+
     Raises CheckpointError when files are missing or damaged, or any tensor is missing, unexpected or of the wrong size.
     """
     network = unwrap_parallel(model)
@@ -136,17 +138,17 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def _read_again(network: PreTrainedModel, own: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Read another model of the same kind, in dtypes that hold every value of `own` as it is."""
+    """Read the model in folder `name`, in a dtype that holds every value of `own` exactly."""
     register()
     if not Path(name).is_dir():
         raise CheckpointError(f"model: the folder {name!r} does not exist.")
     family = family_of(network.config)
     for dtype in (network.dtype, torch.float32, torch.float64):
         model, info = _read(type(network), name, network.config, {"dtype": dtype})
-        # Files that a training run wrote hold this model and nothing else, whosever family it is.
+        # Files that a training run wrote hold this model and nothing else, whatever its family.
         _check_tensors(name, family, info, None, None, allow_others=False)
         found: dict[str, Tensor] = model.state_dict()
-        # Parameters of several dtypes are rare: rounding to the narrowest of them would lose bits.
+        # A dtype that is narrower than one of several in the model would lose bits.
         if all(torch.promote_types(found[key].dtype, tensor.dtype) == found[key].dtype for key, tensor in own.items()):
             break
     return found
@@ -177,7 +179,7 @@ def _placed(
     wanted = dtype if isinstance(dtype, torch.dtype) else published
     place = choose_device(device, dtype=wanted or torch.float32, load_in_4bit=load_in_4bit)
     if device == AUTO and place.type == "cpu":
-        return {}  # where weights go by themselves
+        return {}  # weights go there by default
     found: dict[str, Any] = {"device_map": {"": place}}
     if not isinstance(dtype, torch.dtype) and published is not None and not computes_in(place, published):
         found["dtype"] = choose_dtype(published, place)
@@ -193,7 +195,8 @@ def dtype_on(
 ) -> str | torch.dtype:
     """Return the dtype of weights that are loaded with `dtype` to compute on `device`, wherever they are loaded first.
 
-    It is "auto" where only reading the weights tells which it is.
+    It is "auto" if only reading the weights can tell.
+
     Raises CheckpointError and ConfigError as `load_model` does.
     """
     wanted = _dtype(dtype)
@@ -208,7 +211,7 @@ def dtype_on(
 
 
 def base_dtype(name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None) -> str:
-    """Return the name of the dtype in which a model is published, whatever computes it; "auto" as in `dtype_on`."""
+    """Return the name of the dtype in which a model is published, on any device; "auto" as in `dtype_on`."""
     found = dtype_on(name_or_path, AUTO, torch.device("cpu"), revision, token)
     return found if isinstance(found, str) else name_of(found)
 
@@ -222,13 +225,13 @@ def line_of(model: nn.Module) -> str:
 
 
 def attention_of(network: nn.Module) -> str | None:
-    """Return the name of a network's attention implementation, None for one that has no choice."""
+    """Return the name of a network's attention implementation, or None if it has no choice of them."""
     found: str | None = getattr(getattr(network, "config", None), "_attn_implementation", None)
     return found
 
 
 def _check_arguments(device: Any, load_in_4bit: Any, attn_implementation: Any, revision: Any) -> None:
-    """Raise ConfigError for an argument of another kind."""
+    """Raise ConfigError for an argument of the wrong type."""
     check_kind(load_in_4bit, bool, "load_in_4bit", "True or False")
     check_kind(device, (str, torch.device, type(None)), "device", "auto, a device's name, such as cuda, or None")
     for name, value in (("attn_implementation", attn_implementation), ("revision", revision)):
@@ -248,7 +251,7 @@ def model_skeleton(
         str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
     )
     family, config = resolve_config(name, revision=revision, token=token)
-    # The meta device holds no numbers: only sizes that no model has are in the way.
+    # The meta device holds no numbers, so only sizes that no model has are refused.
     check_sizes(config, name, None)
     try:
         with torch.device("meta"):
@@ -283,13 +286,13 @@ def cast_parameters(model: PreTrainedModel, dtype: str | torch.dtype) -> None:
 def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     try:
         with _tensor_by_tensor():
-            # Wrong sizes come back with the other problems, to be listed together.
+            # Wrong sizes are returned too, so that one message lists all problems.
             return loader.from_pretrained(
                 name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
             )
     except MemDLMError:
         raise
-    # A damaged index gives the last ones.
+    # A damaged index raises AttributeError.
     except (*DAMAGE, AttributeError) as error:
         raise CheckpointError(f"{_damaged_file(name)}: the weights could not be read: {error}") from error
 
@@ -298,8 +301,9 @@ def _read(loader: Any, name: str, config: PreTrainedConfig, arguments: dict[str,
 def _tensor_by_tensor() -> Iterator[None]:
     """Let transformers read a tensor, or the experts of a layer, when its turn comes.
 
-    Its threads would read, convert and move all of them ahead, beside the stacks that are made of them: another copy of
-    most of the model, on the device too. There is no argument for this, only the process's environment.
+    By default its threads read, convert and move tensors ahead, while the stacks that are made of them are there too:
+    a second copy of most of the model, on the device as well. transformers has no argument for this, only an
+    environment variable.
     """
     earlier = os.environ.get(SYNCHRONOUS)
     os.environ[SYNCHRONOUS] = "1"
@@ -313,7 +317,7 @@ def _tensor_by_tensor() -> Iterator[None]:
 
 
 def _damaged_file(name: str) -> Path | str:
-    """Return the first weight file in folder `name` that is damaged, `name` itself where none is."""
+    """Return the first weight file in folder `name` that is damaged, or `name` itself if none is."""
     for path in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):

@@ -1,4 +1,4 @@
-"""Sizes that a configuration states, held against the weights beside it before a network is built from them."""
+"""Compare the sizes in a configuration with the weights beside it, before a network is built from them."""
 
 from transformers import PreTrainedConfig
 
@@ -13,7 +13,7 @@ OTHERS = (
     *("shared_expert_intermediate_size", "num_shared_experts", "n_routed_experts"),
 )
 MOST_LAYERS, MOST_WIDE, MOST_POSITIONS = 2**12, 2**24, 2**31
-"""Where no weights are at hand: far beyond every model there is."""
+"""Limits where the weights are unknown: far beyond every existing model."""
 PACKED = 2
 """Numbers per byte, at most (4 bits)."""
 
@@ -21,7 +21,7 @@ PACKED = 2
 def check_sizes(config: PreTrainedConfig, name: str, weights: tuple[int, int] | None) -> None:
     """Raise CheckpointError for sizes that the weights (tensors, bytes; None: unknown) cannot have.
 
-    Otherwise a slip in config.json, or a hostile one, takes all memory before a single tensor is compared.
+    Without this, a mistake in config.json, or a hostile one, takes all memory before any tensor is compared.
     """
     tensors, size = weights or (MOST_LAYERS, MOST_WIDE**2)
     hidden = _size(config, "hidden_size", name, MOST_WIDE) or 1
@@ -33,13 +33,13 @@ def check_sizes(config: PreTrainedConfig, name: str, weights: tuple[int, int] | 
     needed = hidden * max(1, *widths, *layers)
     if needed > PACKED * size:
         raise CheckpointError(
-            f"model {name!r}: its config.json describes a matrix of {needed} numbers, its weights have {size} bytes. "
-            "They do not belong together: correct config.json, or fetch the weights again."
+            f"model {name!r}: its config.json describes a matrix of {needed} numbers, but the weights have {size} "
+            "bytes. They do not belong together: correct config.json, or fetch the weights again."
         )
 
 
 def _size(config: PreTrainedConfig, field: str, name: str, most: int) -> int:
-    """Return a size; 0 where the configuration does not state it, or says it layer by layer."""
+    """Return a size, or 0 if the configuration does not state it, or states it layer by layer."""
     value = getattr(config, field, None)
     if value is None or isinstance(value, list):
         return 0

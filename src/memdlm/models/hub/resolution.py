@@ -18,7 +18,7 @@ from memdlm.models.hub.families import FAMILIES, Family, family_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 REAL = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes of safetensors in which a model can be whole."""
+"""Dtypes of safetensors in which a whole model can be stored."""
 DAMAGE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     *(NotImplementedError, StrictDataclassError, SafetensorError),
@@ -32,7 +32,7 @@ def published_fields(
     """Return the fields of `config.json` as they are on disk; None if there is none and it is `optional`.
 
     Hub names go through huggingface_hub: its cache, and HF_HUB_OFFLINE, are respected. Raises CheckpointError when
-    the folder or repository cannot be read or the file is no JSON.
+    the folder or repository cannot be read or the file is not JSON.
     """
     if not Path(name).exists() and name.startswith((".", "/", "~")):
         raise CheckpointError(f"model: the folder {name!r} does not exist.")
@@ -42,7 +42,8 @@ def published_fields(
             return None
         if is_offline(name):
             raise CheckpointError(
-                f"model: {name!r} is no folder here and not among the cached models, and the hub cannot be asked."
+                f"model: {name!r} is no folder here and not among the cached models, and the hub cannot be asked. "
+                "Correct the name, or load it once while the hub answers."
             )
         raise CheckpointError(f"model: {name!r} has no config.json.")
     try:
@@ -59,7 +60,7 @@ def resolve_config(
 ) -> tuple[Family | None, PreTrainedConfig]:
     """Return (family, configuration) of the model `name`; the family is None for a foreign model.
 
-    Raises CheckpointError when there is no readable configuration or nobody knows what it describes.
+    Raises CheckpointError when there is no readable configuration, or it describes no known model.
     """
     fields = published_fields(name, revision=revision, token=token) or {}
     try:
@@ -85,7 +86,7 @@ def resolve_config(
 
 
 def _by_model_type(fields: dict[str, Any]) -> Any:
-    """Return "auto" for a model type that says enough; those of published families do not."""
+    """Return "auto" for a model type that identifies the class; those of published families do not."""
     stated = fields.get("model_type")
     if stated not in CONFIG_MAPPING or issubclass(CONFIG_MAPPING[stated], PublishedConfig):
         return None
@@ -137,7 +138,7 @@ def published_dtype(
 ) -> torch.dtype | None:
     """Return the dtype that the checkpoint's configuration states, else that of its first tensor of real numbers.
 
-    None when neither tells, because there are no safetensors, or damaged ones: reading them says what is wrong.
+    None if neither does, because the safetensors are missing or damaged; loading them says what is wrong.
     """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
@@ -157,7 +158,7 @@ def published_dtype(
 
 
 def tensor_count(name: str, *, revision: str | None = None, token: str | bool | None = None) -> tuple[int, int] | None:
-    """Return (tensors, bytes of their files) of a folder with safetensors; None where that cannot be told."""
+    """Return (tensors, bytes of their files) of a folder with safetensors; None if that is unknown."""
     if not Path(name).is_dir():
         return None
     size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))

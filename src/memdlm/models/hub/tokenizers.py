@@ -1,4 +1,4 @@
-"""Tokenizers with what masked diffusion needs set: mask, end of turn, padding, and the family's chat template."""
+"""Load tokenizers and set what masked diffusion needs: mask, end of turn, padding, and the family's chat template."""
 
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer with its mask token, end-of-turn token, padding and right padding side set.
 
-    Where the folder or hub repository `name_or_path` has a model configuration too, the family follows from it:
+    If the folder or hub repository `name_or_path` has a model configuration too, the family follows from it:
     dense LLaDA gets its published chat template, BERT-like models get one with bracketed turns, others keep their own.
-    `eot_token` and `eot_token_id` are set where the vocabulary has the family's end of turn. For an adapter without
+    `eot_token` and `eot_token_id` are set if the vocabulary has the family's end of turn. For an adapter without
     a tokenizer of its own, the base model's is loaded.
 
     Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, when it lacks the mask token (a
@@ -48,7 +48,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right", revision=revision, token=token)
     except Exception as error:
-        # A damaged file makes transformers raise anything, and the tokenizers library plain Exception.
+        # For a damaged file transformers raises errors of any class, the tokenizers library a plain Exception.
         words = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{name}: no tokenizer could be loaded: {words}") from error
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
@@ -69,11 +69,11 @@ def load_tokenizer(
 
 
 def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | None:
-    """Return the configuration of the base model that an adapter names; None where it cannot be had."""
+    """Return the configuration of the base model that an adapter names; None if it cannot be read."""
     try:
         return published_fields(base_of_adapter(adapter, token=token), token=token, optional=True)
     except CheckpointError:
-        # Another base may be named beside the adapter; loading that one says what is wrong, if anything is.
+        # The caller may name another base. Loading that one says what is wrong, if anything is.
         return None
 
 
@@ -95,7 +95,7 @@ def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Famil
 def _check_mask_id(tokenizer: PreTrainedTokenizerBase, name: str, fields: dict[str, Any] | None) -> None:
     rows = None if fields is None else table_rows(fields)
     if rows is not None and not isinstance(rows, int):
-        raise CheckpointError(f"{name}: vocab_size in its config.json is {rows!r}, which is no whole number.")
+        raise CheckpointError(f"{name}: vocab_size in its config.json is {rows!r}, which is not an integer.")
     if rows is not None and tokenizer.mask_token_id >= rows:
         raise CheckpointError(
             f"{name}: the mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, but the model's "

@@ -1,4 +1,4 @@
-"""The outer LoRA of a model: PEFT's layers on linear projections, our own on stacked experts, one adapter to the user.
+"""The outer LoRA of a model: PEFT's layers on linear projections, our own on stacked experts, in one adapter.
 
 Modules are named here as published code names them (one per expert), because that is what adapter files hold:
 `memdlm.models.lora.files` reads and writes those.
@@ -34,14 +34,14 @@ class LoRAOptions:
     """Which low-rank adapter to train on top of a frozen base model. Defaults: the published recipe's."""
 
     target_modules: str = option(
-        ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: all but the vocabulary's."
+        ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: all but the one to the vocabulary."
     )
     r: int = option(32, "Rank.", minimum=1, maximum=2**14)
     lora_alpha: float = option(64.0, "The adapter is scaled by alpha / rank.", above=0, maximum=1e6)
     lora_dropout: float = option(0.05, "Dropout on the adapter's input.", minimum=0, maximum=0.999)
     bias: str = option("none", "Which biases to train; only none is supported.", choices=("none",))
     modules_to_save: str | None = option(None, "Modules to train whole; not supported.")
-    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
     use_dora: bool = option(False, "Decompose weights; not supported.")
 
     def __post_init__(self) -> None:
@@ -56,10 +56,10 @@ class LoRAOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One projection that an adapter may change, as published code has it: a linear layer."""
+    """A projection that an adapter may change: one linear layer of the published code."""
 
     path: str
-    """Ours: of the linear layer, or of the stacked experts."""
+    """Our path of the linear layer, or of the stacked experts that hold it."""
     in_features: int
     out_features: int
     projection: str | None = None
@@ -78,9 +78,9 @@ def published_name(model: nn.Module, path: str) -> str:
 
 
 def find_targets(model: PreTrainedModel, *, with_head: bool = False) -> dict[str, Target]:
-    """Return what `all-linear` means, by published name: all linear layers but the output's, and all experts'.
+    """Return the targets of `all-linear` by published name: all linear layers, experts' too, but not the output's.
 
-    `with_head` adds the output's, unless its weight is the embedding's too.
+    `with_head` adds the output's, unless it shares its weight with the embedding.
     """
     with_head = with_head and not getattr(model.config, "tie_word_embeddings", False)
     head = None if with_head else model.get_output_embeddings()
@@ -113,11 +113,11 @@ def count_outer_lora(model: PreTrainedModel, options: LoRAOptions) -> int:
 def add_outer_lora(
     model: PreTrainedModel, options: LoRAOptions | None = None, *, seed: int = 0, base: str | None = None
 ) -> PreTrainedModel:
-    """Freeze `model` and give it a trainable adapter that starts as no change; returns the same object.
+    """Freeze `model` and give it a trainable adapter that changes nothing at first; returns the same object.
 
     A is drawn uniformly from +-1/sqrt(in) from `seed`, B is 0; both are float32 (float64 in a float64 model).
     `base` is the name to be written into the adapter's file, by default the one that the model was loaded by.
-    Raises ConfigError when there is an adapter already or a target names nothing; the message lists what there is.
+    Raises ConfigError when there is an adapter already or a target names nothing; the message lists what is possible.
     """
     options = LoRAOptions() if options is None else options
     check_free(model)
@@ -141,7 +141,7 @@ def add_outer_lora(
 
 
 def target_patterns(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
-    """Return what a PEFT configuration calls its target modules to mean exactly the published `modules` of `model`."""
+    """Return the `target_modules` of a PEFT configuration that match exactly the published `modules` of `model`."""
     return _shortest_patterns(modules, _other_names(model, find_targets(model), modules))
 
 
@@ -158,14 +158,14 @@ def plain_config(modules: Collection[str], *, rank: int, alpha: float, base: str
 
 
 def _whole(alpha: float) -> float:
-    # PEFT declares alpha as an integer and takes any number; whole ones are written as such.
+    # PEFT declares alpha as an integer but takes any number; whole numbers are written as integers.
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def attach(model: PreTrainedModel, chosen: dict[str, Target], config: "LoraConfig") -> None:
-    """Put trainable layers on the `chosen` targets; their values are for the caller to set.
+    """Put trainable layers on the `chosen` targets; the caller has to set their values.
 
-    All experts of a layer are adapted or none: raises ConfigError otherwise.
+    Raises ConfigError when a projection is adapted in some experts of a layer and not in all.
     """
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     model.requires_grad_(False)
@@ -207,7 +207,7 @@ def pairs(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Parameter]]:
 
 
 def slots(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Parameter, int | None]]:
-    """Yield (published name, A, B, expert) of every adapted projection; with an expert, only A[e] and B[e] are its."""
+    """Yield (published name, A, B, expert) of every adapted projection; an expert e owns only A[e] and B[e]."""
     for path, a, b in pairs(model):
         if a.dim() == 2:
             yield published_name(model, path), a, b, None
@@ -218,7 +218,7 @@ def slots(model: nn.Module) -> Iterable[tuple[str, nn.Parameter, nn.Parameter, i
 
 
 def scale_of(config: "LoraConfig") -> float:
-    """Return what B A x is multiplied by."""
+    """Return the factor by which B A x is multiplied."""
     return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
@@ -232,7 +232,7 @@ def merge_outer_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if config is None:
         raise ConfigError("there is no outer adapter to merge; load one with load_model(..., adapter=FOLDER).")
     if is_four_bit(model):
-        raise ConfigError("a 4-bit base cannot take an adapter in; load the base without load_in_4bit to merge.")
+        raise ConfigError("an adapter cannot be merged into a 4-bit base; load the base without load_in_4bit.")
     for path, module in list(model.named_modules()):
         if is_lora_layer(module):
             base = module.get_base_layer()

@@ -1,4 +1,4 @@
-"""Outer LoRA on stacked experts: every expert its own low-rank pair, applied as grouped products.
+"""Outer LoRA on stacked experts: every expert has its own low-rank pair, applied as grouped products.
 
 E experts, R rank, N = T*k sorted (token, expert) pairs. No expert's weight change is ever formed.
 """

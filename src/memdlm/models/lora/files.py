@@ -2,8 +2,8 @@
 
     base_model.model.model.layers.3.mlp.experts.7.up_proj.lora_A.weight
 
-PEFT itself would drop the experts' tensors without a word when they are stacked; here every tensor of a file is used,
-or loading fails with the list.
+PEFT itself would silently drop the tensors of stacked experts. Here every tensor of a file is used, or loading fails
+and lists the others.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MADE_BY = {"made_by": "memdlm"}
-"""In the header of the weights: what tells our adapters from those of other programs."""
+"""Stands in the header of the weights, and tells our adapters from those of other programs."""
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 HONOURED = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"),
@@ -77,7 +77,7 @@ KINDS: dict[str, Check] = {
         ("base_model_name_or_path", "task_type", "revision", "peft_version", "megatron_core"), optional(is_text)
     ),
 }
-"""What kind of value each of them has."""
+"""A check for the value of each of these fields."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base model's weights as they are."""
 
@@ -85,8 +85,8 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 def load_outer_adapter(model: PreTrainedModel, name: str | Path, *, token: str | bool | None = None) -> PreTrainedModel:
     """Put the adapter in folder or hub repository `name` on top of `model`, trainable; returns the same object.
 
-    Raises CheckpointError when the files are missing or damaged, ask for something that is not supported, or hold a
-    tensor that is not used, of another size, or without its partner: the message lists which. Raises ConfigError when
+    Raises CheckpointError when the files are missing or damaged, or ask for something that is not supported, and for a
+    tensor that is not used, has the wrong size or lacks its partner; the message lists these. Raises ConfigError when
     the model has an adapter already.
     """
     check_free(model)
@@ -137,9 +137,10 @@ def save_outer_adapter(
 ) -> None:
     """Write the model's adapter as adapter_config.json and adapter_model.safetensors, in published names.
 
-    `state_dict` has the values by our parameter names where they are not the model's own (sharded training).
+    `state_dict`, if given, holds the values by our parameter names, in place of the model's own (sharded training).
+
     Raises ConfigError when the model has no outer adapter, and when `folder` has one that memdlm did not write, which
-    stays; MachineError when the disk is full or closed to us.
+    stays; MachineError when the disk is full or may not be written.
     """
     _refuse_others(Path(folder))
     config = adapter_config(model)
@@ -201,7 +202,7 @@ def base_of_adapter(name: str | Path, *, token: str | bool | None = None) -> str
     base = _config(name, token).base_model_name_or_path
     if not base:
         raise CheckpointError(
-            f"adapter {str(name)!r}: {CONFIG_FILE} names no base_model_name_or_path. Say which one: "
+            f"adapter {str(name)!r}: {CONFIG_FILE} names no base_model_name_or_path. Name the base model: "
             "load_model(BASE, adapter=ADAPTER), or --base on the command line."
         )
     if Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
@@ -247,9 +248,9 @@ def _has(name: str | Path, file: str, token: str | bool | None) -> bool:
 def read_adapter(
     name: str | Path, token: str | bool | None = None
 ) -> "tuple[LoraConfig, dict[str, dict[str, Tensor]]]":
-    """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}, fitted to no model yet.
+    """Return the configuration, and {published module: {"A": [R, in], "B": [out, R]}}, not yet matched with a model.
 
-    Raises CheckpointError when files are missing or damaged, or ask for something else than plain LoRA.
+    Raises CheckpointError when files are missing or damaged, or ask for anything other than plain LoRA.
     """
     config = _config(name, token)
     file = _file(name, WEIGHTS_FILE, token)
@@ -284,8 +285,8 @@ def _check_numbers(name: str | Path, modules: Mapping[str, Mapping[str, Tensor]]
         for side, tensor in sides.items():
             if not tensor.is_floating_point() or tensor.dim() != 2 or not bool(is_finite(tensor)):
                 raise CheckpointError(
-                    f"adapter {str(name)!r}: {module}.lora_{side} is no matrix of finite numbers, but {tensor.dtype} "
-                    f"of shape {tuple(tensor.shape)}; the file is damaged, or its training diverged."
+                    f"adapter {str(name)!r}: {module}.lora_{side} is not a matrix of finite numbers, but "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)}; the file is damaged, or its training diverged."
                 )
 
 
@@ -350,7 +351,7 @@ def _check_sizes(
             if tuple(sides[side].shape) != expected:
                 wrong.append(f"{module}.lora_{side} {tuple(sides[side].shape)} instead of {expected}")
     if wrong:
-        raise CheckpointError(f"adapter {str(name)!r}: rank {rank} and the model need other sizes: {_listed(wrong)}.")
+        raise CheckpointError(f"adapter {str(name)!r}: sizes do not fit rank {rank} and the model: {_listed(wrong)}.")
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""PEFT, imported when there is an adapter: its import takes longer than all else that loading a model needs.
+"""PEFT, imported only when there is an adapter: its import takes longer than all else in loading a model.
 
-What PEFT made can only be met after something has imported it, so the questions here do not import it to say no.
+An object of PEFT can exist only after PEFT was imported, so the checks here need not import it to return False.
 """
 
 import importlib
@@ -26,6 +26,6 @@ def is_lora_layer(module: nn.Module) -> bool:
 
 
 def _is_a(module: nn.Module, home: str, name: str) -> bool:
-    # Another thread may be in the middle of importing it.
+    # The name may be missing: another thread may be in the middle of the import.
     kind = getattr(sys.modules.get(home), name, None)
     return kind is not None and isinstance(module, kind)

@@ -1,4 +1,4 @@
-"""What may be around a network: data parallelism, torch.compile, an outer adapter."""
+"""Remove what may be wrapped around a network: data parallelism, torch.compile, an outer adapter."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from memdlm.models.lora.peft_on_demand import is_peft_model
 
 
 def unwrap_parallel(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and torch.compile wrappers: calls of it move no gradients between ranks."""
+    """Return the model inside DDP and torch.compile wrappers: calls of it exchange no gradients between ranks."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

@@ -45,7 +45,7 @@ class DiffusionPreTrainedModel(PreTrainedModel):
 
 
 class Backbone(DiffusionPreTrainedModel):
-    """ids [B, L] -> hidden states [B, L, D]. A family says what one layer is, and may treat the embeddings."""
+    """ids [B, L] -> hidden states [B, L, D]. A family defines one layer, and may change the embeddings."""
 
     def build(
         self,
@@ -61,9 +61,9 @@ class Backbone(DiffusionPreTrainedModel):
     ) -> None:
         """Create the modules; called once by the family's `__init__`.
 
-        `layer` makes the block of an index. Of a head, the first `rotated` dimensions turn with the position (None:
-        all). The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention is not the only
-        place where positions meet.
+        `layer` makes the block with a given index. The first `rotated` dimensions of a head are rotated with the
+        position (None: all). The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention
+        is not the only place where positions meet.
         """
         config: Any = self.config
         width = config.hidden_size
@@ -124,7 +124,7 @@ class Backbone(DiffusionPreTrainedModel):
 
     def _check_inputs(self, ids: Any, embeds: Any, mask: Any, places: Any) -> None:
         if torch.compiler.is_compiling():
-            return  # values would break the graph, and the plain call before it was checked
+            return  # reading values would break the graph, and the uncompiled call before was checked
         width = self.config.hidden_size
         if embeds is None:
             ids = ids.long() if isinstance(ids, Tensor) and ids.dtype == torch.int32 else ids
@@ -134,7 +134,7 @@ class Backbone(DiffusionPreTrainedModel):
         text = ids if embeds is None else embeds
         shape = text.shape[:2]
         if shape[1] == 0:
-            raise DataError("the text has no tokens.")
+            raise DataError("the text has no tokens; give at least one.")
         if mask is not None and not isinstance(mask, Tensor):
             raise ConfigError(f"attention_mask must be a tensor, or None, got {kind_of(mask)}.")
         if places is not None and not (
@@ -167,7 +167,7 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     backbone_class: type[Backbone]
     published_names: NameTable = ()
-    """Where published checkpoints and adapters call a module otherwise."""
+    """Names that published checkpoints and adapters have for our modules, where they differ."""
 
     def __init__(self, config: Any, *, head_bias: bool = False) -> None:
         super().__init__(config)
@@ -190,9 +190,9 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
         return self.lm_head(hidden)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the model in the published layout; with an outer adapter, that alone, as an ordinary PEFT folder.
+        """Write the model in the published layout; with an outer adapter, only that, as an ordinary PEFT folder.
 
-        Raises ConfigError for a 4-bit model without an adapter: its packed weights are no checkpoint.
+        Raises ConfigError for a 4-bit model without an adapter: its packed weights are not a checkpoint.
         """
         if adapter_config(self) is not None:
             if kwargs.get("is_main_process", True):

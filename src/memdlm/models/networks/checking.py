@@ -1,4 +1,4 @@
-"""What callers hand over, checked once where it enters: its kind, shape and range."""
+"""Check what callers pass, once and where it enters: type, shape and range."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +13,16 @@ from memdlm.options import shortened
 
 
 def check_model(model: Any) -> None:
-    """Raise ConfigError unless `model` is a network whose weights are there."""
+    """Raise ConfigError unless `model` is a network with weights."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch module (memdlm.load_model gives one), got {shortened(model)}.")
-    # A tensor of another class may keep its numbers elsewhere.
+    # A tensor of a subclass may keep its numbers elsewhere.
     if any(parameter.is_meta and type(parameter.data) is Tensor for parameter in model.parameters()):
         raise ConfigError("model has no weights (they are on the meta device); load it with memdlm.load_model.")
 
 
 def check_kind(value: Any, kind: type | tuple[type, ...], name: str, wanted: str) -> None:
-    """Raise ConfigError unless `value` is a `kind`, in words: `wanted`."""
+    """Raise ConfigError unless `value` is a `kind`, which the message calls `wanted`."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name} must be {wanted}, got {shortened(value)}.")
 
@@ -35,7 +35,7 @@ def check_name(value: Any, name: str) -> None:
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Return how many ids the embedding table of `model` knows; None: it has none that transformers could name."""
+    """Return how many ids the embedding table of `model` has; None if transformers finds no table."""
     give = getattr(unwrap(model), "get_input_embeddings", None)
     try:
         table = None if give is None else give()
@@ -46,7 +46,7 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 
 def check_token(token: Any, name: str, model: nn.Module | None = None) -> int:
-    """Return `token`; raises ConfigError unless it is an id, and one of `model`'s."""
+    """Return `token`; raises ConfigError unless it is a token id, and in the vocabulary of `model`."""
     if isinstance(token, bool) or not isinstance(token, int) or token < 0:
         raise ConfigError(f"{name} must be a token's id (tokenizer.{name}), got {shortened(token)}.")
     known = None if model is None else vocabulary_of(model)
@@ -58,7 +58,7 @@ def check_token(token: Any, name: str, model: nn.Module | None = None) -> int:
 def check_ids(ids: Any, name: str, *, dim: int, vocabulary: int | None = None) -> None:
     """Raise DataError unless `ids` are int64 of `dim` dimensions, with at least one row, below `vocabulary`.
 
-    Their range is looked at on the CPU only: elsewhere it would be a wait for the device.
+    Their range is checked only on the CPU: elsewhere that would mean waiting for the device.
     """
     shape = "[B, L]" if dim == 2 else "[L]"
     if not isinstance(ids, Tensor):
@@ -83,7 +83,7 @@ def check_range(ids: Tensor, name: str, vocabulary: int | None) -> None:
 
 
 def check_positions(positions: Any, hidden: Tensor) -> None:
-    """Raise DataError unless `positions` are int64 [N], with `hidden` [B, L, D]; on the CPU also below B * L."""
+    """Raise DataError unless `positions` are integers [N] beside `hidden` [B, L, D], on the CPU also below B * L."""
     if not isinstance(positions, Tensor) or positions.dim() != 1 or not is_index(positions):
         raise DataError(f"positions must be int64 of shape [N], got {kind_of(positions)}.")
     check_together(positions, "positions", hidden)
@@ -91,24 +91,24 @@ def check_positions(positions: Any, hidden: Tensor) -> None:
 
 
 def is_index(tensor: Tensor) -> bool:
-    """Whether a tensor can say which."""
+    """Whether a tensor has a dtype of indices."""
     return tensor.dtype in (torch.int64, torch.int32)
 
 
 def kind_of(value: Any) -> str:
-    """Return what `value` is, for a message."""
+    """Return a tensor's dtype and shape, or another value in short, for a message."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shortened(value)
 
 
 def check_same_device(tensor: Tensor, name: str, model: nn.Module) -> None:
-    """Raise DataError unless `tensor` is where the parameters of `model` are."""
+    """Raise DataError unless `tensor` is on the device of `model`'s parameters."""
     device = next(model.parameters()).device
     if tensor.device != device:
         raise DataError(f"{name} is on {tensor.device}, the model on {device}; move it: {name}.to(model.device).")
 
 
 def check_together(tensor: Tensor, name: str, ids: Tensor) -> None:
-    """Raise DataError unless `tensor` is where `ids` are."""
+    """Raise DataError unless `tensor` is on the device of `ids`."""
     if tensor.device != ids.device:
         raise DataError(f"{name} is on {tensor.device}, the ids on {ids.device}; move it: {name}.to(ids.device).")
 

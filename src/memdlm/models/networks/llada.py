@@ -1,6 +1,6 @@
 """LLaDA (GSAI-ML/LLaDA-8B): dense, bidirectional attention, gated feed-forward.
 
-In memory the modules are called as in every other family; on disk they have the published names.
+In memory the modules are named as in every other family; on disk they have the published names.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ ONLY = {
     "rope": True,
     "block_group_size": 1,
 }
-"""Fields whose other values no published LLaDA uses."""
+"""Fields with the only value that published LLaDA models use."""
 
 
 class LLaDAConfig(PublishedConfig):

@@ -33,7 +33,7 @@ class LLaDA2MoeConfig(PublishedConfig):
     num_key_value_heads: int = 0
     """0 or None: as many as `num_attention_heads`."""
     head_dim: int = 0
-    """0 or None: the width divided among the heads."""
+    """0 or None: `hidden_size` divided by `num_attention_heads`."""
     num_experts: int = 256
     num_experts_per_tok: int = 8
     num_shared_experts: int | None = 1
@@ -107,7 +107,7 @@ class GroupRouter(SelfInitialising):
             init.zeros_(self.expert_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (expert [T, k], weight [T, k]) for `x` [T, D]; computed in float32 at least."""
+        """Return (expert [T, k], weight [T, k]) for `x` [T, D]; computed in float32 or wider."""
         dtype = accurate(x.dtype)
         score = (x.to(dtype) @ self.weight.to(dtype).t()).sigmoid()
         ranking = score if self.expert_bias is None else score + self.expert_bias.to(dtype)
@@ -183,5 +183,5 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
         (".self_attn.query_layernorm.", ".self_attn.q_norm."),
         (".self_attn.key_layernorm.", ".self_attn.k_norm."),
     )
-    # Half precision would round the bias by more than routing margins.
+    # Half precision would round the bias by more than the margins between experts.
     _keep_in_fp32_modules_strict = {"expert_bias"}

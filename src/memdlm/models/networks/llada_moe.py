@@ -34,7 +34,7 @@ class LLaDAMoEConfig(PublishedConfig):
     num_key_value_heads: int = 0
     """0 or None: as many as `num_attention_heads`."""
     head_dim: int = 0
-    """0 or None: the width divided among the heads."""
+    """0 or None: `hidden_size` divided by `num_attention_heads`."""
     num_experts: int = 64
     num_experts_per_tok: int = 8
     moe_layer_freq: list[int] = None  # type: ignore[assignment]
@@ -110,7 +110,7 @@ class LLaDAMoELayer(Block):
         is_dense = not config.moe_layer_freq[index]
         dense = (config.hidden_size, config.dense_intermediate_size)
         super().__init__(config, index, shape, GatedMLP(*dense) if is_dense else SparseMLP(config))
-        # Saved optimizer states count parameters: those of the norms come before the feed-forward's here.
+        # Saved optimizer states go by the order of parameters: here the norms' come before the feed-forward's.
         self.mlp = self._modules.pop("mlp")
         if not is_dense and config.shared_expert_intermediate_size is not None:
             self.shared_expert = GatedMLP(config.hidden_size, config.shared_expert_intermediate_size)

@@ -1,6 +1,6 @@
-"""What the blocks below a boundary computed, kept per state: they do not read what changes above.
+"""What the blocks below a boundary computed, kept per state; it does not depend on what changes above them.
 
-A state is known by the identity of its tensor of ids, together with the attention mask and pattern it was seen under.
+A state is identified by its tensor of ids, together with the attention mask and pattern under which it was seen.
 """
 
 from abc import ABC, abstractmethod
@@ -42,8 +42,8 @@ class LowerLayers(ABC):
 class SharedLowerLayers(LowerLayers):
     """Computes each state's lower part once and hands it out as a constant.
 
-    The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph: for `ConnectedLowerLayers` and
-    `of`.
+    The lower part of `anchor`, or with `is_traced` that of every state, keeps its graph. `ConnectedLowerLayers` and
+    `of` return it with that graph.
     """
 
     def __init__(self, first: int, *, anchor: Ids | None = None, is_traced: bool = False) -> None:
@@ -76,13 +76,13 @@ class SharedLowerLayers(LowerLayers):
         return ConnectedLowerLayers(self)
 
     def retain(self, ids: Ids | None) -> None:
-        """Let go of every state but the one of `ids`."""
+        """Drop every state but the one of `ids`."""
         self._known = [(state, hidden) for state, hidden in self._known if state.ids is ids]
 
 
 @final
 class ConnectedLowerLayers(LowerLayers):
-    """Hands out what a `SharedLowerLayers` holds, but only where no gradient is lost by it."""
+    """Hands out what a `SharedLowerLayers` holds, but only where that loses no gradient."""
 
     def __init__(self, shared: SharedLowerLayers) -> None:
         self.first, self._shared = shared.first, shared

@@ -1,4 +1,4 @@
-"""Changing what modules compute, for the length of a block, from outside, and in one thread."""
+"""Change what modules compute, from outside, inside a `with` block, and in one thread."""
 
 import copy
 import threading
@@ -16,10 +16,10 @@ Forward = Callable[..., Any]
 
 
 def in_this_thread() -> Callable[[], bool]:
-    """Return what tells its caller whether it runs in the thread of now, or in a part of a backward pass.
+    """Return a function that says whether it is called in the present thread, or in a backward pass.
 
-    On CUDA, autograd runs layers again on threads of its own, which Python did not start. A backward pass that another
-    thread of Python's runs is not ours.
+    On CUDA, autograd runs layers again on its own threads, which Python did not start. A backward pass that runs in
+    another Python thread does not count.
     """
     owner = threading.get_ident()
 
@@ -63,10 +63,10 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
 
 @contextmanager
 def copied_bare(network: nn.Module, changed: Mapping[nn.Module, Mapping[str, Any]], hooks: set[int]) -> Iterator[None]:
-    """Let copies of `network` and of its parts, also pickled ones, be what the modules are without this block.
+    """Inside the block, let copies and pickles of `network` and its parts be as they are without the block.
 
-    `changed` are the modules that something was attached to, with the attributes they had before; `hooks` are the ids
-    of the hooks' handles. A shallow copy of `network` gets modules of its own around the same tensors.
+    `changed` are the modules to which something was attached, with the attributes that they had before; `hooks` are the
+    ids of the hooks' handles. A shallow copy of `network` gets its own modules around the same tensors.
     """
 
     def state_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _twins(module: nn.Module, changed: Mapping[nn.Module, Any], known: dict[nn.M
 
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let no block of `model` checkpoint itself (transformers' gradient checkpointing)."""
+    """Switch transformers' gradient checkpointing off in all blocks of `model`."""
     blocks = [block for block in model.modules() if getattr(block, "gradient_checkpointing", False)]
     for block in blocks:
         block.gradient_checkpointing = False  # type: ignore[assignment]
@@ -124,7 +124,7 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep no activations inside `blocks`: the backward pass computes them again. Needs no training mode.
+    """Keep no activations inside `blocks`: the backward pass computes them again. Works in evaluation mode too.
 
     Blocks that checkpoint themselves (transformers' gradient checkpointing, in training mode) are left alone.
     """

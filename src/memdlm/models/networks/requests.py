@@ -1,8 +1,9 @@
-"""What memdlm asks of its networks in one pass beyond what any transformers model is asked, and what it then gets.
+"""What memdlm asks of its networks in one pass, beyond what transformers models offer, and what it gets back.
 
 transformers' Trainer, lm-eval, PEFT and users call `forward(input_ids, attention_mask, ...)` and get a transformers
-output. memdlm adds one argument, a `Request`, and gets a `Prediction`. It is an argument of `forward` and no method of
-its own because what wraps a network (PEFT, DDP, FSDP, accelerate's autocast, torch.compile) acts on calls of `forward`.
+output. memdlm adds one argument, a `Request`, and gets a `Prediction`. The request is an argument of `forward`, not a
+method of its own, because the wrappers of a network (PEFT, DDP, FSDP, accelerate's autocast, torch.compile) act on
+calls of `forward`.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from memdlm.types import PerToken
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Which part of a network runs, and what of its last states is wanted; by default all, and the logits.
+    """Which part of a network runs, and what it returns; by default all of it runs, and it returns logits.
 
-    The pass can be cut in two: `stop_layer` ends it, and what it gives, handed back as `inputs_embeds` with the same
-    number as `start_layer`, goes on from there.
+    The pass can be cut in two. The first call ends before block `stop_layer`. The second call goes on from there: it
+    takes the result as `inputs_embeds`, and the same number as `start_layer`.
     """
 
     start_layer: int | None = None
@@ -29,18 +30,18 @@ class Request:
     """The block before which the pass ends; the prediction's `hidden` is what that block would be given."""
     cached: Cached | None = None
     """Keys and values that the ids, some columns of a canvas, attend to beside their own. It also says what may be
-    seen; only networks that are `is_cacheable` can do it."""
+    seen. Only networks with `is_cacheable` take it."""
     queries: Tensor | None = None
-    """[B, n] int64: the places whose last state is wanted, all that the last block computes. `positions` then count in
-    this grid (row * n + place). None: all."""
+    """[B, n] int64: the places whose last state is wanted; the last block computes only these. `positions` then count
+    in this grid (row * n + place). None: all."""
     hidden_only: bool = False
     """Nothing reaches the vocabulary projection; the prediction has `hidden` instead of `logits`."""
     per_token: PerToken | None = None
-    """What is computed from the logits of every one of the `positions`, a cross-entropy for one; they are projected in
+    """What is computed from the logits of each of the `positions`, for example a cross-entropy. They are projected in
     chunks, and the prediction has `per_token` instead of `logits`."""
     weights: Tensor | None = None
-    """[N] float: the prediction also has `total`, the sum of the values so weighted, which can be differentiated by the
-    projection too without computing a chunk twice. The values then have no gradient."""
+    """[N] float: the prediction also has `total`, the sum of the values times these weights. It has a gradient, also
+    for the projection, and no chunk is computed twice. The values then have no gradient."""
     is_constant: bool = False
     """Promises that the projection gets no gradient, and the values no second derivative."""
 
@@ -53,8 +54,8 @@ pytree.register_dataclass(Request)
 class Prediction(ModelOutput):
     """What a `Request` gets; fields that were not asked for are None.
 
-    B rows, L places (n with `queries`), N `positions`. A transformers output, because wrappers know how to take one
-    apart and build it again (hence not frozen).
+    B rows, L places (n with `queries`), N `positions`. It is a transformers output, because wrappers can
+    take one apart and build it again. Hence it is not frozen.
     """
 
     logits: Tensor | None = None

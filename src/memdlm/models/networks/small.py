@@ -47,7 +47,7 @@ class SmallDLMConfig(PreTrainedConfig):
             )
         self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
-        # transformers' constructor of a class that only declares fields leaves this out.
+        # transformers does not do this for a class that only declares fields.
         self.validate()
 
 

@@ -1,4 +1,4 @@
-"""Inputs between tokens: some positions of the next calls are shown as mixes of embeddings."""
+"""Inputs that mix tokens: at some positions, the next calls get a mix of embeddings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,11 @@ from memdlm.types import Positions
 def blended_inputs(
     model: nn.Module, positions: Positions, tokens: Tensor, weights: Tensor, share: Tensor
 ) -> Iterator[None]:
-    """Within the block, mix what the embedding table gives at `positions` [N] of every call of `model`.
+    """Inside the block, mix other embeddings into those at `positions` [N] of every call of `model`.
 
-    Of position n, `share[n]` becomes the sum over k of `weights[n, k]` times the embedding of `tokens[n, k]`, the rest
-    stays. Gradients reach the table through both parts. All calls in the block must be of the same shape.
+    The embedding e at position n becomes (1 - `share[n]`) e + `share[n]` m, where m is the sum over k of
+    `weights[n, k]` times the embedding of `tokens[n, k]`. Gradients reach the table through both parts. All calls in
+    the block must be of the same shape.
     """
 
     is_mine = in_this_thread()
@@ -28,7 +29,7 @@ def blended_inputs(
         if not is_mine():
             return output
         flat = output.flatten(0, 1)
-        # The table's weights, not a call of the table: they are whole here even where they are sharded.
+        # The table's weights, not a call of the table: inside this hook, sharded weights are whole.
         others = (F.embedding(tokens, table.weight) * weights[..., None].to(output.dtype)).sum(1)
         own = share[:, None].to(output.dtype)
         return flat.index_copy(0, positions, (1 - own) * flat[positions] + own * others).view_as(output)

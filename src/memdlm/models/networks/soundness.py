@@ -1,4 +1,4 @@
-"""Where the NaN in what a model computed comes from, found once it is there."""
+"""Find out where NaN in a model's results comes from, once it has appeared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def blame(model: nn.Module) -> str:
 
 @contextmanager
 def blaming(model: nn.Module) -> Iterator[None]:
-    """Let a NotFiniteError of the block say where the NaN of `model` comes from."""
+    """Add to a NotFiniteError of the block where the NaN of `model` comes from."""
     try:
         yield
     except NotFiniteError as error:

@@ -1,9 +1,10 @@
 """4-bit weights (nf4, double quantisation) on bitsandbytes, which this module needs: import it only where 4-bit is on.
 
-Three traps of bitsandbytes 0.50 on a CPU are kept shut here. A layer in evaluation mode repacks its weight at the first
-call without gradients, and from then on silently returns no gradient to its input; its kernels for that packing can
-kill the process on an input without rows; neither can happen while the layer itself believes it is training. And rows
-that are no multiple of a block of 64 are unpacked with the scales of wrong blocks, so all are unpacked as one long row.
+It avoids three faults of bitsandbytes 0.50 on a CPU. A layer in evaluation mode repacks its weight at the first call
+without gradients, and from then on silently returns no gradient to its input. The kernels for that packing can kill the
+process on an input without rows. Neither happens while the layer is in training mode, so it stays in that mode. And
+rows that are not a multiple of a block of 64 are unpacked with the scales of wrong blocks, so all rows are unpacked as
+one long row.
 """
 
 import copy
@@ -37,7 +38,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         )
 
     def train(self, mode: bool = True) -> "Linear4bit":
-        """Stay in training mode whatever the model is put into; the layer has no dropout that this could switch on."""
+        """Stay in training mode, whatever the model's mode; the layer has no dropout that this would switch on."""
         return super().train(True)
 
     def unpacked(self) -> Tensor:
@@ -45,7 +46,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return unpack(self.weight, self.weight.quant_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last dimension; bitsandbytes' kernels do so where whole blocks make a row."""
+        """Apply to the last dimension, with bitsandbytes' kernels if a row consists of whole blocks."""
         if self.in_features % BLOCK == 0:
             return super().forward(x)
         out = _Product.apply(x.to(self.compute_dtype), None, None, self, False)
@@ -55,7 +56,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
 
 class Stacked4bit(StackedWeight):
-    """The weights [E, out, in] of a layer's experts, nf4; those that are needed are unpacked for one product."""
+    """The weights [E, out, in] of a layer's experts, nf4; the needed ones are unpacked for one product."""
 
     def __init__(self, packed: Any) -> None:
         super().__init__()
@@ -96,10 +97,11 @@ class Stacked4bit(StackedWeight):
         return self.state.shape[1:].numel() % BLOCK == 0
 
     def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Unpack and multiply; nothing unpacked survives, not even for the backward pass, which unpacks again.
+        """Unpack and multiply; nothing unpacked is kept, and the backward pass unpacks again.
 
-        Where rows are few, as in decoding, only their experts are unpacked, one for each row. Which they are stays on
-        the device, so an expert of two rows is unpacked twice: with more rows than half of the experts all are cheaper.
+        With few rows, as in decoding, only their experts are unpacked, one for each row. The host does not learn which
+        they are, so an expert of two rows is unpacked twice. With more rows than half the number of experts, it is
+        cheaper to unpack all.
         """
         rows = x.shape[0]
         if not 0 < rows <= self.state.shape[0] // 2 or not self.is_divisible:
@@ -111,7 +113,7 @@ class Stacked4bit(StackedWeight):
 class _Product(torch.autograd.Function):
     """x -> x W^T (per group, if there are groups), or x W if `transposed`: each is the other's gradient.
 
-    `experts` are those of the groups, all in their order where it is None.
+    `experts` are the groups' experts; None means all of them in order.
     """
 
     @staticmethod
@@ -139,7 +141,7 @@ class _Product(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         # Applied again rather than computed here, so that the gradient can itself be differentiated.
-        # Grouped products take no expanded tensor, which the gradient of a sum is.
+        # Made contiguous, because grouped products take no expanded tensor, such as the gradient of a sum.
         found = _Product.apply(gradients[0].contiguous(), ends, experts, ctx.holder, not ctx.transposed)
         return found, None, None, None, None
 
@@ -155,7 +157,7 @@ def quantise(weight: Tensor, module: nn.Module) -> Any:
     """Return `weight` as an nf4 parameter of `module`, on the device it is on.
 
     bitsandbytes' quantisation takes many times the weight's memory on a CPU, so it is given pieces of whole blocks;
-    the result is the same bits.
+    the result is bitwise the same.
     """
     functional, weight = bitsandbytes.functional, weight.contiguous()
     size = weight.numel()

@@ -1,8 +1,8 @@
 """4-bit base models: quantised tensor by tensor while they are read, so the full-precision model is never held whole.
 
-transformers quantises linear layers only, and our experts are stacked, so this is a quantiser of its own on
-transformers' interface for them. Quantised are all linear layers of the blocks and the experts; the router, norms,
-embeddings and the vocabulary projection stay as they are.
+transformers quantises only linear layers, but our experts are stacked. So this module has its own quantiser, built on
+transformers' interface. It quantises the experts and all linear layers of the blocks. Router, norms, embeddings and the
+vocabulary projection stay as they are.
 """
 
 import importlib
@@ -48,7 +48,7 @@ def is_four_bit(model: nn.Module) -> bool:
 
 
 class FourBitConfig(QuantizationConfigMixin):
-    """nf4 with double quantisation, computed in the model's dtype; there is nothing to choose."""
+    """nf4 with double quantisation, computed in the model's dtype; it has no options."""
 
     def __init__(self, quant_method: str = METHOD) -> None:
         self.quant_method = quant_method
@@ -95,7 +95,7 @@ class FourBitQuantizer(HfQuantizer):
         return _Quantise()
 
     def is_serializable(self) -> bool:
-        """Packed weights are not written: the checkpoint they came from is the file to keep."""
+        """Return False: packed weights are not saved, since the checkpoint that they came from is there."""
         return False
 
     @property
@@ -123,7 +123,7 @@ class _Quantise(ConversionOps):
 
 
 def linears_of_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the linear layers inside the (numbered) blocks, routers left out."""
+    """Return the paths of the linear layers inside the (numbered) blocks, without the routers."""
     return [
         path
         for path, module in model.named_modules()

@@ -5,6 +5,7 @@ a sliding window keeps out of the questions' reach, so fast weights are the only
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,10 +33,9 @@ class RecallPlan:
     num_eval: int = 64
     """Conversations per length."""
     steps: int = 200
-    long_steps: int = 0
-    """So many of the steps, the last ones, are trained on longer contexts; rows are then read in their order."""
-    long_times: int = 4
-    """Length of those contexts, as a multiple of the training length."""
+    schedule: tuple[tuple[float, int], ...] = ((0.9, 1), (0.1, 4))
+    """Shares of the training and the length of their contexts, as a multiple of the training length. The last ones are
+    longer: a few filler words that are written cost nothing in a short context. Several: rows are read in order."""
     batch_size: int = 32
     learning_rate: float = 5e-3
     rank: int = 16
@@ -61,8 +61,17 @@ class RecallPlan:
     """Names of the draws of conversations: other names, other conversations."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.long_steps <= self.steps:
-            raise ConfigError(f"long_steps is {self.long_steps}; it may be 0 to {self.steps}, the steps in all.")
+        if not all(share > 0 for share, _ in self.schedule) or not math.isclose(sum(s for s, _ in self.schedule), 1):
+            raise ConfigError(f"schedule is {self.schedule}; its shares must be above 0 and sum to 1.")
+
+    def stages(self) -> list[tuple[int, int]]:
+        """Return the schedule as (steps, words of context)."""
+        ends = [
+            round(sum(share for share, _ in self.schedule[: number + 1]) * self.steps)
+            for number in range(len(self.schedule))
+        ]
+        steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        return [(count, times * self.train_length) for count, (_, times) in zip(steps, self.schedule, strict=True)]
 
     @property
     def lengths(self) -> list[int]:
@@ -79,12 +88,18 @@ def closed_book(**changes: Any) -> RecallPlan:
     """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
 
     Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. In
-    the last tenth of the steps contexts are longer: a few filler words that are written cost nothing in a short one.
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. The last
+    steps are longer still: what is written is all that a model has, so a gate that leaks a little costs more.
     """
-    options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
+    options: dict[str, Any] = {
+        "context": "dropped",
+        "window": None,
+        "training": UNWEIGHTED,
+        "steps": 400,
+        "schedule": ((0.875, 1), (0.1, 4), (0.025, 16)),
+    }
     steps = int(changes.get("steps", options["steps"]))
-    return RecallPlan(**(options | {"num_train": 16 * steps, "long_steps": steps // 10} | changes))
+    return RecallPlan(**(options | {"num_train": 16 * steps} | changes))
 
 
 def open_book(**changes: Any) -> RecallPlan:
@@ -94,6 +109,7 @@ def open_book(**changes: Any) -> RecallPlan:
         "train_length": 40,
         "times": (1, 2, 4),
         "num_train": 4000,
+        "schedule": ((1.0, 1),),
         "steps": 600,
         "batch_size": 16,
         "learning_rate": 2e-3,

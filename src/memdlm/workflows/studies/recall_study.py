@@ -68,12 +68,13 @@ def recall_data(plan: RecallPlan) -> RecallData:
                 row["context_ids"] = plain_ids(tokenizer, sample.context)
         return rows
 
-    train = trained_on(plan.num_train, plan.train_length)
-    if plan.long_steps:
-        wanted = (plan.steps - plan.long_steps) * plan.batch_size
-        order = torch.randperm(wanted, generator=derive("recall order")).tolist()
+    (steps, length), *later = plan.stages()
+    train = trained_on(plan.num_train, length)
+    if later:
+        order = torch.randperm(steps * plan.batch_size, generator=derive("recall order")).tolist()
         train = [train[index % plan.num_train] for index in order]
-        train += trained_on(plan.long_steps * plan.batch_size, plan.train_length * plan.long_times)
+        for steps, length in later:
+            train += trained_on(steps * plan.batch_size, length)
     return RecallData(
         tokenizer=tokenizer,
         train=train,
@@ -265,7 +266,7 @@ def trained(
         "seed": seed,
         "mem_enabled": config is not None,
     }
-    if plan.long_steps:
+    if len(plan.schedule) > 1:
         options["train_sampling_strategy"] = "sequential"
     if plan.num_evals:
         options |= {"eval_strategy": "steps", "eval_steps": plan.steps // plan.num_evals, "eval_on_start": True}
