@@ -107,7 +107,7 @@ def test_every_command_has_the_rule(command):
     if command == "merge":
         assert flags["--dtype"].default == "bfloat16", "of what is written"
     elif command != "demo":
-        assert "auto: the checkpoint's own where the device computes in it" in flags["--dtype"].help
+        assert "auto: the checkpoint's own if the device can compute in it" in flags["--dtype"].help
         assert command == "eval" or flags["--dtype"].default == "auto"
 
 

@@ -79,7 +79,7 @@ def test_what_can_only_mean_one_thing_is_that(text, value, tmp_path):
         ("bf16: 1", "bf16: 1 is not possible. It takes true or false."),
         ("bf16: maybe", "bf16: 'maybe' is not possible"),
         ("lora: [true]", "lora: [True] is not possible"),
-        ("run_name: 2024", "run_name: 2024 is not possible. It takes text. YAML reads it as something else than text"),
+        ("run_name: 2024", "run_name: 2024 is not possible. It takes text. YAML does not read it as text"),
         ("run_name: 2024-01-01", "put it in quotes"),
         ("run_name: no", "run_name: False is not possible. It takes text."),
         ("model: [a, b]", "model: ['a', 'b'] is not possible. It takes text."),
@@ -88,18 +88,18 @@ def test_what_can_only_mean_one_thing_is_that(text, value, tmp_path):
         ("mem_inner_target_modules: [up_proj]", "mem_inner_target_modules: ['up_proj'] is not possible. It takes text"),
         ("report_to: [[a]]", "report_to: ['a'] is not possible"),
         ("schedule: 3", "schedule: 3 is not possible"),
-        ("1: 2", "1 is no option; names of options are text"),
+        ("1: 2", "1 is no option; option names are text"),
         ("no: 2", "False is no option"),
-        ("[1, 2]: 3", "is no YAML"),
+        ("[1, 2]: 3", "is not valid YAML"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}", "'a' is given twice"),
         ("sede: 1", "option 'sede' is not known. Did you mean 'seed'?"),
         ("- a", "holds no options"),
         ("", "holds no options"),
-        ("a: [", "is no YAML"),
-        ("a: 2024-99-99", "is no YAML"),
-        ("a: " + "[" * 3000, "is no YAML"),
-        ("a: !!python/object:os.system {}", "is no YAML"),
+        ("a: [", "is not valid YAML"),
+        ("a: 2024-99-99", "is not valid YAML"),
+        ("a: " + "[" * 3000, "is not valid YAML"),
+        ("a: !!python/object:os.system {}", "is not valid YAML"),
     ],
     ids=lambda text: text[:40],
 )
@@ -113,7 +113,7 @@ def test_anything_else_is_refused_by_name(text, message, tmp_path):
 @pytest.mark.parametrize("content", [b"seed: \xff\xfe", b"\x80", b"seed: 1\x00"])
 def test_bytes_that_are_no_text_are_refused(content, tmp_path):
     (tmp_path / "r.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         read_recipe(tmp_path / "r.yaml")
 
 

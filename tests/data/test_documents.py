@@ -189,5 +189,5 @@ def test_a_damaged_pdf_is_an_error_of_the_document(tmp_path):
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MOST_BYTES", 10)
     (tmp_path / "a.txt").write_text("more than ten bytes")
-    with pytest.raises(DataError, match=r"has 19 bytes; the most that is read is 10"):
+    with pytest.raises(DataError, match=r"has 19 bytes; at most 10 are read"):
         read_document(tmp_path / "a.txt")

@@ -149,7 +149,7 @@ def test_a_damaged_note_stops_nobody_and_a_damaged_folder_is_named_when_none_ser
     (notes / "link").symlink_to("nowhere")
     assert len(load()[0]["train"]) == 20
     (tmp_path / "out" / MANIFEST).write_text("{")
-    with pytest.raises(DataError, match=r"Passed over: .*manifest\.json is damaged"):
+    with pytest.raises(DataError, match=r"Skipped: .*manifest\.json is damaged"):
         load()
 
 

@@ -106,7 +106,7 @@ def test_json_may_begin_with_a_byte_order_mark_and_be_compressed(kind, encoding,
     ("name", "data", "message"),
     [
         ("x.csv", b"prompt,response\na\n", r"line 2 has 1 fields, but the header has 2 \(prompt, response\)"),
-        ("x.csv", b"prompt,prompt\na,b\n", "the header has an empty name, or one twice: 'prompt'"),
+        ("x.csv", b"prompt,prompt\na,b\n", "the header has an empty or repeated name: 'prompt'"),
         ("x.csv", b'prompt,response\n"a,b\n', "is no row of a table"),
         ("x.csv", b"prompt,response\na,\xff\n", r"is not UTF-8 \(byte 18\)"),
         ("x.csv", b"prompt,response\na,\0\n", "has a zero byte"),

@@ -88,7 +88,9 @@ def test_a_memory_row_without_its_baseline_is_refused(tmp_path):
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--output", str(page)]) == 0
     text = words(page)
-    assert "Not shown: memdlm_kv of mdlm with memory, because no run without memory stands beside it." in text
+    assert (
+        "Not shown: memdlm_kv of mdlm with memory, because there is no result without memory to compare with." in text
+    )
     assert "90.0" not in text
     assert "0.9000" not in text
     evaluation(run, model="runs/mdlm-seed1", memory=False)
@@ -105,7 +107,7 @@ def test_the_standard_model_is_asked_for(tmp_path):
     assert "All training runs here use memory" not in words(page)
     evaluated = evaluation(tmp_path / "eval")
     assert main(["report", str(evaluated), "--output", str(page)]) == 0
-    assert "name the standard model" in words(page)
+    assert "Add a model that was trained without memory" in words(page)
 
 
 def test_the_interval_of_a_share_stays_a_share(tmp_path):
@@ -129,7 +131,7 @@ def test_how_the_training_runs_differ_is_said(tmp_path):
     memory = told(training(tmp_path / "memdlm-seed0"), mem_enabled=True, planner_weight=0.0, mem_inner_lr=0.1)
     page = tmp_path / "report.html"
     assert main(["report", *map(str, (plain, papl, memory)), "--output", str(page)]) == 0
-    text = words(page).split("Where the figures come from")[0]
+    text = words(page).split("Sources of the numbers")[0]
     assert "option mdlm papl memdlm" in text
     assert "mem_enabled false false true" in text
     assert "planner_weight 0.0 1.0 0.0" in text
@@ -153,7 +155,7 @@ def test_lengths_that_were_not_measured_are_left_out(tmp_path):
     [
         (
             lambda path: evaluation(evaluation(path), model="./b/mdlm-seed0"),
-            "two of the runs say something of task 'memdlm_kv'",
+            "two of the runs have a result for task 'memdlm_kv'",
         ),
         (lambda path: path, "is no folder"),
         (lambda path: path.mkdir() or path, "holds no results; looked for report.json, results_"),

@@ -203,9 +203,12 @@ def test_the_panel_of_recall_comes_first_with_every_seed(written, tmp_path):
     assert "ours off 60.0 +- 35.0 95.0, 25.0" in words, "failures are in the table, seed by seed"
     assert page.count('class="words"') == 2
     assert page.count("<details open>") == 1
-    assert "the values of the facts, 8.00 before, 0.50 after; the other words: 2.00 before, 1.50 after" in words
+    assert (
+        "the values of the facts (in bold) lost 8.00 before, 0.50 after; the other words lost 2.00 before, 1.50 after"
+        in words
+    )
     assert "&lt;v2&gt;" in page
-    assert "1.59 nats per token, is the least" in words
+    assert "1.59 nats per token, is the lowest loss" in words
 
 
 def test_an_empty_panel_says_so(tmp_path):

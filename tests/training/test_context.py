@@ -153,7 +153,7 @@ def test_questions_are_asked_with_the_context_dropped(network):
     assert found.questions == 6
     assert {ids.shape[1] for ids in seen} == {8, 10}, "contexts of 8 words, conversations of 10 tokens"
     bare = [type(sample)(sample.messages, sample.answers) for sample in samples]
-    with pytest.raises(DataError, match="what their context is"):
+    with pytest.raises(DataError, match="hold their context"):
         recall(model, tokenizer, bare, memory=memory, context="dropped")
 
 

@@ -154,7 +154,7 @@ def test_a_best_checkpoint_that_is_gone_is_an_error_where_it_is_wanted(bases, ch
     arguments = trainer_of(new_model(bases, "lladamoe", "full"), checkpoint.parent, "learned").args
     check_checkpoint(checkpoint, arguments)
     arguments.load_best_model_at_end = True
-    with pytest.raises(CheckpointError, match="checkpoint-77 as the best checkpoint so far, which is gone"):
+    with pytest.raises(CheckpointError, match="checkpoint-77 as the best checkpoint so far, but it is missing"):
         check_checkpoint(checkpoint, arguments)
 
 

@@ -111,7 +111,7 @@ def test_final_weights_replace_their_own_and_no_others(tmp_path):
     (tmp_path / "base" / "model.safetensors").write_text("weights of somebody")
     source.mkdir()
     (source / "model.safetensors").write_text("3")
-    with pytest.raises(ConfigError, match=f"What was to be saved is in {source}"):
+    with pytest.raises(ConfigError, match=f"The files to be saved are in {source}"):
         move_files(source, tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors").read_text() == "weights of somebody"
     assert (source / "model.safetensors").read_text() == "3"

@@ -19,7 +19,7 @@ from memdlm.workflows.sessions.chat import typed
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one answer per question, and on standard error what it took."""
+    """Print one answer per question; on standard error, print tokens, time and passes."""
     parser = ask_parser()
     options, config, given = parser.parse(decoding_defaults(argv), argv)
     config.refuse_idle(parser.given)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         write = None
         if options.output is not None:
-            # Taken before the model is loaded, and held until the answers are there.
+            # The file is taken before the model is loaded, and held until the answers are written.
             write = stack.enter_context(
                 output_file(options.output, holds_answers, "answers", overwrite=options.overwrite)
             )
@@ -49,10 +49,10 @@ def ask_parser() -> DataclassParser:
     parser = DataclassParser(
         (AskOptions, GenerationConfig),
         prog="memdlm ask",
-        description="Answer questions from a memory. Without a question, they are read line by line. "
+        description="Answer questions from a memory. If none is given, they are read from standard input line by line. "
         f"Presets: {', '.join(PRESETS)}.",
     )
-    parser.add_argument("question", nargs="*", help="questions, each answered by itself")
+    parser.add_argument("question", nargs="*", help="questions; each is answered on its own")
     return parser
 
 

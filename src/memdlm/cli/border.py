@@ -16,11 +16,11 @@ from memdlm.terminal import one_line, printable
 INTERRUPTED, UNREAD = 130, 141
 """Exit statuses as shells have them: 128 plus the number of the signal."""
 _TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
-"""Values of transformers' own --debug, which takes one."""
+"""Values that transformers' own --debug takes."""
 
 
 def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> int:
-    """Run a command on `argv`; whatever it raises becomes one line on standard error and an exit status."""
+    """Run a command on `argv`; turn what it raises into one line on standard error and an exit status."""
     _open_streams()
     arguments, is_debug = _without_debug(argv)
     name = " ".join([program, *arguments[:1]]) if program == "memdlm" else program
@@ -43,11 +43,11 @@ def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> i
 
 
 def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command and write out what is still in the buffer: it may not fit the disk, or have no reader."""
+    """Run a command and flush its output. The flush may fail: the disk may be full, or the reader gone."""
     try:
         status = run(arguments)
     except SystemExit:
-        # argparse, after --help.
+        # argparse exits after --help.
         sys.stdout.flush()
         raise
     sys.stdout.flush()
@@ -66,7 +66,7 @@ def _told(error: Exception, name: str, command: Sequence[str], *, is_debug: bool
 
 
 def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """Take --debug out, wherever it stands, unless it is the value's name that transformers knows."""
+    """Take --debug out, wherever it stands, unless a value of transformers' own --debug follows."""
     ends = argv.index("--") if "--" in argv else len(argv)
     places = [
         place
@@ -78,7 +78,7 @@ def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _check_text(arguments: Sequence[str]) -> None:
-    """Refuse words that are no text; names of files that exist may be any bytes."""
+    """Refuse arguments that are not valid text; names of existing files may be any bytes."""
     for place, word in enumerate(arguments, start=1):
         try:
             word.encode()
@@ -90,13 +90,13 @@ def _check_text(arguments: Sequence[str]) -> None:
 
 
 def _open_streams() -> None:
-    """Put the null device where standard streams are closed, so that no file opened later is taken for one."""
+    """Put the null device in place of closed standard streams, so that no later file gets their numbers."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(_null_at(number), mode, encoding="utf-8", closefd=False))
         stream = getattr(sys, name)
         if mode == "w" and isinstance(stream, io.TextIOWrapper):
-            # A terminal whose encoding lacks a character shows its number.
+            # A character that the terminal's encoding lacks is shown as its number.
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -109,7 +109,7 @@ def _null_at(number: int) -> int:
 
 
 def _drop_output() -> None:
-    """Write out what is still in the buffers; what cannot be written goes nowhere, or Python would complain at exit."""
+    """Flush the buffers. Drop what cannot be written: Python would complain about it at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -121,7 +121,7 @@ def _drop_output() -> None:
 
 class _PlainRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802
-        """Return the message, fit to show: libraries quote what files and models say."""
+        """Return the message with control characters made visible: libraries quote files and models."""
         return printable(super().getMessage())
 
 

@@ -12,7 +12,9 @@ from memdlm.workflows.sessions.decoding import load
 
 def main(argv: Sequence[str]) -> int:
     """Hold a conversation on standard input and output."""
-    parser = decoding_parser("chat", f"Answer line by line. Commands: {', '.join(COMMANDS)}.", ChatOptions)
+    parser = decoding_parser(
+        "chat", f"Hold a conversation, one line per message. Commands: {', '.join(COMMANDS)}.", ChatOptions
+    )
     options, config, memory, (chat_options,) = parse(parser, argv)
     decoder = load(options, memory, config, Display())
     console = PlainConsole()

@@ -1,4 +1,4 @@
-"""The flags that generate, infill and chat share: what is decoded with, how, and the memory's own."""
+"""The flags that generate, infill and chat share: for the model, for decoding and for the memory."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ SWITCH = "--mem_enabled True"
 def parse(
     parser: DataclassParser, argv: Sequence[str]
 ) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig | None, tuple[Any, ...]]:
-    """Parse flags of `decoding_parser`; a preset's options, and a learned memory's, are the defaults of the others."""
+    """Parse flags of `decoding_parser`. Options of a preset and of a learned memory become the defaults."""
     defaults = decoding_defaults(argv) | learned_defaults(argv)
     options, config, flags, *others = parser.parse(defaults, argv)
     config.refuse_idle(parser.given)
     if options.trace is not None:
-        # Refused before the model is loaded, not after hours of decoding.
+        # A bad path is refused here, before the model is loaded, and not after hours of decoding.
         with page_at(options.trace):
             pass
     memory = memory_from_flags(vars(flags), parser.given, is_on=options.mem_enabled, switch=SWITCH)
@@ -33,7 +33,7 @@ def parse(
 
 
 def decoding_defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Return a preset's options; a length in all, where it is given, stands in for that of the response."""
+    """Return a preset's options. If only max_length is given, it replaces the default of max_new_tokens."""
     found = preset_defaults(argv)
     if _early(argv, "max_length") is not None and _early(argv, "max_new_tokens") is None:
         found["max_new_tokens"] = None
@@ -51,7 +51,7 @@ def preset_defaults(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def learned_defaults(argv: Sequence[str]) -> dict[str, Any]:
-    """Return, as mem_* flags, what the memory of the named model was trained with, if it was trained."""
+    """Return, as mem_* flags, the options that the named model's memory was trained with; {} if it was not."""
     folder = _early(argv, "adapter") or _early(argv, "model")
     if folder is None or not (Path(folder) / MEMORY_CONFIG_FILE).is_file():
         return {}
@@ -73,5 +73,7 @@ def decoding_parser(name: str, description: str, *more: type) -> DataclassParser
         prog=f"memdlm {name}",
         description=f"{description} Presets: {', '.join(PRESETS)}.",
     )
-    parser.add_argument("--memory", dest="mem_enabled", action="store_const", const=True, help="same as --mem_enabled")
+    parser.add_argument(
+        "--memory", dest="mem_enabled", action="store_const", const=True, help="same as --mem_enabled True"
+    )
     return parser

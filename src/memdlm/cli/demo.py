@@ -1,4 +1,4 @@
-"""`memdlm demo [--out runs/demo] [--quick] [--seed N]`: the main job, offline."""
+"""`memdlm demo [--out runs/demo] [--quick] [--seed N]`: train and compare small models, offline."""
 
 import shlex
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from memdlm.workflows.studies.demo_plan import plan_for
 def main(argv: Sequence[str]) -> int:
     """Run the demo and show its table."""
     parser = Parser(prog="memdlm demo", description="Train small models with and without memory, and compare them.")
-    parser.add_argument("--out", default="runs/demo", help="folder of the report and the checkpoints")
-    parser.add_argument("--quick", action="store_true", help="an easier task and fewer steps: under 2 minutes")
-    parser.add_argument("--seed", type=int, default=0, help="first seed; every model is trained on two")
-    parser.add_argument("--overwrite", action="store_true", help="replace the demo that is in the folder already")
+    parser.add_argument("--out", default="runs/demo", help="folder for the report and the checkpoints")
+    parser.add_argument("--quick", action="store_true", help="run an easier task with fewer steps: under 2 minutes")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; the next one is used as well")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo in the folder")
     parser.add_argument("--device", default=AUTO, help=DEVICE_HELP)
     options = parser.parse_args(list(argv))
     plan, out = plan_for(options.seed, quick=options.quick, device=options.device), Path(options.out)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if report.recall is not None:
         console.print(_table(report.recall, "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))
-    say(f"The whole report: {out / 'report.html'}")
+    say(f"The full report: {out / 'report.html'}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """`memdlm eval --model NAME_OR_PATH --tasks ... [options]`, and `memdlm-eval`: lm-eval's own command line.
 
-Both register our models and task files and end in lm-eval: what `memdlm eval` does not know itself goes there as it is.
+Both register our models and task files, then run lm-eval. `memdlm eval` passes on unchanged what it does not know.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from memdlm.options import as_flags
 
 _NOT_FLAGS = ("pretrained", "adapter", "request_seed")
 _PASSED_ON = ("model", "tasks", "device")
-"""Flags of ours that lm-eval has too."""
+"""Our flags that lm-eval has, too."""
 _EXTRA = "--extra_model_args"
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def stock(argv: Sequence[str] | None = None) -> int:
-    """Run lm-eval's command line (`memdlm-eval`), with errors as `memdlm` has them."""
+    """Run lm-eval's command line (`memdlm-eval`), with errors reported as by `memdlm`."""
     return guarded("memdlm-eval", list(sys.argv[1:] if argv is None else argv), _stock)
 
 
@@ -60,10 +60,12 @@ def _parser() -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="model or adapter: folder or hub name")
-    parser.add_argument("--adapter", help="outer LoRA adapter on top of the model: folder or hub name")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="folder or hub name of the model or adapter"
+    )
+    parser.add_argument("--adapter", help="folder or hub name of an outer LoRA adapter on top of the model")
     parser.add_argument("--device", help=f"{DEVICE_HELP} (default {AUTO})")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names of tasks or groups")
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names of lm-eval tasks or groups")
     for title, config, prefix in (
         ("evaluation", HarnessOptions, ""),
         ("decoding", GenerationConfig, ""),
@@ -84,17 +86,17 @@ def _help(field: Any) -> str:
 def _harness() -> Any:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError('evaluation needs lm-evaluation-harness; install it: pip install "memdlm[eval]".')
-    # Importing it registers the model names.
+    # The import registers the model names.
     return importlib.import_module("memdlm.evaluation.harness_run")
 
 
 def _translated(argv: Sequence[str]) -> list[str]:
-    """Turn --extra_model_args, the published scripts' flag, into one more --model_args: lm-eval merges them."""
+    """Turn --extra_model_args, a flag of the published scripts, into another --model_args; lm-eval merges them."""
     return ["--model_args" if each == _EXTRA else each for each in argv]
 
 
 def _check_rest(parser: Parser, theirs: Sequence[str], rest: Sequence[str]) -> None:
-    """Refuse an option that neither we nor lm-eval know, naming the nearest of both."""
+    """Refuse an option that neither memdlm nor lm-eval knows, and name the nearest of both."""
     ours = [flag for action in parser._actions for flag in action.option_strings]
     for each in rest:
         flag = each.split("=")[0]

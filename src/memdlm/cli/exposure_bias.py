@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     parser = DataclassParser(
         (BiasOptions, MemoryFlags),
         prog="memdlm exposure-bias",
-        description="Loss while a model decodes from its own tokens against its loss on the true ones, step by step.",
+        description="Compare, step by step, a model's loss given its own tokens with its loss given the true ones.",
     )
     options, flags = parser.parse({}, argv)
     memory = memory_from_flags(vars(flags), parser.given, is_on=options.mem_enabled, switch=SWITCH)

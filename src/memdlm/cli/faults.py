@@ -1,6 +1,6 @@
-"""What ends a command: an exception of a known kind is one line and a status, any other a file with its traceback.
+"""How an exception ends a command: a known kind gives one line and a status; any other, a file with its traceback.
 
-Commands raise `MemDLMError` for what they foresee. The table here is for what libraries raise of their own accord.
+Commands raise `MemDLMError` for what they foresee. The table here is for the exceptions of libraries.
 """
 
 import errno
@@ -19,7 +19,7 @@ from memdlm.errors import MemDLMError
 from memdlm.version import __version__
 
 INPUT, MACHINE = 2, 1
-"""Exit statuses: the input is at fault, or the machine, or the run."""
+"""Exit statuses: the input is at fault; the machine or the run is."""
 
 _MACHINE_ERRORS = {
     errno.ENOSPC: "no space is left on the device; free some, or name another folder",
@@ -37,14 +37,14 @@ _INPUT_ERRORS = {
     errno.ENOENT: "no such file or folder; check the name",
     errno.EISDIR: "this is a folder; name a file",
     errno.ENOTDIR: "a part of the path is a file; name another place",
-    errno.EEXIST: "it exists already; name another",
+    errno.EEXIST: "it already exists; choose another name",
     errno.ENAMETOOLONG: "the name is too long; shorten it",
-    errno.ELOOP: "its symbolic links go in a circle",
+    errno.ELOOP: "its symbolic links form a loop; name another path",
     errno.EINVAL: "the path is not valid",
 }
 _NO_MEMORY = re.compile(r"not enough memory|out of memory|can't allocate memory|cannot allocate memory", re.I)
 _NO_DEVICE = re.compile(r"not compiled with|no NVIDIA driver|No CUDA GPUs|invalid device ordinal|not linked with", re.I)
-_NO_ROOM = "the memory does not suffice; lower batch sizes or lengths, or use a smaller dtype or another device"
+_NO_ROOM = "there is not enough memory; lower batch sizes or lengths, or use a smaller dtype or another device"
 _FOREIGN = {
     "jinja2": "a template could not be rendered",
     "yaml": "a YAML file is damaged",
@@ -58,20 +58,20 @@ _FOREIGN = {
     "requests": "the network did not answer",
     "httpx": "the network did not answer",
 }
-"""Packages whose own exception classes speak of their input, and of what."""
+"""By package: what its own exceptions say about the input."""
 _NETWORK = ("requests", "httpx", "urllib3", "aiohttp")
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What a person is told, and the exit status."""
+    """What the user is told, and the exit status."""
 
     message: str
     status: int
 
 
 def known_fault(error: BaseException) -> Fault | None:
-    """Return what `error` means to a person; None: nobody foresaw it."""
+    """Return what `error` means to the user; None if it was not foreseen."""
     if isinstance(error, MemDLMError):
         cause = None if error.__cause__ is None else known_fault(error.__cause__)
         return Fault(str(error), MACHINE if cause is not None and cause.status == MACHINE else error.exit_status)
@@ -99,7 +99,7 @@ def _runtime_error(error: BaseException) -> Fault | None:
     if _NO_MEMORY.search(str(error)):
         return Fault(f"{_NO_ROOM}: {_said(error)}", MACHINE)
     if _NO_DEVICE.search(str(error)):
-        return Fault(f"the device is not there: {_said(error)}", MACHINE)
+        return Fault(f"the device does not exist here: {_said(error)}", MACHINE)
     return None
 
 
@@ -139,9 +139,9 @@ def _said(error: BaseException) -> str:
 
 
 def save_traceback(error: BaseException, command: Sequence[str]) -> str:
-    """Write down an exception that nobody foresaw, away from the working directory; returns where.
+    """Write an unforeseen exception to a file outside the working directory; return its path.
 
-    The file holds the traceback, the command, versions and platform; nothing of the environment.
+    The file holds the traceback, the command, versions and the platform, but no environment variables.
     """
     lines = [
         f"memdlm {__version__}, Python {platform.python_version()}, {platform.platform()}",
@@ -155,7 +155,7 @@ def save_traceback(error: BaseException, command: Sequence[str]) -> str:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError:
-        # There is nowhere to write it: it must not be lost.
+        # It must not be lost even when there is nowhere to write it.
         print(text, file=sys.stderr)
         return "above"
     return path

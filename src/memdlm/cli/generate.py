@@ -12,7 +12,7 @@ from memdlm.workflows.sessions.decoding import Tally, decode, load
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print one response per prompt, and on standard error what it took."""
+    """Print one response per prompt; on standard error, print tokens, time and passes."""
     parser = decoding_parser("generate", "Decode a response to each prompt.")
     parser.add_argument("prompts", nargs="+", help="texts; with --chat each is one user message")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")

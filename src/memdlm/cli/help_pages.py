@@ -1,8 +1,8 @@
 """The help pages of commands, shown without importing what the commands need.
 
-Options are declared where they are read: in dataclasses and parsers that cost seconds to import. `help_pages.json` is
-what those parsers say about themselves, written by `python tests/cli/test_help_pages.py` and compared with them by
-that test; a page is laid out from it for the terminal at hand, by argparse as ever.
+Options are declared where they are read: in dataclasses and parsers that take seconds to import. `help_pages.json`
+describes those parsers. `python tests/cli/test_help_pages.py` writes it, and the test of that name compares the two.
+argparse lays a page out from it, as wide as the terminal.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from typing import Any
 
 PAGES = Path(__file__).with_name("help_pages.json")
 DEPENDS = {"train": ("transformers",)}
-"""Commands with options that other packages declare, and those packages."""
+"""Commands that have options from other packages, and those packages."""
 _PARTS = ("option_strings", "dest", "nargs", "default", "choices", "required", "help", "metavar")
 
 
 def page(command: str) -> str | None:
-    """Return the help page of a command; None: only its own parser knows it, as with another transformers."""
+    """Return a command's help page; None if only its parser knows it (with another transformers version)."""
     described = json.loads(PAGES.read_text(encoding="utf-8")).get(command)
     if described is None or described["made_with"] != installed(command):
         return None
@@ -32,7 +32,7 @@ def installed(command: str) -> dict[str, str]:
 
 
 def describe(command: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Return what the help page of `parser` is laid out from, as JSON has it."""
+    """Return all that the help page of `parser` is laid out from, as JSON values."""
     group_of = {id(each): place for place, group in enumerate(parser._action_groups) for each in group._group_actions}
     return {
         "made_with": installed(command),
@@ -58,7 +58,7 @@ def laid_out(described: dict[str, Any]) -> str:
     parser._action_groups.clear()
     groups = [parser.add_argument_group(title, description) for title, description in described["groups"]]
     for option in described["options"]:
-        # argparse knows this word by identity.
+        # argparse compares SUPPRESS by identity.
         parts: dict[str, Any] = {
             name: argparse.SUPPRESS if option.get(name) == argparse.SUPPRESS else option.get(name) for name in _PARTS
         }
@@ -67,15 +67,15 @@ def laid_out(described: dict[str, Any]) -> str:
 
 
 class _Shown(argparse.Action):
-    """An option that is only looked at."""
+    """An option that is shown and never parsed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is parsed by it."""
+        """Raise AssertionError: a help page parses nothing."""
         raise AssertionError("a help page parses nothing")
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold of `value` and argparse shows in the same words."""
+    """Return `value` in a form that JSON can hold and that argparse shows in the same words."""
     if isinstance(value, Iterable) and not isinstance(value, (str, type)):
         return [_plain(each) for each in value]
     return value if value is None or type(value) in (str, int, float, bool) else str(value)

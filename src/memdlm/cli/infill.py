@@ -13,15 +13,17 @@ from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import Tally, decode, load
 
 NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
-"""Decoding options for responses only."""
+"""Decoding options that only count for responses."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print every text with its mask tokens filled, and on standard error what it took."""
+    """Print every text with its mask tokens filled; on standard error, print tokens, time and passes."""
     parser = decoding_parser("infill", "Fill the mask tokens of each text.")
-    parser.add_argument("texts", nargs="+", help="texts with the tokenizer's mask token, or what --blank says, in them")
+    parser.add_argument("texts", nargs="+", help="texts that contain the tokenizer's mask token, or what --blank names")
     parser.add_argument("--blank", default=None, help="what stands for one mask token in the texts, for example _")
-    parser.add_argument("--both_sides", action="store_true", help="full attention, also where blocks hide what follows")
+    parser.add_argument(
+        "--both_sides", action="store_true", help="use full attention, even where blocks hide what follows"
+    )
     options, config, memory, (given,) = parse(parser, argv)
     for name in NOT_READ:
         if name in parser.given:

@@ -21,9 +21,9 @@ def main(argv: Sequence[str]) -> int:
     parser = DataclassParser(
         (flags_of("mem_inner_rank", "mem_inner_layer_fraction", "mem_inner_target_modules"),),
         prog="memdlm info",
-        description="Describe a model, or memories; no weights are loaded.",
+        description="Describe a model, a memory or a folder of memories. No weights are loaded.",
     )
-    parser.add_argument("model", help="folder or hub name of a model, a memory, or a folder of memories")
+    parser.add_argument("model", help="folder or hub name of a model; folder of a memory or of several memories")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of a hub repository")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     flags, options = parser.parse({}, argv)

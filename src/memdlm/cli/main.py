@@ -12,17 +12,17 @@ from memdlm.errors import ConfigError, unknown
 from memdlm.version import __version__
 
 COMMANDS = {
-    "demo": "the main job, offline: train, evaluate and compare small models, and write a report",
-    "info": "describe a model and where its fast weights would sit, a memory, or a folder of memories",
+    "demo": "train small models with and without memory, compare them and write a report, offline",
+    "info": "describe a model and where its fast weights would sit; or a memory; or a folder of memories",
     "preprocess": "tokenize a dataset once, for many training runs",
-    "train": "train a model from a recipe file and/or flags",
+    "train": "train a model from recipe files, flags, or both",
     "generate": "decode a response to a prompt, with or without memory",
     "infill": "fill the mask tokens of a text",
     "chat": "hold a conversation in the terminal",
     "memorize": "write a document into a memory once, and keep it as a file",
-    "ask": "answer questions from a memory, with the document shown as well or not",
+    "ask": "answer questions from a memory, with or without the document",
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
-    "exposure-bias": "measure how much a model suffers from its own tokens, with and without memory",
+    "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
     "report": "put training runs, evaluations and demos side by side on one page",
 }
@@ -32,7 +32,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `memdlm ARGV...`; returns the exit status.
 
-    0: done. 2: the input is at fault. 1: the machine or the run is. 130: Ctrl-C. 141: nobody reads the output any more.
+    0: done. 1: the machine or the run is at fault. 2: the input is at fault. 130: Ctrl-C. 141: nobody reads the output.
     `--debug`, or MEMDLM_DEBUG=1, shows the traceback of an error.
     """
     return guarded("memdlm", list(sys.argv[1:] if argv is None else argv), _run)
@@ -45,7 +45,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         say(f"memdlm {__version__}")
         return 0
-    # It warns on import about a kernel that nothing here uses.
+    # bitsandbytes warns on import about a kernel that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = arguments[0]
     if name not in COMMANDS:
@@ -53,7 +53,7 @@ def _run(arguments: list[str]) -> int:
     shown = page(name) if arguments[1:] in (["-h"], ["--help"]) else None
     if shown is not None:
         say(shown.removesuffix("\n"))
-        # As argparse ends after a page.
+        # argparse also exits after it has shown a help page.
         sys.exit(0)
     status: int = importlib.import_module(f"memdlm.cli.{name.replace('-', '_')}").main(arguments[1:])
     return status

@@ -27,8 +27,8 @@ def memorize_parser() -> DataclassParser:
     return DataclassParser(
         (MemorizeOptions, MemoryFlags),
         prog="memdlm memorize",
-        description="Write a document into a memory and keep it. The mem_* options default to what the model's own "
-        "memory was trained with, if there is one.",
+        description="Write a document into a memory and save it. The mem_* options default to those that the model's "
+        "own memory was trained with, if it has one.",
     )
 
 

@@ -18,8 +18,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="memdlm merge", description="Fold an outer LoRA into its base model.")
     parser.add_argument("--adapter", required=True, help="folder or hub name of the adapter")
     parser.add_argument("--output", required=True, help="folder to write; it must be new or empty")
-    parser.add_argument("--base", default=None, help="folder or hub name; default: the one the adapter names")
-    parser.add_argument("--dtype", default="bfloat16", help="of the weights written; auto keeps the base's")
+    parser.add_argument(
+        "--base", default=None, help="folder or hub name of the base model; default: the one that the adapter names"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="number type of the merged weights; auto keeps the base's")
     parser.add_argument("--device", default=AUTO, help=DEVICE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
     options = parser.parse_args(list(argv))
@@ -31,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _merge(base: str, adapter: str, output: Output, *, dtype: str, device: str) -> None:
-    # Summed in the base's own precision, whatever a card would rather compute in, then rounded once to what was asked
-    # for.
+    # Sums are taken in the base's own precision, not in the one that the device prefers, and rounded once.
     model = load_model(base, dtype=base_dtype(base), device=device, adapter=adapter)
     note(line_of(model))
     merge_outer_adapter(model)

@@ -1,4 +1,4 @@
-"""Printing of the commands: every text passes here, so that none of them steers the terminal."""
+"""What commands print with: control characters are made visible, so that no text steers the terminal."""
 
 import sys
 

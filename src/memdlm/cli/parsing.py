@@ -1,4 +1,4 @@
-"""Parsers whose mistakes are our errors: one line that names the flag, the value and the way out."""
+"""Parsers that report mistakes as ConfigError: one line that names the flag, the value and the way out."""
 
 import argparse
 import itertools
@@ -19,15 +19,15 @@ class _OneLine(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.given: dict[str, Any] = {}
-        """What the last parse was told by flags, by name; defaults are not in it."""
+        """By name, the values that flags gave in the last parse; defaults are not included."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as usual, and note in `given` what flags say."""
+        """Parse as usual, and note the given flags in `given`."""
         self.given = {}
         return super().parse_known_args(args, namespace)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # Called once for every flag that stands on the command line, however it is spelled.
+        # argparse calls this once for every flag on the command line, however the flag is spelled.
         value = super()._get_values(action, arg_strings)
         if action.option_strings:
             told = action.const if action.nargs == 0 else value
@@ -50,7 +50,7 @@ class _OneLine(argparse.ArgumentParser):
 
 
 def is_collecting(action: argparse.Action) -> bool:
-    """Whether a flag may be repeated because its values are put together."""
+    """Whether a flag may be repeated because its values are collected."""
     return not isinstance(action, (argparse._StoreAction, argparse._StoreConstAction))
 
 
@@ -67,9 +67,9 @@ class DataclassParser(_OneLine, HfArgumentParser):
         super().__init__(types, **kwargs)
 
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
-        """Return one instance per dataclass, then, if arguments were added by hand, a namespace of those.
+        """Return one instance per dataclass; if arguments were added by hand, a namespace of those comes last.
 
-        Raises ConfigError for an unknown key of `recipe`, naming the nearest.
+        Raises ConfigError for an unknown key of `recipe`; the message names the nearest known one.
         """
         known = [action.dest for action in self._actions]
         for key in recipe:
@@ -83,7 +83,7 @@ class DataclassParser(_OneLine, HfArgumentParser):
         _, unrecognised = self.parse_known_args(list(argv))
         if unrecognised:
             self.error(f"unrecognized arguments: {' '.join(unrecognised)}")
-        # transformers would also read a file of arguments beside the program.
+        # By default transformers also reads an arguments file beside the program.
         parsed = self.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)
         count = len(self._configs)
         built = tuple(
@@ -93,7 +93,7 @@ class DataclassParser(_OneLine, HfArgumentParser):
         return (*built, *parsed[count:])
 
     def _spelled_out(self, argv: Sequence[str]) -> list[str]:
-        """Put True behind a switch that stands alone, so that it does not take the next argument for its value."""
+        """Put True after a switch without a value, so that the next argument is not taken for its value."""
         switches = {
             flag
             for action in self._actions
@@ -108,7 +108,7 @@ class DataclassParser(_OneLine, HfArgumentParser):
         return words
 
     def _typed(self, key: str, value: Any) -> Any:
-        """Bring a YAML value to the type the flag would have (1e-4 is a string to YAML)."""
+        """Convert a YAML value to the flag's type (YAML reads 1e-4 as a string)."""
         action = next(action for action in self._actions if action.dest == key)
         if isinstance(value, str) and callable(action.type):
             try:

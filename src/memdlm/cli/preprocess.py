@@ -9,7 +9,7 @@ from memdlm.workflows.runs.preprocess import PreprocessOptions, run_preprocessin
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the folder, and say what is in it."""
+    """Write the folder, and print what is in it."""
     parser = DataclassParser(
         (PreprocessOptions,), prog="memdlm preprocess", description="Tokenize a dataset once, for many training runs."
     )

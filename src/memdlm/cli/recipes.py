@@ -1,4 +1,4 @@
-"""Recipes: flat YAML files of options, each value of the type that its option has, or an error that names the line."""
+"""Recipes: flat YAML files of options. A value that is not of its option's type raises an error that names it."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings name nothing twice: a later value would silently replace an earlier one."""
+    """YAML that refuses a key given twice: the later value would silently replace the earlier one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -39,36 +39,37 @@ class _Loader(yaml.SafeLoader):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Option:
-    """What a recipe may say of one option."""
+    """What a recipe may set one option to."""
 
     types: frozenset[Any]
-    """Members of its type hint: types, and lists or tuples of a type."""
+    """Members of the option's type hint: types, and lists or tuples of a type."""
     choices: tuple[str, ...]
     is_optional: bool
-    """Whether it may be left empty: its default is to be unset."""
+    """Whether the value may be empty: the option is unset by default."""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a flat YAML mapping; raises ConfigError when there is no such file or it is something else."""
+    """Read a flat YAML mapping; raises ConfigError when there is no such file or it holds something else."""
     if not path.is_file():
         raise ConfigError(f"recipe: {str(path)!r} is no file.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OSError) as error:
-        raise ConfigError(f"recipe: {path} is no YAML: {error or type(error).__name__}") from error
+        raise ConfigError(f"recipe: {path} is not valid YAML: {error or type(error).__name__}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"recipe: {path} holds no options; it must be a mapping, one `option: value` per line.")
     for key in found:
         if not isinstance(key, str):
-            raise ConfigError(f"recipe: {path}: {key!r} is no option; names of options are text.")
+            raise ConfigError(f"recipe: {path}: {key!r} is no option; option names are text.")
     return found
 
 
 def typed_recipe(recipe: Mapping[str, Any], path: Path, configs: Iterable[type]) -> dict[str, Any]:
-    """Return `recipe` with every value in the type of its option in one of the dataclasses `configs`.
+    """Return `recipe` with every value converted to the type of its option, a field of one of `configs`.
 
-    YAML reads no as false and 1e-4 as text: where that can only mean one thing it is that. Raises ConfigError for an
-    unknown option, and for a value that its option does not take; the message names file, option and value.
+    YAML reads `no` as false and `1e-4` as text; such values are converted where only one meaning is possible. Raises
+    ConfigError for an unknown option, and for a value that its option does not take; the message names file, option
+    and value.
     """
     options = {name: option for config in configs for name, option in _options(config)}
     typed = {}
@@ -96,7 +97,7 @@ def _options(config: type) -> Iterable[tuple[str, _Option]]:
 
 
 def _typed(value: Any, option: _Option) -> Any:
-    """Return `value` as the option takes it; raises ValueError where it does not."""
+    """Return `value` in the option's type; raises ValueError when the option does not take it."""
     if value is None:
         if option.is_optional:
             return None
@@ -123,7 +124,7 @@ def _single(value: Any, option: _Option) -> Any:
         return _number(value, value, option)
     elif isinstance(value, str):
         return _from_text(value, option)
-    hint = " YAML reads it as something else than text: put it in quotes." if str in types else ""
+    hint = " YAML does not read it as text: put it in quotes." if str in types else ""
     raise ValueError(f"{_shown(value)} is not possible. It takes {_words(option)}.{hint}")
 
 
@@ -160,7 +161,7 @@ def _words(option: _Option) -> str:
         return f"one of {', '.join(option.choices)}"
     kinds = [typing.get_origin(each) or each for each in option.types]
     words = [word for kind, word in WORDS.items() if kind in kinds or (kind is list and tuple in kinds)]
-    return " or ".join(words) or "nothing that a recipe could say"
+    return " or ".join(words) or "nothing that a recipe can hold"
 
 
 def _shown(value: Any) -> str:

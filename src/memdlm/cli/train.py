@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
         OPTIONS,
         prog="memdlm train",
         usage="memdlm train [RECIPE.yaml ...] [--option value ...]",
-        description="Train a model. Recipes are flat YAML files of the options below; later ones, and flags, override.",
+        description="Train a model. A recipe is a flat YAML file of the options below. Later recipes override "
+        "earlier ones, and flags override recipes.",
     )
     count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     recipe: dict[str, Any] = {}

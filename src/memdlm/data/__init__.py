@@ -1,4 +1,4 @@
-"""text -> token batches: records, chat templates, collation, and the synthetic long-context tasks."""
+"""Data: records, chat templates, collation into token batches, and the synthetic long-context tasks."""
 
 from memdlm.data.chat import Encoded, encode_chat
 from memdlm.data.collate import Collator

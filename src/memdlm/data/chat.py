@@ -1,4 +1,4 @@
-"""Conversations -> token ids and labels, through the model's own chat template."""
+"""Turn conversations into token ids and labels, with the model's own chat template."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from memdlm.templates import MARK, control_of, render, render_all, rendered_ids,
 from memdlm.types import IGNORE_INDEX
 
 WINDOW = 256
-"""Characters before a boundary in which its last control token is looked for first."""
+"""Number of characters before a boundary that are searched first for the last control token."""
 SHORT = 64
-"""Characters of a template's own text that is tokenized once for all conversations."""
+"""Longest template text, in characters, that is tokenized once for all conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
-    """The id where a token is supervised, -100 elsewhere."""
+    """Per token, its id if it is supervised, else -100."""
     prompt_length: int
-    """Tokens before the first supervised one; all, where nothing is supervised."""
+    """Number of tokens before the first supervised one; all if nothing is supervised."""
 
 
 def encode_chat(
@@ -38,12 +38,12 @@ def encode_chat(
 ) -> Encoded:
     """Tokenize a conversation and supervise its last or all assistant turns: content and end-of-turn token.
 
-    Turns with a `weight` or `train` of their own follow that. `mask_prompt_loss=False` supervises every token but
-    those of turns that are not to be learned. Contents are text: a control token that one spells is not that token.
-    `tools` are rendered by the template. What is supervised is found by templating prefixes of the conversation, and
-    checked: a template whose prefixes are not token prefixes (one that strips reasoning from earlier turns, say)
-    raises DataError, as do a conversation without assistant turn, a malformed message, a column that the template does
-    not render, and a tokenizer without chat template.
+    A turn with its own `weight` or `train` follows that. `mask_prompt_loss=False` supervises every token except those
+    of turns that are marked as not learned. Message contents are text: a control token spelled out there does not
+    become that token. `tools` are rendered by the template. Supervised tokens are found by applying the template to
+    prefixes of the conversation. Raises DataError for a template whose prefixes are not token prefixes (for example,
+    one that strips reasoning from earlier turns), a conversation without assistant turn, a malformed message, a column
+    that the template does not render, and a tokenizer without chat template.
     """
     encoder = ChatEncoder(tokenizer, train_turns=train_turns, mask_prompt_loss=mask_prompt_loss)
     return encoder.encode([{"messages": messages, "tools": tools}])[0]
@@ -51,26 +51,26 @@ def encode_chat(
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A conversation as text, and what of it is learned."""
+    """A conversation as text, and the parts of it that are learned."""
 
     text: str
     spans: tuple[tuple[str, str], ...]
-    """Per learned turn what stands before its content, and what stands before all that follows it."""
+    """Per learned turn: the text up to the start of its content, and the text up to its end."""
     left_out: tuple[tuple[str, str], ...]
-    """The same of turns that are not learned even where all else is."""
+    """The same for turns that are not learned even if everything else is."""
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A conversation on its way to a text."""
+    """A conversation that is being rendered."""
 
     turns: Sequence[Turn]
     shown: list[dict[str, Any]]
-    """The messages, shielded."""
+    """The messages, with control tokens in their contents shielded."""
     tools: Any
     whole: str | None = None
     last_head: str | None = None
-    """What stands before the content of the last message, if it answers a question."""
+    """The text before the content of the last message, if that message answers a question."""
 
     def is_question(self, index: int) -> bool:
         """Whether the message before `index` is one that is answered."""
@@ -90,15 +90,15 @@ class ChatEncoder:
         self._control = control_of(tokenizer)
         self._tails: dict[str, list[int]] = {}
         special = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
-        # A token that looks at the text on its left would see another one behind a cut.
+        # Tokens that depend on the text to their left would change after a cut.
         self._can_cut = tokenizer.is_fast and not any(token.lstrip or token.single_word for token in special)
 
     def encode_rows(self, rows: Sequence[Mapping[str, Any]], first: int = 0) -> list[Encoded]:
-        """Encode rows number `first` and following. Raises DataError that names the row."""
+        """Encode rows, numbered from `first`. Raises DataError, which names the row."""
         try:
             return self.encode(rows)
         except MemDLMError:
-            # Only now is it worth a look which row it was.
+            # Rows are encoded one by one only to find the one that failed.
             for index, row in enumerate(rows, start=first):
                 try:
                     self.encode([row])
@@ -107,7 +107,7 @@ class ChatEncoder:
             raise
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Encoded]:
-        """Encode rows with `messages`, and perhaps `tools`, or with a `text` of which every token is learned."""
+        """Encode rows with `messages` and optional `tools`, or with a `text` of which every token is learned."""
         found: list[Encoded | None] = [None] * len(rows)
         waiting: list[tuple[int, _Rendered, list[int]]] = []
         drafts = {place: self._draft(row) for place, row in enumerate(rows) if "messages" in row}
@@ -165,11 +165,11 @@ class ChatEncoder:
         return _Rendered(whole, spans, left_out)
 
     def _before(self, draft: _Draft, index: int) -> str:
-        """Return what stands before the content of assistant turn `index`."""
+        """Return the text before the content of assistant turn `index`."""
         messages, tools = draft.shown, draft.tools
         if draft.is_question(index):
             return render(self.tokenizer, messages[:index], generation=True, tools=tools)
-        # Templates open an answer after a question only: the header is what two answers have in common.
+        # Templates only open an answer after a question; otherwise the header is the common prefix of two answers.
         texts = [
             render(self.tokenizer, [*messages[:index], {"role": "assistant", "content": probe}], tools=tools)
             for probe in ("a", "b")
@@ -177,10 +177,10 @@ class ChatEncoder:
         return texts[0][: next((place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), None)]
 
     def _cuts(self, rendered: _Rendered) -> list[int] | None:
-        """Return per boundary the place of the last control token before it; None: cut it by prefixes instead.
+        """Return the place of the last control token before each boundary; None if prefixes must be tokenized instead.
 
-        A fast tokenizer looks for control tokens first and tokenizes what is between them piece by piece. So a text can
-        be cut before one of them.
+        A fast tokenizer first finds control tokens, then tokenizes the pieces between them. A text can therefore be cut
+        before a control token.
         """
         if not self._can_cut or MARK in rendered.text:
             return None
@@ -238,7 +238,7 @@ class ChatEncoder:
         return self._labelled(ids, bounds, len(rendered.spans))
 
     def _by_prefixes(self, rendered: _Rendered) -> Encoded:
-        """Tokenize every prefix by itself: for any tokenizer, and where a content spells a control token."""
+        """Tokenize every prefix separately; works for any tokenizer, and if a content spells a control token."""
         ids = rendered_ids(self.tokenizer, rendered.text, self._control)
         bounds = []
         for prefix in (each for span in (*rendered.spans, *rendered.left_out) for each in span):
@@ -270,7 +270,7 @@ class ChatEncoder:
         return ids
 
     def _batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # Straight to the library below: the same ids, without the offsets that nobody asks for.
+        # The tokenizers library gives the same ids faster, without offsets.
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
@@ -280,5 +280,5 @@ class ChatEncoder:
 
 _NO_PREFIX = (
     "the chat template does not keep its prefixes: the messages before a turn are tokenized differently when more "
-    "follow, so the supervised tokens of a turn cannot be told. Use train_turns='last' or another template."
+    "follow, so the supervised tokens of a turn cannot be found. Use train_turns='last' or another template."
 )

@@ -1,4 +1,4 @@
-"""Encoded rows -> padded batches."""
+"""Collate encoded rows into padded batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ SUPERVISE_PADDING = ("all", "first", "none")
 class Collator:
     """Right-pad rows to the longest.
 
-    Diffusion models learn to end a response from padding that is EOS. `supervise_padding` says how much of it:
+    Diffusion models learn to end a response from EOS padding. `supervise_padding` says how much is learned:
 
     * all (as published): padding is visible and learned, so its amount depends on the rows that share a batch;
     * first: one EOS after the row is visible and learned, the rest is hidden;
-    * none: padding is hidden.
+    * none: all padding is hidden.
 
-    The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at what was added here, never at an
-    EOS of the row's own) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids`
-    (what `mem_write_source=context` writes) add `context_ids` [B, C] int64, right-padded, and `is_context` [B, C] bool.
+    The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at padding added here, never at
+    the row's own EOS) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids` (what
+    `mem_write_source=context` writes) add `context_ids` [B, C] int64, right-padded, and `is_context` [B, C] bool.
     """
 
     pad_token_id: int
@@ -39,7 +39,7 @@ class Collator:
             raise DataError(unknown("supervise_padding:", self.supervise_padding, SUPERVISE_PADDING))
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collate rows with `input_ids` and `labels`, and perhaps `context_ids`: all of them or none, or DataError."""
+        """Collate rows with `input_ids` and `labels`; raises DataError if some but not all have `context_ids`."""
         ids, lengths = right_padded((row["input_ids"] for row in features), self.pad_token_id)
         labels, labelled = right_padded((row["labels"] for row in features), IGNORE_INDEX)
         if not lengths.equal(labelled):

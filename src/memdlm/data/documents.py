@@ -17,7 +17,7 @@ from memdlm.templates import check_text, text_ids
 
 __all__ = ["READERS", "Document", "plain_ids", "read_document", "text_of_html"]
 MOST_BYTES = 2**30
-"""A larger file is refused before it is read: no memory holds what it says, and most machines cannot parse it."""
+"""Larger files are refused before they are read: no memory can hold them, and most machines cannot parse them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,18 +25,18 @@ class Document:
     """A file's text."""
 
     path: str
-    """Absolute."""
+    """Absolute path."""
     text: str
     sha256: str
-    """Of the file's bytes."""
+    """SHA-256 of the file's bytes."""
 
 
 def read_document(path: str | Path) -> Document:
     """Read a document: plain text (.txt, .md, .rst, .csv, ...), .html, .htm, .xhtml or .pdf (needs pypdf).
 
-    Plain text stays as it is, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; of HTML the visible text is
-    read, of a PDF its text layer, page after page. Raises DataError when there is no such file, its suffix is another,
-    it is larger than MOST_BYTES, damaged, locked with a password, or has no text.
+    Plain text is kept as it is; it must be UTF-8, or UTF-16 or UTF-32 with a byte order mark. HTML gives its visible
+    text, PDF its text layer, page by page. Raises DataError when the file does not exist, has another suffix, is larger
+    than MOST_BYTES, is damaged or locked with a password, or has no text.
     """
     path = Path(path)
     what = f"document: {str(path)!r}"
@@ -50,7 +50,7 @@ def read_document(path: str | Path) -> Document:
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise DataError(f"{what} has {size:,} bytes; the most that is read is {MOST_BYTES:,}. Split it.")
+            raise DataError(f"{what} has {size:,} bytes; at most {MOST_BYTES:,} are read. Split it.")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{what} cannot be read: {error.strerror or error}.") from error
@@ -63,7 +63,7 @@ def read_document(path: str | Path) -> Document:
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenize a text as itself: where it mentions <|mask|> or an end of text, it means the words, not the tokens."""
+    """Tokenize a text literally: <|mask|> or an end of text in it are words, not control tokens."""
     return text_ids(tokenizer, text)
 
 
@@ -76,15 +76,15 @@ def _pdf(data: bytes, what: str) -> str:
         ) from error
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
-        # One that is encrypted for its permissions only has an empty password.
+        # A PDF that is encrypted only for its permissions has an empty password.
         if reader.is_encrypted and not reader.decrypt(""):
             raise DataError(f"{what} is locked with a password; save it without one first.")
         return "\n\n".join(page.extract_text() for page in reader.pages)
     except DataError:
         raise
     except pypdf.errors.DependencyError as error:
-        raise DataError(f"{what} is encrypted: pip install 'memdlm[pdf]' for what reads it ({error}).") from error
-    except Exception as error:  # a damaged file leads pypdf into errors of any class
+        raise DataError(f"{what} is encrypted: pip install 'memdlm[pdf]' to read it ({error}).") from error
+    except Exception as error:  # on damaged files pypdf raises errors of any class
         raise DataError(f"{what} is no PDF that can be read: {type(error).__name__}: {error}") from error
 
 
@@ -93,4 +93,4 @@ READERS: dict[str, Callable[[bytes, str], str]] = {
     **dict.fromkeys((".html", ".htm", ".xhtml"), text_of_page),
     ".pdf": _pdf,
 }
-"""How the bytes of each suffix are read; each reader is told what to call the file."""
+"""By suffix: what turns (bytes, the file's name for messages) into text."""

@@ -1,4 +1,4 @@
-"""Conversations -> rows of tokens, in parallel; and which of them a run of a given length can learn from."""
+"""Encode conversations into rows of tokens, in parallel, and choose the rows that fit a run's length."""
 
 import dataclasses
 import itertools
@@ -21,25 +21,28 @@ from memdlm.options import option, validate
 
 TRUNCATIONS = ("filter", "right")
 CHUNK = 256
-"""Conversations that a worker encodes at a time."""
+"""Number of conversations that a worker encodes at a time."""
 COLUMNS = ("input_ids", "labels", "prompt_length", "length")
 CONTEXT = "context_ids"
 """Column of the tokens that only a memory sees, with `context_column`."""
 Packed: TypeAlias = dict[str, tuple[Any, list[int] | None]]
-"""By column its numbers as one int32 array, and the lengths of the lists that they are, if they are lists."""
+"""By column: its numbers as one int32 array; if they form lists, the lengths of the lists, else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions:
-    """What of a conversation is learned."""
+    """Which parts of a conversation are learned."""
 
-    mask_prompt_loss: bool = option(True, "Never mask, and never score, what is not an answer.")
+    mask_prompt_loss: bool = option(True, "Mask and score only the answers, never the rest of a conversation.")
     train_turns: str = option("last", "Which assistant turns are learned.", choices=TRAIN_TURNS)
     context_column: str | None = option(
-        None, "Column with a text that is not shown: mem_write_source=context writes it, and the answers need it."
+        None,
+        "Column with a text that the network is not shown. mem_write_source=context writes it, and the "
+        "answers need it.",
     )
     column_map: str | None = option(
-        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+        None,
+        "How the data's column names map to ours, as in question=prompt,answer=response; NAME= leaves a column out.",
     )
 
     def __post_init__(self) -> None:
@@ -48,18 +51,18 @@ class EncodingOptions:
 
     @property
     def columns(self) -> Columns:
-        """How the data's columns are read."""
+        """Return how the data's columns are read."""
         return Columns(parse_column_map(self.column_map), self.context_column)
 
     @property
     def encoding(self) -> "EncodingOptions":
-        """The part that preprocessed data depends on."""
+        """Return the options that preprocessed data depends on."""
         return EncodingOptions(**{each.name: getattr(self, each.name) for each in dataclasses.fields(EncodingOptions)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What became of the conversations of a split."""
+    """How many conversations of a split were kept, cut and left out."""
 
     conversations: int
     kept: int
@@ -73,7 +76,7 @@ class Counts:
 
 @final
 class TokenRows(Sequence[dict[str, list[int]]]):
-    """Rows with `input_ids` and `labels`, at most `max_length` tokens long, and perhaps `context_ids`; see `fit`."""
+    """Rows with `input_ids` and `labels`, at most `max_length` tokens long, with optional `context_ids`; see `fit`."""
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class TokenRows(Sequence[dict[str, list[int]]]):
     ) -> None:
         self.rows, self.places, self.max_length, self.has_context = rows, places, max_length, has_context
         self.lengths = [min(length, max_length) for length in lengths]
-        """Tokens of every row, known without reading it."""
+        """Number of tokens of every row, known without reading the row."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -107,12 +110,12 @@ def fit(
     truncation: str,
     has_context: bool = False,
 ) -> tuple[TokenRows, Counts]:
-    """Choose the rows to train on, and count.
+    """Choose the rows to train on, and count them.
 
-    `filter` leaves out rows longer than `max_length` (the paper's choice); `right` keeps the first `max_length` tokens
-    of them, that is, cuts their right end off. A row without a target left is dropped: rows whose prompt fills
-    `max_length` would count and teach nothing. `lengths` and `prompt_lengths` are the rows' (in tokens). With
-    `has_context` the chosen rows keep their context, whole: it is not part of their length.
+    `filter` leaves out rows longer than `max_length` (the paper's choice); `right` keeps their first `max_length`
+    tokens. Rows without a target left are dropped: a row whose prompt fills `max_length` would teach nothing.
+    `lengths` and `prompt_lengths` are in tokens. With `has_context` the chosen rows keep their whole context, which is
+    not part of their length.
     """
     places, too_long, shortened, empty = [], 0, 0, 0
     for place, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
@@ -133,9 +136,9 @@ def fit(
 def encode_chunk(
     conversations: Sequence[dict[str, Any]], first: int, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions
 ) -> list[dict[str, Any]]:
-    """Encode rows first, first + 1, ... of a split: COLUMNS, and CONTEXT if wanted. Raises DataError naming the row.
+    """Encode rows first, first + 1, ... of a split, with COLUMNS and, if wanted, CONTEXT.
 
-    `prompt_length` is a row's length if nothing of it is learned.
+    `prompt_length` is the row's length if nothing of it is learned. Raises DataError, which names the row.
     """
     encoder = ChatEncoder(tokenizer, train_turns=options.train_turns, mask_prompt_loss=options.mask_prompt_loss)
     rows = [_row(encoded) for encoded in encoder.encode_rows(conversations, first)]
@@ -176,7 +179,7 @@ def encode_all(
     num_proc: int = 1,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Encode a split in memory, in order; `advance` is told how many are done."""
+    """Encode a split in memory, in order; `advance` is called with the number of rows done."""
     rows: list[dict[str, Any]] = []
     starts = range(0, len(conversations), CHUNK)
     for chunk in in_parallel(conversations, starts, CHUNK, tokenizer, options, num_proc):
@@ -198,8 +201,8 @@ def in_parallel(
         for start in starts:
             yield encode_chunk(conversations[start : start + size], start, tokenizer, options)
         return
-    # Not copies of this process, which has run threads and could hang. Where there is a fork server, the libraries are
-    # loaded once for all workers.
+    # No forks of this process: it has run threads, so that a fork could hang. A fork server, where there is one, loads
+    # the libraries once for all workers.
     is_unix = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if is_unix else "spawn")
     if is_unix:
@@ -211,14 +214,14 @@ def in_parallel(
         try:
             for start in ahead:
                 waiting.append(pool.submit(_work, conversations[start : start + size], start))
-                # A few chunks per worker, so that a large dataset is never held whole.
+                # Only a few chunks per worker wait at a time, so that a large dataset is never held in memory.
                 if len(waiting) >= 3 * workers:
                     yield unpacked(waiting.pop(0).result())
             while waiting:
                 yield unpacked(waiting.pop(0).result())
         except BrokenProcessPool as error:
             raise MachineError(
-                f"num_proc={num_proc}: a process that tokenizes was killed, perhaps for want of memory. Use fewer."
+                f"num_proc={num_proc}: a process that tokenizes was killed, perhaps because memory ran out. Use fewer."
             ) from error
         finally:
             for each in waiting:
@@ -226,11 +229,11 @@ def in_parallel(
 
 
 _worker: dict[str, Any] = {}
-"""What a worker process was started with."""
+"""The arguments that a worker process was started with."""
 
 
 def _start_worker(tokenizer: PreTrainedTokenizerBase, options: EncodingOptions) -> None:
-    # Each worker has one core; threads of its own would fight for those of the others.
+    # Workers use one core each; more threads would compete for the cores of other workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker.update(tokenizer=tokenizer, options=options)
 
@@ -240,7 +243,7 @@ def _work(conversations: Sequence[dict[str, Any]], first: int) -> Packed:
 
 
 def packed(rows: Sequence[Mapping[str, Any]]) -> Packed:
-    """Return rows as arrays by column, which pass between processes without a step per token."""
+    """Return rows as arrays by column, which pass between processes without work per token."""
     columns: Packed = {}
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]

@@ -1,7 +1,7 @@
-"""The column layouts that are conversations or texts, and what becomes of every other column.
+"""The column layouts that are read as conversations or texts, and the treatment of all other columns.
 
 A row is read as the first of these that it has: a list of turns, a question with its answer, a text. Columns that
-change what a model is shown are used as their name says or refused; the others (`id`, `source`, ...) are left alone.
+change what a model is shown are used as their name says, or refused. Others (`id`, `source`, ...) are ignored.
 """
 
 import difflib
@@ -27,36 +27,36 @@ SPEAKERS = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),
     "system": "system",
 }
-"""Who speaks in a turn, by the names that data sets give them; `call`: the assistant calls a tool."""
+"""Names of speakers in datasets, and the roles they mean; `call`: the assistant calls a tool."""
 REFUSED = {
     **dict.fromkeys(("chosen", "rejected"), "preferences are not learned here"),
     **dict.fromkeys(
         ("image", "images", "audio", "audios", "video", "videos"), "only text is learned, and the rest would be lost"
     ),
-    **dict.fromkeys(("documents", "choices", "options", "files"), "nothing says how they are shown"),
+    **dict.fromkeys(("documents", "choices", "options", "files"), "it is not defined how they are shown"),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot"),
-        "nothing says how reasoning is shown; put it into the assistant's message",
+        "it is not defined how reasoning is shown; put it into the assistant's message",
     ),
     **dict.fromkeys(("tool_calls", "function_call"), "calls belong into the assistant's message"),
     "chat_template_kwargs": "templates are rendered without arguments of their own",
 }
-"""Columns that would change what is learned and are not implemented, with why."""
+"""Columns that would change what is learned and are not supported, with the reason."""
 WEIGHTS = (*MARKS, "loss_weight", "sample_weight")
-"""Columns that weigh a whole row: only 1, or nothing, is as if they were not there."""
+"""Columns that weigh a whole row: only the value 1, or no value, changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """How columns are called, and which of them is no part of the conversation."""
+    """The names of columns, and the column that is no part of the conversation."""
 
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """The data's name -> ours; an empty one leaves the column out."""
+    """The data's name -> our name; an empty name leaves the column out."""
     context: str | None = None
-    """Kept as it is, whatever its name says (`context_column`)."""
+    """Name of the column that is kept as it is (`context_column`)."""
 
     def apply(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a row under our names. Raises DataError where two columns would have one name."""
+        """Return a row under our names. Raises DataError when two columns would have the same name."""
         if not self.renamed:
             return dict(row)
         found: dict[str, Any] = {}
@@ -102,14 +102,14 @@ def check_mapped(renamed: Mapping[str, str], found: set[str], where: str) -> Non
 def to_conversation(row: Any, where: str, columns: Columns | None = None) -> dict[str, Any]:
     """Return a row with `messages` (and perhaps `tools`), or with `text`, and its other columns as they are.
 
-    Raises DataError that says `where` it is: a row of no known layout or of several, a column that would change what
-    is learned and cannot be used.
+    Raises DataError, which says `where` the row is, for a row of no known layout or of several, and for a column that
+    would change what is learned and is not supported.
     """
     return read_row(row, where, columns)[0]
 
 
 def read_row(row: Any, where: str, columns: Columns | None = None) -> tuple[dict[str, Any], set[str]]:
-    """Do what `to_conversation` does; returns as well the names of the columns that were used."""
+    """Do what `to_conversation` does, and also return the names of the columns that were used."""
     columns = Columns() if columns is None else columns
     if not isinstance(row, Mapping):
         raise DataError(f"dataset: {where} is a {type(row).__name__}, not a row with columns.")
@@ -148,7 +148,7 @@ def _leave_out(name: str) -> str:
     return f"Leave it out with --column_map {name}=, if it does not matter."
 
 
-# Layouts: each returns None where a row is of another. ---------------------------------------------------------------
+# Layouts: each returns None for a row of another layout. -------------------------------------------------------------
 
 Read = tuple[dict[str, Any], set[str]]
 
@@ -172,7 +172,7 @@ def _answered(row: Mapping[str, Any]) -> Read | None:
     for name, value in ((asked, question), (answer, reply)):
         if not isinstance(value, (str, list)):
             raise DataError(f"{name!r} must be text, got {value!r}.")
-    # A prompt is whole: a context beside it is data about the row, or for `context_column`.
+    # A 'prompt' is complete: a 'context' beside it is metadata, or meant for `context_column`.
     for name in {"input", "context"} - {asked} - ({"context"} if asked == "prompt" else set()):
         extra = row.get(name)
         used |= {name} & set(row)
@@ -275,7 +275,7 @@ def _side(value: Any, role: str, name: str) -> list[dict[str, Any]]:
 
 
 def _loaded(value: Any) -> Any:
-    """Return what a text of JSON says: tables cannot hold lists of many shapes and keep them as text."""
+    """Return the value of a JSON text: tables cannot hold lists of different shapes, and keep them as text."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -287,12 +287,12 @@ def _loaded(value: Any) -> Any:
 def _one_of(
     row: Mapping[str, Any], names: tuple[str, ...], what: str, is_given: Callable[[Any], bool] | None = None
 ) -> str | None:
-    """Return the one of `names` that a row has; raises DataError when it has several that say something."""
+    """Return the one of `names` that a row has; raises DataError when several of them have a value."""
     has = [name for name in names if name in row and (is_given is None or is_given(row[name]))]
     full = [name for name in has if not is_empty(row[name])]
     if len(full) > 1:
         raise DataError(
-            f"{', '.join(full)} are {what} that could each be meant; leave out the others with --column_map "
+            f"{', '.join(full)} are {what} and only one can be used; leave out the others with --column_map "
             f"{','.join(f'{name}=' for name in full[1:])}."
         )
     return next(iter(full or has), None)

@@ -1,8 +1,8 @@
-"""What is known of preprocessed data: the manifest of a folder, its checksums, and where folders are.
+"""The manifest of a folder of preprocessed data, its checksums, and the index of such folders.
 
 OUT/dataset_dict.json, OUT/<split>/...   columns input_ids, labels (int32 lists), prompt_length, length
                                          and, with context_column, context_ids (int32 lists)
-OUT/manifest.json                        what it was made from and with, what came out, and checksums of all files
+OUT/manifest.json                        sources, options and tokenizer, statistics, and checksums of all files
 """
 
 import hashlib
@@ -38,9 +38,9 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path, *, optional: bool = False) -> dict[str, Any] | None:
-    """Return a folder's manifest. Raises DataError when there is none (unless `optional`) or it is broken.
+    """Return a folder's manifest. Raises DataError when it is missing (unless `optional`) or damaged.
 
-    `optional` forgives as well what another program calls manifest.json.
+    With `optional`, a manifest.json of another program counts as missing.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -59,12 +59,12 @@ def read_manifest(folder: Path, *, optional: bool = False) -> dict[str, Any] | N
         raise DataError(f"{path}: format {manifest['format']!r}, expected {FORMAT}. {AGAIN}")
     wrong = [name for name, check in _SHAPES.items() if not check(manifest.get(name))]
     if wrong:
-        raise DataError(f"{path} is damaged: {', '.join(wrong)} does not say what a manifest says. {AGAIN}")
+        raise DataError(f"{path} is damaged: {', '.join(wrong)} does not hold what a manifest holds. {AGAIN}")
     return manifest
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise DataError unless the files of a folder are those that were written; format 1 has no checksums."""
+    """Raise DataError unless a folder's files are as they were written; format 1 has no checksums."""
     sums = manifest.get(SUMS, {})
     if manifest["format"] == FORMAT and not sums:
         raise DataError(f"{folder / MANIFEST} is damaged: it has no checksums. {AGAIN}")
@@ -73,11 +73,11 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise DataError(f"{path} is missing. {AGAIN}")
         if digest_of(path) != expected:
-            raise DataError(f"{path} is damaged: its checksum is not that of what was written. {AGAIN}")
+            raise DataError(f"{path} is damaged: its checksum differs from the one in the manifest. {AGAIN}")
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say where a manifest differs from what is wanted, in words; empty: it serves."""
+    """Return the differences between a manifest and what is wanted, in words; empty if there are none."""
     words = []
     for part in ("dataset_args", "tokenizer", "options", "sources"):
         if part not in wanted or found.get(part) == wanted[part]:
@@ -94,30 +94,30 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def index_folder() -> Path:
-    """Where the places of preprocessed folders are noted: MEMDLM_CACHE, or the user's cache folder."""
+    """Return the folder that indexes preprocessed folders, in MEMDLM_CACHE or the user's cache folder."""
     return cache_folder() / "preprocessed"
 
 
 def remember(folder: Path) -> None:
-    """Note where `folder` is, so that training finds it by the name of its dataset."""
+    """Add `folder` to the index, so that training finds it by the name of its dataset."""
     where = str(folder.absolute())
     replace_files({index_folder() / hashlib.sha256(where.encode()).hexdigest()[:16]: where.encode()})
 
 
 def known_folders(root: Path) -> Iterator[Path]:
-    """Yield the folders with a manifest below `root`, and those that were noted, each once.
+    """Yield the folders with a manifest below `root`, and those in the index, each once.
 
-    What cannot be read is passed over: somebody else's file stops no run.
+    Index entries that cannot be read are skipped: a foreign file must not stop a run.
     """
     found: dict[Path, None] = {}
     for parent, names, files in os.walk(root):
-        # Hidden folders are pieces and unfinished results.
+        # Hidden folders hold unfinished results.
         names[:] = sorted(name for name in names if not name.startswith("."))
         if MANIFEST in files:
             found[Path(parent).absolute()] = None
     index = index_folder()
     for note in sorted(index.iterdir()) if index.is_dir() else ():
-        # Notes of others, notes that were damaged, and folders that are gone.
+        # The index may hold foreign files, damaged entries, and folders that were deleted.
         with suppress(OSError, ValueError):
             folder = Path(note.read_text())
             if not note.name.startswith(".") and folder.is_absolute() and (folder / MANIFEST).is_file():
@@ -126,7 +126,7 @@ def known_folders(root: Path) -> Iterator[Path]:
 
 
 def _without_marker(folder: Path) -> set[str]:
-    """Return what is preprocessed data's in a folder that has no marker: earlier versions wrote none."""
+    """Return the files of preprocessed data in a folder without a marker, as earlier versions wrote."""
     try:
         splits = (read_manifest(folder, optional=True) or {}).get("splits", {})
     except DataError:
@@ -147,4 +147,4 @@ _SHAPES: Mapping[str, Callable[[Any], bool]] = {
     "splits": lambda found: isinstance(found, dict),
     SUMS: lambda found: found is None or isinstance(found, dict),
 }
-"""What the parts of a manifest are, wherever it comes from."""
+"""By part of a manifest: whether its value has the right type."""

@@ -1,4 +1,4 @@
-"""The visible text of HTML pages. The tree is built as the HTML standard says; what of it is text is told here."""
+"""The visible text of HTML pages. html5lib builds the tree by the standard; this module decides what is text."""
 
 import codecs
 import re
@@ -12,14 +12,14 @@ from memdlm.data.texts import BYTE_ORDER_MARKS
 from memdlm.errors import DataError
 
 HIDDEN = {"script", "style", "template", "noscript", "head", "iframe", "noframes", "noembed"}
-"""Elements whose content is not read, except a page's title."""
+"""Elements whose content is not read; a page's title, inside head, is."""
 INLINE = {
     *("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "del", "dfn", "em", "i", "ins", "kbd", "label", "mark"),
     *("q", "s", "samp", "small", "span", "strong", "sub", "sup", "time", "u", "var", "wbr", "font", "tt"),
 }
-"""Elements inside a line of text; all others end it."""
+"""Elements inside a line of text; all others end the line."""
 SNIFFED = 1024
-"""Bytes in which a page says its encoding."""
+"""Number of bytes at the start of a page that are searched for its encoding."""
 LABEL = re.compile(rb"<(?:meta[^>]*?charset|\?xml[^>]*?encoding)\s*=\s*[\"']?\s*([^\s\"'/>;]+)", re.IGNORECASE)
 XHTML = b"http://www.w3.org/1999/xhtml"
 
@@ -32,19 +32,19 @@ def text_of_html(source: str | bytes) -> str:
 def text_of_page(data: bytes, what: str) -> str:
     """Return the visible text of a page's bytes.
 
-    The encoding is what a byte order mark or a <meta> says; without either it is UTF-8 where the bytes are that, as
-    browsers find for files, else Windows-1252, the standard's default. XHTML that is well-formed is read as XML.
-    Raises DataError, naming `what`, where bytes are not in the encoding that the page says, and for an unknown one.
+    The encoding is that of a byte order mark or a <meta>. Without either it is UTF-8 if the bytes are valid UTF-8, as
+    in browsers, else Windows-1252, the standard's default. Well-formed XHTML is read as XML. Raises DataError, which
+    names `what`, when the bytes are not in the declared encoding, and for an unknown encoding.
     """
     start = data[:SNIFFED]
     if start.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"<?xml") or XHTML in start:
         try:
             return _visible(ElementTree.fromstring(data))
         except (ElementTree.ParseError, ValueError, LookupError):
-            pass  # as browsers do: what is not well-formed is HTML
+            pass  # as in browsers: XHTML that is not well-formed is read as HTML
     name = _encoding(data, what)
     try:
-        # The standard's Windows-1252 has a character for each byte, Python's has none for five.
+        # In the standard's Windows-1252 every byte is a character; in Python's, five bytes are none.
         text = data.decode(name, "surrogateescape" if name == "windows-1252" else "strict")
     except UnicodeDecodeError as error:
         raise DataError(
@@ -75,7 +75,7 @@ def _encoding(data: bytes, what: str) -> str:
 
 
 def _python_name(label: str) -> str:
-    """Return Python's name of a label as the standard reads it: Latin-1 means Windows-1252, UTF-16 cannot be meant."""
+    """Return Python's name for a label. By the standard, Latin-1 means Windows-1252, and UTF-16 means UTF-8 here."""
     known = webencodings.lookup(label)
     if known is None:
         return label
@@ -98,16 +98,16 @@ def _visible(root: ElementTree.Element) -> str:
 
 
 def _events(root: ElementTree.Element) -> Iterator[tuple[str, str]]:
-    """Yield ("start", tag), ("text", text) and ("end", tag) in the order of the page, without what is hidden.
+    """Yield ("start", tag), ("text", text) and ("end", tag) in the order of the page, without hidden elements.
 
-    No recursion: pages can be nested deeper than Python's stack.
+    There is no recursion, because pages can be nested deeper than Python's stack.
     """
     waiting: list[ElementTree.Element | tuple[str, str]] = [root]
     while waiting:
         item = waiting.pop()
         if isinstance(item, tuple):
             yield item
-        elif isinstance(item.tag, str):  # a comment's is a function
+        elif isinstance(item.tag, str):  # the tag of a comment is a function
             tag = item.tag.rpartition("}")[2].lower()
             yield "start", tag
             waiting.append(("end", tag))

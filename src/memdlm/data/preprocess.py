@@ -1,7 +1,7 @@
 """Preprocessed data: a tokenized dataset as a folder that `datasets` opens, written and read here (see `manifest`).
 
-Finished pieces wait in `.OUT.partial` until all are there; an interrupted job goes on where it stopped. A piece has its
-checksum in its name, so that one that was damaged is made again.
+Finished pieces are kept in `.OUT.partial` until all are finished, so that an interrupted job continues where it
+stopped. A piece has its checksum in its name, so that a damaged piece is made again.
 """
 
 import glob
@@ -40,9 +40,9 @@ from memdlm.outputs import Output, content, find, output_folder
 from memdlm.version import __version__
 
 PIECE = 1024
-"""Conversations per file of the partial result: what an interruption costs at most, per worker."""
+"""Conversations per piece: the most work that an interruption costs each worker."""
 HISTOGRAM = tuple(2**power for power in range(5, 18))
-"""Upper bounds, in tokens, of the bins of the length histogram; a last bin holds what is longer."""
+"""Upper bounds, in tokens, of the bins of the length histogram; a last bin counts longer rows."""
 
 
 def preprocess(
@@ -56,12 +56,12 @@ def preprocess(
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """Tokenize `splits` (what `dataset_args` names) into folder `out` and return its manifest.
+    """Tokenize `splits` (the datasets of `dataset_args`) into folder `out` and return its manifest.
 
-    A folder with the same manifest is left as it is. Conversations are kept at full length: `max_length` is applied
-    when training, so one folder serves every length. Raises DataError when `out` holds other preprocessed data, or
-    damaged ones, and `overwrite` is off, and for a row that cannot be encoded; ConfigError when `out` holds anything
-    else, or another process writes there.
+    A folder with the same manifest is left as it is. Conversations are kept at full length: training applies
+    `max_length`, so one folder serves every length. Raises DataError for a row that cannot be encoded, and, if
+    `overwrite` is off, when `out` holds other or damaged preprocessed data. Raises ConfigError when `out` holds
+    anything else, or another process writes there.
     """
     made_with = {
         "format": FORMAT,
@@ -118,9 +118,9 @@ def _clear(partial: Path, but: str | None = None) -> None:
             for file in folder.iterdir():
                 if _PIECE_NAME.fullmatch(file.name):
                     file.unlink()
-            with suppress(OSError):  # somebody's files are in it
+            with suppress(OSError):  # foreign files are in it
                 folder.rmdir()
-    with suppress(OSError):  # there is none, or another job's pieces are in it
+    with suppress(OSError):  # it does not exist, or holds another job's pieces
         partial.rmdir()
 
 
@@ -129,7 +129,7 @@ _PIECE_NAME = re.compile(r".+-\d{9}(\.[0-9a-f]{16}|)(\.\d+\.tmp|\.arrow)")
 
 
 def _whole_piece(folder: Path, split: str, start: int) -> Path | None:
-    """Return the finished piece, None when there is none that is as it was written."""
+    """Return the finished piece; None if there is none, or only a damaged one."""
     for file in folder.glob(f"{glob.escape(split)}-{start:09d}.*.arrow"):
         if file.suffixes[-2:-1] == [f".{digest_of(file)[:16]}"]:
             return file
@@ -138,9 +138,9 @@ def _whole_piece(folder: Path, split: str, start: int) -> Path | None:
 
 
 def _finished(out: Path, made_with: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the manifest of a finished folder that serves, None where there is no preprocessed data.
+    """Return the manifest of a finished folder that fits `made_with`; None if there is no preprocessed data.
 
-    Raises DataError for one that was made otherwise, or is damaged.
+    Raises DataError for a folder that was made differently, or is damaged.
     """
     try:
         found = read_manifest(out, optional=True)
@@ -212,14 +212,14 @@ def load_preprocessed(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return ({split: Dataset}, manifests by folder) of a mixture that `memdlm preprocess` has tokenized.
 
-    Each part of `dataset_args` is a preprocessed folder (limits apply to it), or the whole is what such a folder was
-    made from: then the folder is looked for below `root` and among those that were noted when they were written.
-    Raises DataError when none is found, when tokenizer, chat template, options or data differ from the manifest's, and
-    when a file is not what was written (its checksum differs).
+    Either each part of `dataset_args` is a preprocessed folder (with limits, if given), or `dataset_args` as a whole is
+    what such a folder was made from. In the second case the folder is looked for below `root` and in the index of
+    written folders. Raises DataError when none is found, when tokenizer, chat template, options or data differ from the
+    manifest's, and when the checksum of a file differs.
     """
     wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
     if options.context_column is None:
-        # A context that the folder has beside its conversations does no harm to a run without one.
+        # A run without contexts can use a folder with contexts.
         del wanted["options"]["context_column"]
     folder, unread = _made_from(dataset_args, wanted, root)
     if folder is not None:
@@ -232,7 +232,7 @@ def load_preprocessed(
         path = spec.path
         find(path, PREPROCESSED)
         if not path.is_dir() or read_manifest(path, optional=True) is None:
-            raise DataError(_not_found(dataset_args, spec, root) + "".join(f" Passed over: {each}" for each in unread))
+            raise DataError(_not_found(dataset_args, spec, root) + "".join(f" Skipped: {each}" for each in unread))
         manifests[str(path)] = _serving(path, wanted)
         for split, rows in limited(read_directory(path), spec).items():
             mixed.setdefault(split, []).append(rows)
@@ -240,9 +240,9 @@ def load_preprocessed(
 
 
 def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tuple[Path | None, list[str]]:
-    """Return the folder that was made from exactly these datasets and serves, or None when there is none at all.
+    """Return the folder that was made from exactly these datasets and fits, or None if there is none.
 
-    Folders whose manifest is damaged stop nobody: the second value says which they are.
+    Folders with a damaged manifest are skipped; the second value lists why.
     """
     state = source_state(dataset_args)
     close: list[str] = []
@@ -255,7 +255,7 @@ def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tupl
             continue
         if manifest is None:
             continue
-        # A relative name means another file where a command runs in another folder.
+        # A relative name may mean different files for commands run in different folders.
         if _names(manifest["sources"]) != _names(state):
             continue
         words = differences(manifest, {**wanted, "sources": state})
@@ -288,8 +288,8 @@ def _serving(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _not_found(dataset_args: str, spec: DatasetSpec, root: Path) -> str:
     return (
-        f"load_preprocessed_data: {spec.name!r} is no preprocessed folder, and none below {str(root)!r} or noted "
-        f"elsewhere was made from {dataset_args!r}. Write one: memdlm preprocess --model MODEL --dataset_args "
+        f"load_preprocessed_data: {spec.name!r} is no preprocessed folder, and no folder below {str(root)!r} or "
+        f"in the index was made from {dataset_args!r}. Write one: memdlm preprocess --model MODEL --dataset_args "
         f"{dataset_args!r} --output_dir FOLDER."
     )
 

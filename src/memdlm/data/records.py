@@ -1,4 +1,4 @@
-"""Rows from local files: lines of JSON, lists, tables, Parquet, and folders that `datasets` saved."""
+"""Read rows from local files: JSON lines, JSON lists, tables, Parquet, and folders that `datasets` saved."""
 
 import csv
 import gzip
@@ -22,8 +22,8 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Read rows of any known layout as conversations, see `to_conversation`.
 
     `path` is a .jsonl, .json (a list), .csv, .tsv or .parquet file, or a directory that `datasets` saved (its train
-    split if it has splits). Raises DataError naming the file and row for anything missing, empty, broken
-    or of other columns.
+    split if it has splits). Raises DataError, which names file and row, for anything missing, empty, damaged, or with
+    other columns.
     """
     path = Path(path)
     if path.is_dir():
@@ -39,7 +39,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_file(path: Path) -> list[Any]:
-    """Read the rows of one file as they are. Raises DataError; a line that is no JSON is named by its number."""
+    """Read the rows of one file as they are. Raises DataError, with the line number for a line that is no JSON."""
     if not path.exists():
         raise DataError(f"dataset: {str(path)!r} does not exist.")
     suffix = suffix_of(path)
@@ -55,7 +55,7 @@ def read_file(path: Path) -> list[Any]:
 
 
 def suffix_of(path: Path) -> str:
-    """Return a file's suffix in lower case; that of a compressed file with what is before it (.jsonl.gz)."""
+    """Return a file's suffix in lower case; for a compressed file, both suffixes (.jsonl.gz)."""
     last = path.suffix.lower()
     return Path(path.stem).suffix.lower() + last if last == ".gz" else last
 
@@ -102,7 +102,7 @@ def _from_lines(path: Path) -> list[Any]:
     data = _bytes(path)
     if encoding_of(data) != "utf-8":
         data = decoded(data, f"dataset: {path}").encode()
-    # Cut at line feeds alone: a JSON string may hold other separators that Python counts as line ends.
+    # Split at line feeds only: JSON strings may hold other characters that Python counts as line ends.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
@@ -128,7 +128,7 @@ def _from_json(path: Path) -> list[Any]:
 
 
 def _from_table(path: Path) -> list[Any]:
-    """Read CSV or TSV with a header; quoted fields may hold line ends. Every field is text, an empty one too."""
+    """Read CSV or TSV with a header; quoted fields may hold line ends. Every field is text, also an empty one."""
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     reader = csv.reader(io.StringIO(_content(path), newline=""), delimiter=delimiter, strict=True)
@@ -137,7 +137,7 @@ def _from_table(path: Path) -> list[Any]:
         twice = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
         if twice:
             raise DataError(
-                f"dataset: {path}: the header has an empty name, or one twice: {', '.join(map(repr, twice))}."
+                f"dataset: {path}: the header has an empty or repeated name: {', '.join(map(repr, twice))}."
             )
         rows = []
         for fields in reader:

@@ -1,4 +1,4 @@
-"""From a dataset spec to conversations per split: where rows are found, how they are split, cut and mixed."""
+"""Load the conversations of dataset specs by split: find rows, split, cut and mix them."""
 
 import bisect
 import hashlib
@@ -17,13 +17,13 @@ from memdlm.errors import DataError
 from memdlm.hub import look_for
 
 HELD_OUT, SPLIT_SEED = 0.05, 42
-"""Share of a hub dataset without a test split that becomes one, and the seed of the draw (as published)."""
+"""Share of a hub dataset without a test split that becomes its test split, and the seed of the draw (published)."""
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test")
-"""Splits to evaluate on, the first that there is: a test split is for the end where there is another."""
+"""Splits to evaluate on, in order of preference; a test split is only used if there is no other."""
 LOOKED_AT = 100
-"""Rows that tell which columns of a dataset are used."""
+"""Number of rows that are read to find the used columns of a dataset."""
 SAVED = ("dataset_dict.json", "state.json")
-"""Files that tell a folder written by `datasets` from a copy of a hub repository."""
+"""Files that distinguish a folder written by `datasets` from a copy of a hub repository."""
 
 Splits = dict[str, Any]
 """Rows by split: a list or a `datasets.Dataset`."""
@@ -31,14 +31,14 @@ Splits = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class HubDataset:
-    """What is special about a dataset of the hub."""
+    """How a hub dataset is loaded."""
 
     configurations: tuple[str | None, ...] = (None,)
-    """Loaded and joined when the spec names none."""
+    """Configurations that are loaded and joined when the spec names none."""
     renamed: Mapping[str, str] | None = None
-    """Our name of each split that is used; None: all, as they are called."""
+    """Split name -> our name, for the splits that are used; None: all, under their own names."""
     is_split: bool = False
-    """Whether 5 % of the single split become the test split."""
+    """Whether 5 % of a single split become the test split."""
 
 
 ALPACA = HubDataset(is_split=True)
@@ -62,7 +62,7 @@ KNOWN = {
 
 @final
 class Conversations(Sequence[dict[str, Any]]):
-    """Rows of several datasets one after the other, turned into conversations when they are asked for."""
+    """Rows of several datasets in sequence, turned into conversations when they are read."""
 
     def __init__(self, parts: Sequence[tuple[str, Sequence[Any]]], columns: Columns | None = None) -> None:
         self.parts, self.columns = list(parts), Columns() if columns is None else columns
@@ -80,7 +80,7 @@ class Conversations(Sequence[dict[str, Any]]):
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        """Return one conversation, or a list. Raises DataError, naming dataset and row, when a row is none."""
+        """Return one conversation, or a list. Raises DataError, which names dataset and row, for a bad row."""
         if isinstance(index, slice):
             return self._between(*index.indices(len(self)))
         place = index + len(self) if index < 0 else index
@@ -103,7 +103,7 @@ class Conversations(Sequence[dict[str, Any]]):
         return found
 
     def unused_columns(self) -> dict[str, list[str]]:
-        """Return, by dataset, the columns that no conversation is made of. Raises DataError, as reading rows does."""
+        """Return, by dataset, the columns that are not used. Raises DataError as reading rows does."""
         unused: dict[str, list[str]] = {}
         for name, rows in self.parts:
             used: set[str] = set()
@@ -117,7 +117,7 @@ class Conversations(Sequence[dict[str, Any]]):
 
 
 def unused(splits: Iterable[Conversations]) -> list[str]:
-    """Say which columns of each dataset are not used: one line per dataset, none where all are."""
+    """Return one line per dataset with unused columns, which lists them."""
     found: dict[str, dict[str, None]] = {}
     for conversations in splits:
         for name, columns in conversations.unused_columns().items():
@@ -133,7 +133,7 @@ def columns_of(rows: Sequence[Any]) -> set[str]:
 
 
 def evaluation_split(splits: Collection[str]) -> str | None:
-    """Return the split to evaluate on by its name, or None."""
+    """Return the name of the split to evaluate on, or None."""
     return next((name for name in EVALUATION_SPLITS if name in splits), None)
 
 
@@ -145,12 +145,12 @@ def _rows_between(rows: Sequence[Any], start: int, stop: int) -> Sequence[Any]:
 
 
 def load_conversations(dataset_args: str, columns: Columns | None = None) -> dict[str, Conversations]:
-    """Return the conversations of a mixture by split, `train` first, parts in the order they are written.
+    """Return the conversations of a mixture by split, `train` first, datasets in the order of `dataset_args`.
 
-    Limits: in a dataset with several splits, each named split keeps its first rows and the others stay whole. A
-    single split is cut into the named ones, which never overlap: `train` gets the first rows, the others the last.
-    `columns` says how the data's columns are called. Raises DataError for a dataset that is not there, a split it does
-    not have, more rows than there are, and a renamed column that is nowhere.
+    Limits: in a dataset with several splits, each named split keeps its first rows and the others are kept whole. A
+    single split is cut into the named splits, which never overlap: `train` gets the first rows, the others the last.
+    `columns` maps the data's column names. Raises DataError for a dataset or split that does not exist, for more rows
+    than there are, and for a renamed column that no dataset has.
     """
     mixed: dict[str, list[tuple[str, Sequence[Any]]]] = {}
     for spec in parse_specs(dataset_args):
@@ -235,7 +235,7 @@ def _from_hub(where: str | Path, spec: DatasetSpec, known: HubDataset) -> Splits
     for configuration in known.configurations if chosen is None else (chosen,):
         try:
             found = datasets.load_dataset(str(where), configuration)
-        except (OSError, ValueError) as error:  # not there, not reachable, no such configuration
+        except (OSError, ValueError) as error:  # missing, unreachable, or without this configuration
             raise DataError(
                 f"dataset: {spec.name!r} could not be loaded, neither as a local path nor from the hub: "
                 f"{' '.join(str(error).split())}"
@@ -254,13 +254,13 @@ def _from_hub(where: str | Path, spec: DatasetSpec, known: HubDataset) -> Splits
 
 
 def _speaks(language: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Whether a row's answer has a code block of exactly this language."""
+    """Return a filter for rows whose answer has a code block of exactly this language."""
     fence = re.compile(rf"^\s*```[ \t]*{re.escape(language)}[ \t]*$", re.IGNORECASE | re.MULTILINE)
     return lambda row: bool(fence.search(row.get("output") or ""))
 
 
 def source_state(dataset_args: str) -> list[dict[str, Any]]:
-    """Say of every part what would tell that it has changed: a hash of local files; hub names as they are."""
+    """Return, for every dataset, what shows whether it changed: a hash for local files; hub names as they are."""
     states = []
     for spec in parse_specs(dataset_args):
         path = spec.path

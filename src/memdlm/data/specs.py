@@ -1,8 +1,8 @@
-"""Which datasets, how much of each, and in what order: the grammar of `--dataset_args`.
+"""The grammar of `--dataset_args`: which datasets, how much of each, and in what order.
 
 args  := spec (("+" | "|") spec)*
 spec  := name [ "[" entry ("," entry)* "]" ]        tatsu-lab/alpaca[train:5_000,test:100]
-entry := key ":" value                              a split and its number of rows, or name:/lang: and a word
+entry := key ":" value                              a split and its number of rows, or name/lang and a word
 name  := a hub id or path; in single or double quotes if it holds + | [ ] or quotes itself
 """
 
@@ -28,13 +28,13 @@ class DatasetSpec:
     name: str
     """Hub id, or path of a file or folder."""
     limits: dict[str, int] = field(default_factory=dict)
-    """Rows wanted per split, in the order written."""
+    """Number of rows per split, in the order written."""
     selectors: dict[str, str] = field(default_factory=dict)
-    """`name` and `lang`."""
+    """Values of `name` and `lang`, where given."""
 
     @property
     def path(self) -> Path:
-        """Where the dataset is, if it is local: as named, or below BASE_DATASETS_DIR."""
+        """Return where the dataset is if it is local: as named, or below BASE_DATASETS_DIR."""
         return under_base(self.name, BASE_VARIABLE)
 
     def __str__(self) -> str:
@@ -48,10 +48,10 @@ class DatasetSpec:
 
 
 def parse_specs(text: str) -> list[DatasetSpec]:
-    """Return the datasets of a mixture, in order; white space around them and empty ones are dropped.
+    """Return the datasets of a mixture, in order; white space and empty pieces are dropped.
 
-    Raises DataError, naming the piece, for an entry without a colon, a repeated key, a split whose value is no number
-    of rows, brackets or quotes that do not close, anything after the brackets, and a text without any dataset.
+    Raises DataError, which names the piece, for an entry without a colon, a repeated key, a split whose value is no
+    number of rows, brackets or quotes that do not close, anything after the brackets, and a text without any dataset.
     """
     specs = [_parse(piece) for piece in _pieces(text) if piece.strip()]
     if not specs:
@@ -70,7 +70,7 @@ def _pieces(text: str) -> list[str]:
             continue
         if closing:
             closing = "" if letter == closing else closing
-        # A quote opens a name only where one begins; elsewhere it is a letter of an unquoted name.
+        # A quote opens a quoted name only at its beginning; elsewhere it is a letter of an unquoted name.
         elif opens and (letter == "[" or not current.strip()):
             closing = opens
         current += letter

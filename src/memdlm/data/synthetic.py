@@ -1,8 +1,8 @@
 """Seeded long-context tasks in the spirit of RULER and BABILong, at any length, as chat records.
 
 A sample is a context (facts scattered in filler words) with one or more questions about it. The first user turn holds
-context and first question, further questions follow as further turns. All text is lower-case words, one token each
-with `build_word_tokenizer`.
+the context and the first question; further questions are further turns. All text is lower-case words, which are one
+token each with `build_word_tokenizer`.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ FILLER = (
     *("the", "grass", "is", "green", "and", "sky", "blue", "we", "walk", "home", "slowly"),
     *("under", "old", "trees", "while", "rain", "falls"),
 )
-"""Words without facts, read in a circle."""
+"""Words without facts, repeated in this order."""
 
 Facts = list[list[str]]
 Questions = list[tuple[str, str]]
@@ -32,7 +32,7 @@ class Sample:
     messages: list[dict[str, str]]
     answers: tuple[str, ...]
     context: str = ""
-    """What all questions are about; it stands before the first."""
+    """The text that all questions are about; it precedes the first question."""
 
     def alone(self) -> list["Sample"]:
         """Return one conversation per question: the context, that question, its answer."""
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A family of samples. Subclasses draw facts and questions; placing and wrapping is done here."""
+    """A family of samples. Subclasses draw facts and questions; this class places and wraps them."""
 
     name: ClassVar[str]
     num_questions: int = 1
@@ -61,7 +61,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def chance(self) -> float:
-        """Probability that a guess, uniform over the answers of the right form, is exact."""
+        """Return the probability that a uniform guess among answers of the right form is exact."""
 
     @abstractmethod
     def vocabulary(self) -> list[str]:
@@ -108,7 +108,7 @@ def pick(items: Sequence[str], count: int, generator: torch.Generator) -> list[s
 
 
 def scatter(facts: Facts, length: int, generator: torch.Generator, name: str) -> list[str]:
-    """Place the facts in order, at uniformly random places, in filler words: `length` words in all."""
+    """Place the facts in order, at uniformly random places, in filler words: `length` words in total."""
     needed = sum(map(len, facts))
     if needed > length:
         raise DataError(f"{name}: the facts need {needed} words, the context has {length}; ask for a longer one.")
@@ -124,7 +124,7 @@ def scatter(facts: Facts, length: int, generator: torch.Generator, name: str) ->
 
 
 def exact_match(answer: str, predicted: str) -> bool:
-    """Whether both are the same words, whatever the spacing."""
+    """Whether both texts have the same words, whatever the spacing."""
     return answer.split() == predicted.split()
 
 
@@ -178,7 +178,7 @@ class MultiValueNeedles(Task):
 
     @property
     def chance(self) -> float:
-        """Every value guessed out of all."""
+        """Return the chance to guess every value."""
         return self.num_values**-self.values_per_key
 
     def vocabulary(self) -> list[str]:
@@ -242,7 +242,7 @@ class VariableTracking(Task):
 @final
 @dataclass(frozen=True, kw_only=True)
 class CommonWords(Task):
-    """A list of words, a few of them more often than the others; answer those, in the order of their names."""
+    """A list of words, a few of them more frequent; answer the frequent ones, in the order of their names."""
 
     name: ClassVar[str] = "common_words"
     num_common: int = 2
@@ -259,7 +259,7 @@ class CommonWords(Task):
 
     @property
     def chance(self) -> float:
-        """One set of words out of all of that size."""
+        """Return the chance of one set of words among all sets of that size."""
         ways = 1.0
         for index in range(self.num_common):
             ways *= (self.num_words - index) / (index + 1)

@@ -1,10 +1,10 @@
-"""Bytes -> text, strictly: a wrong byte is named, never replaced."""
+"""Decode bytes strictly: an invalid byte is reported, never replaced."""
 
 import codecs
 
 from memdlm.errors import DataError
 
-# The longer mark first: that of UTF-32 begins as that of UTF-16 does.
+# Longer marks come first: the mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -15,12 +15,12 @@ BYTE_ORDER_MARKS = (
 
 
 def encoding_of(data: bytes) -> str:
-    """Return the encoding that a byte order mark says, UTF-8 without one."""
+    """Return the encoding of a byte order mark, UTF-8 without one."""
     return next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
 
 
 def decoded(data: bytes, what: str) -> str:
-    """Decode a text file. Raises DataError for bytes that are no such text, naming the first, and for binary files."""
+    """Decode a text file. Raises DataError for invalid bytes, naming the first, and for binary files."""
     name = encoding_of(data)
     try:
         text = data.decode(name)

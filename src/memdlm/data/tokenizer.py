@@ -19,9 +19,9 @@ TEMPLATE = (
 def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one id per word: special tokens first, then `words` sorted, duplicates removed.
 
-    EOS pads, on the right; a word that is not in the vocabulary becomes <unk>. In the chat template <|user|> starts a
-    question and <|eot|> ends an answer. Nothing stands between them, so that an answer follows its question's last
-    words as a fact's value follows its key's.
+    EOS pads, on the right; unknown words become <unk>. In the chat template <|user|> starts a question and <|eot|> ends
+    an answer. No token separates the two, so that an answer follows its question's last words as a fact's value follows
+    its key.
     """
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(set(words) - set(SPECIAL))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

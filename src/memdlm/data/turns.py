@@ -1,4 +1,4 @@
-"""Messages, checked: what each says, whether it is learned, and whether the chat template shows all of it."""
+"""Check messages: their content, whether they are learned, and whether the chat template shows all of it."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ SHOWN = (
 )
 """Keys of a message that change what a model is shown, if its template knows them."""
 UNSEEN = ("images", "image", "audio", "audios", "video", "videos", "files", "attachments", "refusal")
-"""Keys of a message that no text holds."""
+"""Keys of a message whose content is not text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class Turn:
     """One message."""
 
     message: dict[str, Any]
-    """What the template is given: its content is text."""
+    """The message for the template; its content is text."""
     is_learned: bool
     is_refused: bool
-    """Whether the message says itself that it is not learned."""
+    """Whether the message is marked as not learned."""
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column or key has nothing to say: null, blank text, an empty list."""
+    """Whether a column or key is empty: null, blank text, an empty list."""
     return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
 
 
 def read_turns(messages: Sequence[Mapping[str, Any]], train_turns: str) -> list[Turn]:
-    """Check a conversation and say of every message whether it is learned.
+    """Check a conversation and decide for every message whether it is learned.
 
-    Assistant turns with a mark (see MARKS) follow it; the others follow `train_turns`. Raises DataError, naming the
-    message, for one that is malformed, of another role, or has something that no text holds.
+    Assistant turns with a mark (see MARKS) follow it; the others follow `train_turns`. Raises DataError, which names
+    the message, for one that is malformed, has an unknown role, or has content that is not text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError("the conversation has no messages.")
@@ -61,7 +61,7 @@ def read_turns(messages: Sequence[Mapping[str, Any]], train_turns: str) -> list[
 def check_rendered(
     turns: Sequence[Turn], tools: Any, whole: str, render: Callable[[Sequence[Mapping[str, Any]], Any], str]
 ) -> None:
-    """Raise DataError for tools, and for keys of messages, without which the template gives the same text `whole`."""
+    """Raise DataError for tools and keys of messages that the template ignores: the text is `whole` without them."""
     messages = [turn.message for turn in turns]
     if tools and render(messages, None) == whole:
         raise DataError(
@@ -81,7 +81,7 @@ def check_rendered(
 
 
 def _message(message: Any, index: int) -> tuple[dict[str, Any], bool | None]:
-    """Return a message as the template gets it, and its mark."""
+    """Return a message in the form for the template, and its mark."""
     if not isinstance(message, Mapping) or "role" not in message:
         raise DataError(f"message {index} needs 'role' and 'content', got {message!r}.")
     read = {key: value for key, value in message.items() if key not in MARKS and value is not None}
@@ -123,13 +123,13 @@ def _content(content: Any, index: int, *, is_call: bool) -> str:
 
 
 def _mark(message: Mapping[str, Any], index: int) -> bool | None:
-    """Return what a message says of itself: learned, not learned, or nothing (None)."""
+    """Return a message's mark: whether it is learned, or None without one."""
     said = {key: message[key] for key in MARKS if message.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(
                 f"message {index}: {key}={value!r}; possible: 0 or false (not learned), 1 or true (learned). Other "
-                "weights are not known here."
+                "weights are not supported."
             )
     if len({bool(value) for value in said.values()}) > 1:
         raise DataError(f"message {index}: {', '.join(f'{key}={value!r}' for key, value in said.items())} disagree.")
@@ -144,7 +144,7 @@ def _mark(message: Mapping[str, Any], index: int) -> bool | None:
 
 
 def _is_in_order(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
-    """Whether the result at `index` answers the call that its place says, so that its id tells nothing more."""
+    """Whether the result at `index` answers the call of the same position, so that its id adds nothing."""
     start = index
     while start and messages[start - 1]["role"] == "tool":
         start -= 1

@@ -76,15 +76,17 @@ class SoftMaskOptions:
     """The options of soft-masking that training and decoding share."""
 
     soft_mask_top_k: int = option(
-        3, "Soft-masking: how many of the likeliest tokens are mixed in.", minimum=1, maximum=2**16
+        3, "Soft-masking: number of likeliest tokens that are mixed in.", minimum=1, maximum=2**16
     )
-    soft_mask_scale: float = option(0.25, "Soft-masking: the largest share of the prediction.", minimum=0, maximum=1)
+    soft_mask_scale: float = option(
+        0.25, "Soft-masking: largest share of the prediction in the mixture.", minimum=0, maximum=1
+    )
     soft_mask_steepness: float = option(
-        5.0, "Soft-masking: how fast the share grows with certainty.", minimum=0, maximum=1e6
+        5.0, "Soft-masking: how fast the share of the prediction grows with its certainty.", minimum=0, maximum=1e6
     )
     soft_mask_centre: float = option(
         -1.0,
-        "Soft-masking: minus the entropy (nats) at which the share is half of the largest.",
+        "Soft-masking: minus the entropy (nats) at which the share is half of soft_mask_scale.",
         minimum=-1e6,
         maximum=0,
     )

@@ -1,4 +1,4 @@
-"""checkpoint -> numbers: exact-match recall, exposure bias, benchmarks."""
+"""Evaluation: exact-match recall, exposure bias, benchmarks."""
 
 from memdlm.evaluation.exposure_bias import ExposureBias, exposure_bias
 from memdlm.evaluation.prompts import PaddedBatch, pad_texts

@@ -1,7 +1,7 @@
-"""Requests of an evaluation -> answers and likelihoods, whatever asks: batched, seeded one by one, costs counted.
+"""Answer and score the requests of an evaluation: in batches, with a seed per request and the costs counted.
 
-A request's draws come from a generator that is derived from the request itself, so neither the batch it is in nor the
-process that gets it changes its result.
+A request's draws come from a generator that is derived from the request itself. Neither its batch nor its process
+changes its result.
 """
 
 import logging
@@ -44,26 +44,26 @@ class Question:
     context: str
     gen_kwargs: Arguments
     key: str
-    """Tells requests apart that ask the same: the document's name, and which repetition this is."""
+    """Distinguishes requests with the same prompt: the document's name, and the number of the repetition."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """A text whose likelihood is wanted, as ids."""
+    """A text to score, as ids."""
 
     written: tuple[int, ...]
-    """What a memory writes first."""
+    """What a memory writes before the target is scored."""
     prompt: tuple[int, ...]
     target: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scored:
-    """What came out of it."""
+    """The result of a `Scoring`."""
 
     nll: Likelihood
     is_greedy: bool
-    """False unless it was asked for."""
+    """Whether decoding would give the target; False unless `is_check_greedy` is on."""
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ class Answerer:
 
     @property
     def pattern(self) -> AttentionPattern | None:
-        """Who sees whom while a likelihood is estimated; None: everyone sees everyone."""
+        """Attention pattern while a likelihood is estimated; None for full attention."""
         if self.settings.options.mc_attention == "full":
             return None
         pattern = decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
@@ -107,22 +107,25 @@ class Answerer:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of prompt and response together: as set, or what the model was trained on; None: no limit."""
+        """Maximum tokens of prompt and response: as set, or as the model was trained; None for no limit."""
         return self.settings.options.max_length or trained_positions(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with special tokens only if `add_special_tokens` asks for them.
 
-        Control tokens that a message spells (see `memdlm.templates`) are text. Raises DataError for text that is none.
+        Control tokens spelled out in a message (see `memdlm.templates`) are read as text. Raises DataError when
+        `text` is no valid text.
         """
         if MARK not in text:
             return prompt_ids(self.tokenizer, text, add_special_tokens=self.settings.options.add_special_tokens)
         if self.settings.options.add_special_tokens:
-            raise DataError("a message spells a control token, which add_special_tokens=True cannot tell from a token.")
+            raise DataError(
+                "a message spells a control token, which add_special_tokens=True cannot tell from a real one."
+            )
         return rendered_ids(self.tokenizer, text, control_of(self.tokenizer))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Split the ids of both texts together behind those of the context; its trailing spaces go to the rest."""
+        """Encode both texts together and split after the context; its trailing spaces go to the continuation."""
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -130,10 +133,10 @@ class Answerer:
         return start, self.encode(context + continuation)[len(start) :]
 
     def answer(self, questions: Sequence[Question], on_done: Callable[[int, str], None] | None = None) -> list[str]:
-        """Return one text per question, cut before its stop texts; longest prompts first, `batch_size` together.
+        """Return one text per question, cut before its stop texts; decode the longest prompts first, in batches.
 
-        `on_done` is told (index, text) as soon as an answer is there. Raises ConfigError for generation arguments
-        that are unknown or leave no room for a prompt.
+        `on_done` is called with (index, text) as soon as an answer is ready. Raises ConfigError for generation
+        arguments that are unknown or leave no room for a prompt.
         """
         requests = [self._request(each.gen_kwargs) for each in questions]
         prompts = [self._prompt(each, request) for each, request in zip(questions, requests, strict=True)]
@@ -155,11 +158,12 @@ class Answerer:
         return answers
 
     def score(self, scorings: Sequence[Scoring], on_done: Callable[[int, Scored], None] | None = None) -> list[Scored]:
-        """Bound the likelihood of every target; texts that share what is written are written once, and with
-        `mc_attention=decode` the finished blocks of a prompt that several share are computed once.
+        """Bound the likelihood of every target.
 
-        The number of draws per target is `mc_num` in rounds of `mc_batch_size`, whatever the batch size. Logs the
-        standard errors. Raises DataError for an empty target and ConfigError for one that does not fit.
+        Targets with the same written text share one write. With `mc_attention=decode`, targets with the same prompt
+        share the computation of its finished blocks. The number of draws per target is `mc_num`, in rounds of
+        `mc_batch_size`, whatever the batch size. Logs the standard errors. Raises DataError for an empty target
+        and ConfigError for one that does not fit.
         """
         found: dict[int, Scored] = {}
         by_text: dict[tuple[int, ...], list[int]] = {}
@@ -185,9 +189,9 @@ class Answerer:
         return [found[index] for index in range(len(scorings))]
 
     def windows(self, text: str) -> list[Scoring]:
-        """Cut a text into pieces that fit, every token once; a later piece sees the token before it.
+        """Cut a text into pieces of at most `max_length`; each piece after the first also sees the token before it.
 
-        A memory writes what stands before the piece, as much of it as fits.
+        A memory writes the text before the piece, as much of its end as fits.
         """
         ids = tuple(self.encode(text))
         if not ids:
@@ -205,7 +209,7 @@ class Answerer:
         return [first, *rest]
 
     def pair(self, context: str, continuation: str) -> Scoring:
-        """Encode a context and what may follow it; a context that does not fit loses its beginning."""
+        """Encode a context and its continuation; a context that does not fit loses its beginning."""
         prompt, target = self.encode_pair(context, continuation)
         if not target:
             raise DataError(f"the continuation {continuation!r} has no tokens: its likelihood is not defined.")
@@ -218,7 +222,7 @@ class Answerer:
         return Scoring(written=tuple(prompt), prompt=tuple(prompt), target=tuple(target))
 
     def _denoisers(self, scorings: Sequence[Scoring], members: Sequence[int]) -> Iterator[tuple[int, Denoise]]:
-        """Yield each of `members`, those with the same prompt together, with the network that scores it."""
+        """Yield each of `members` with its denoiser; members with the same prompt come together."""
         pattern = self.pattern
         plain = ModelDenoiser(self.model, attention_pattern=pattern, right_shift_logits=self.shifted)
         by_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -275,7 +279,7 @@ class Answerer:
     def _request(self, gen_kwargs: Arguments) -> Request:
         request, ignored = parse_request(gen_kwargs, self.settings)
         for name in ignored:
-            self._say(f"the task sets {name}={gen_kwargs[name]!r}, which decoding by diffusion does not have: ignored")
+            self._say(f"the task sets {name}={gen_kwargs[name]!r}, which diffusion decoding does not have: ignored")
         own = self.settings.generation
         for name in ("temperature", "max_new_tokens"):
             taken = getattr(request.config, name)
@@ -320,7 +324,7 @@ def _batches(order: Sequence[int], kinds: Sequence[str], size: int) -> Iterator[
 
 
 def numbered(keys: Sequence[Any]) -> list[str]:
-    """Add to every key which of its repetitions it is, so that repeated requests draw anew."""
+    """Add the number of its repetition to every key, so that repeated requests draw anew."""
     seen: Counter[str] = Counter()
     names = []
     for key in map(str, keys):

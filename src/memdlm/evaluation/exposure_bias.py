@@ -2,13 +2,13 @@
 
 At step s of decoding, with the positions M_s still masked:
 
-    sequential(s)  loss at M_s, the other response tokens being the model's own predictions
-    static(s)      loss at as many random positions, the others being the true tokens
-    matched(s)     loss at the same M_s, the others being the true tokens
+    sequential(s)  loss at M_s, given the model's own predictions of the other response tokens
+    static(s)      loss at as many random positions, given the true other tokens
+    matched(s)     loss at the same M_s, given the true other tokens
 
-The paper's ratio is sequential / static. Confidence decoding leaves the hardest positions for last while the static
-condition masks random ones, so that ratio grows even without any error to propagate; sequential / matched compares the
-same positions and shows what the model's own errors cost.
+The paper's ratio is sequential / static. Confidence decoding leaves the hardest positions for last, while the static
+condition masks random positions. That ratio therefore grows even without errors to propagate. The ratio
+sequential / matched compares the same positions, and shows what the model's own errors cost.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class ExposureBias:
     """Losses per decoding step, in nats per masked token, averaged over all masked tokens of all rows."""
 
     step: list[int]
-    """Steps done before the measurement: 0 is the fully masked response."""
+    """Number of steps done before the measurement; 0 is the fully masked response."""
     static: list[float]
     sequential: list[float]
     matched: list[float]

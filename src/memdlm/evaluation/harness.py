@@ -1,7 +1,7 @@
-"""lm-evaluation-harness's model class: its requests in, our answers out. The only place that knows `lm_eval`.
+"""The model class for lm-evaluation-harness.
 
-Importing this module registers the names `memdlm`, `llada` and `llada21` (one class: the family is the checkpoint's).
-Several processes (`accelerate launch`, `torchrun`) share the documents out among themselves.
+Importing this module registers the names `memdlm`, `llada` and `llada21`. All mean one class; the checkpoint says which
+family it is. Several processes (`accelerate launch`, `torchrun`) divide the documents among themselves.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ from memdlm.terminal import printable
 from memdlm.version import __version__
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-"""The task files of this package, for `--include_path` (the commands add it by themselves)."""
+"""Folder of this package's task files, for `--include_path`; the commands add it themselves."""
 
 LM_EVAL_DEVICE = "cuda:0"
-"""What lm-eval passes on where nobody named a device."""
+"""The device that lm-eval passes when none was named."""
 MOST_TOGETHER = 2**16
-"""Requests in a batch; more is a slip of the finger."""
+"""Largest batch size; a larger one is taken for a typing error."""
 _SETTINGS = "memdlm settings"
-"""Where a cache of answers says whose they are."""
+"""Key under which a cache of answers keeps the settings that they were given under."""
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class MemDLM(TemplateLM):
     """A masked diffusion language model, with or without inference-time memory.
 
     `arguments` are the options of `HarnessOptions`, `GenerationConfig` and, prefixed `mem_`, `MemoryConfig`. Raises
-    ConfigError for an unknown or idle one.
+    ConfigError for an unknown option, and for one without effect.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class MemDLM(TemplateLM):
         settings = parse_arguments(arguments)
         size = check_batch_size(batch_size, max_batch_size)
         if trust_remote_code:
-            log.info("trust_remote_code is the data sets' affair here: models never run code from the hub")
-        # Without CUDA, processes talk on the CPU.
+            log.info("trust_remote_code only concerns datasets: models never run code from the hub")
+        # Without CUDA, processes communicate on the CPU.
         state = PartialState(cpu=device == "cpu" or not cuda_is_there())
         self._rank, self._world_size = state.process_index, state.num_processes
         model, self.tokenizer = _load(settings, _device(device, state))
         self._device = next(model.parameters()).device
         if self._rank == 0:
-            # Not through the log: lm-eval lets only its own through.
+            # Not through the log: lm-eval only shows its own log messages.
             tqdm.write(printable(line_of(model)), file=sys.stderr)
         self.answerer = Answerer(model=model, tokenizer=self.tokenizer, settings=settings, batch_size=size)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take a cache of answers into use; raises ConfigError when its answers were given under other settings."""
+        """Use a cache of answers; raises ConfigError when its answers were given under other settings."""
         own, known = settings_identity(self.answerer.settings), cache_hook.dbdict
         if known is not None:
             if known.get(_SETTINGS, own if len(known) == 0 else None) != own:
@@ -100,7 +100,7 @@ class MemDLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's cache of rendered requests is told apart by."""
+        """Name that distinguishes lm-eval's caches of rendered requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -108,9 +108,9 @@ class MemDLM(TemplateLM):
         return self.answerer.encode(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render messages; without a generation prompt, the last one is the beginning of the answer.
+        """Render messages; without a generation prompt, the last message is the beginning of the answer.
 
-        Contents are text: a control token that one spells is marked, and `Answerer.encode` reads the mark.
+        Message contents are text: a control token spelled out in one is marked, and `Answerer.encode` reads the mark.
         """
         text: str = self.tokenizer.apply_chat_template(
             control_of(self.tokenizer).shield(chat_history),
@@ -121,7 +121,7 @@ class MemDLM(TemplateLM):
         return text
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answer prompts; every request has random numbers of its own."""
+        """Answer prompts; every request has its own random numbers."""
         keys = numbered([(each.task_name, each.doc_id, each.idx) for each in requests])
         questions = [
             Question(context=each.args[0], gen_kwargs=each.args[1], key=key)
@@ -136,9 +136,9 @@ class MemDLM(TemplateLM):
             return self.answerer.answer(questions, on_done)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Score continuations: (minus the Monte-Carlo bound in nats, whether decoding would give it).
+        """Score continuations: (minus the Monte-Carlo bound in nats, whether decoding would give the continuation).
 
-        The second is False unless `is_check_greedy` is on.
+        The second value is False unless `is_check_greedy` is on.
         """
         scorings = [self.answerer.pair(*each.args) for each in requests]
         with self._bar(len(requests), "scoring", disable_tqdm) as bar:
@@ -150,7 +150,7 @@ class MemDLM(TemplateLM):
             return [(-float(each.nll), each.is_greedy) for each in self.answerer.score(scorings, on_done)]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, in pieces of `max_length` where they are longer."""
+        """Score whole texts; texts longer than `max_length` are scored in pieces."""
         windows = [self.answerer.windows(each.args[0]) for each in requests]
         flat = [window for each in windows for window in each]
         with self._bar(len(flat), "scoring", disable_tqdm) as bar:
@@ -164,7 +164,7 @@ class MemDLM(TemplateLM):
         raise NotImplementedError("loglikelihood scores texts itself")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the results file should say: the settings, and what the evaluation cost on this process."""
+        """Return what the results file records: the settings, and the cost of the evaluation on this process."""
         settings = self.answerer.settings
         return {
             "model_num_parameters": self.answerer.model.num_parameters(),
@@ -180,7 +180,7 @@ class MemDLM(TemplateLM):
         }
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all processes, one after the other."""
+        """Return the tensors of all processes, concatenated."""
         if self.world_size == 1:
             return tensor
         own = torch.atleast_1d(tensor)
@@ -206,28 +206,28 @@ class MemDLM(TemplateLM):
 
 
 def check_batch_size(given: int | str | None, largest: int | None) -> int:
-    """Return how many requests are answered together; raises ConfigError for a size that cannot be."""
+    """Return how many requests are answered together; raises ConfigError for an impossible size."""
     if largest is not None:
         raise ConfigError("max_batch_size belongs to batch_size 'auto', which is not supported; give a batch_size.")
     try:
         size = 1 if given is None else int(given)
     except ValueError as error:
-        raise ConfigError(f"batch_size must be a whole number, got {given!r}; sizes are not found by trial.") from error
+        raise ConfigError(f"batch_size must be a whole number, got {given!r}; 'auto' is not supported.") from error
     if not 1 <= size <= MOST_TOGETHER:
         raise ConfigError(f"batch_size must be from 1 to {MOST_TOGETHER}, got {size}.")
     return size
 
 
 def _device(wanted: str | None, state: PartialState) -> str | torch.device:
-    """Return where this process's model goes; what lm-eval asks for by itself, also where it is not, is "auto"."""
+    """Return this process's device. The device that lm-eval passes by default counts as "auto"."""
     if wanted in (None, LM_EVAL_DEVICE):
         wanted = AUTO
     if state.num_processes == 1 or wanted == "cpu":
         return wanted
     if wanted not in (AUTO, "cuda"):
         raise ConfigError(
-            f"device={wanted!r} with {state.num_processes} processes: all would share it. Leave it out (every process "
-            "then has its own), or name cpu."
+            f"device={wanted!r} with {state.num_processes} processes: all would share that device. Leave it out (every "
+            "process then has its own), or name cpu."
         )
     return state.device
 

@@ -1,4 +1,4 @@
-"""The arguments of an evaluation as users write them (`key=value`), brought to types, checked, and never ignored."""
+"""The arguments of an evaluation: `key=value` texts, converted to types and checked; none is silently ignored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from memdlm.options import names_of, option, validate
 Arguments: TypeAlias = Mapping[str, Any]
 
 ALIASES = {"cfg": "cfg_scale", "max_gen_toks": "max_new_tokens"}
-"""Names of the published harness and of lm-eval for options of ours."""
+"""Names that the published harness and lm-eval have for our options."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the length of a response, in order of precedence."""
+"""Names that tasks have for the length of a response, in order of precedence."""
 DEFAULT_NEW_TOKENS = 256
 """lm-eval's own default for tasks that do not say how long a response may be."""
 _FOREIGN = frozenset(TransformersGenerationConfig().to_dict())
@@ -30,27 +30,32 @@ _FOREIGN = frozenset(TransformersGenerationConfig().to_dict())
 class HarnessOptions:
     """What is evaluated, and how likelihoods are estimated."""
 
-    pretrained: str = option("", "Model: folder or hub name; an adapter folder brings its base model along.")
-    tokenizer: str | None = option(None, "Tokenizer, if not the model's: folder or hub name.")
-    adapter: str | None = option(None, "Outer LoRA adapter on top of the model: folder or hub name.")
-    base_model_name_or_path: str | None = option(None, "Base model, if not the one that an adapter names.")
+    pretrained: str = option("", "Folder or hub name of the model; an adapter folder also loads its base model.")
+    tokenizer: str | None = option(None, "Folder or hub name of the tokenizer, if it is not the model's own.")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter on top of the model.")
+    base_model_name_or_path: str | None = option(None, "Base model, if it is not the one that the adapter names.")
     revision: str | None = option(None, "Revision of the model on the hub.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
-    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while reading.")
-    attn_implementation: str | None = option(None, "Attention implementation, e.g. sdpa or eager.")
+    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
+    attn_implementation: str | None = option(None, "Attention implementation, such as sdpa or eager.")
     max_length: int | None = option(
-        None, "Tokens of prompt and response; longer prompts lose their beginning. Unset: the model's.", minimum=2
+        None,
+        "Maximum tokens of prompt and response; longer prompts lose their beginning. Unset: the model's own.",
+        minimum=2,
     )
     add_special_tokens: bool = option(False, "Let the tokenizer add its own special tokens to prompts.")
-    mc_num: int = option(128, "Noised copies per log-likelihood.", minimum=1)
-    mc_batch_size: int = option(32, "Copies per pass and per stratified round; mc_num is a multiple.", minimum=1)
+    mc_num: int = option(128, "Number of noised copies per log-likelihood.", minimum=1)
+    mc_batch_size: int = option(
+        32, "Noised copies per forward pass and per stratified round; mc_num must be a multiple.", minimum=1
+    )
     mc_attention: str = option(
         "full",
-        "Log-likelihoods under full attention, as published for every family, or that of decoding (LLaDA2.x: "
-        "block-causal; the context is then computed once for all its choices and copies).",
+        "Attention of log-likelihoods. full: full attention, as published for every family; decode: that "
+        "of decoding (LLaDA2.x: block-causal; the context is then computed once for all its choices and "
+        "copies).",
         choices=("full", "decode"),
     )
-    is_check_greedy: bool = option(False, "Also find out whether decoding would give the continuation (slow).")
+    is_check_greedy: bool = option(False, "Also check whether decoding would give the continuation (slow).")
     request_seed: int = option(0, "Seed of memories, samples and likelihoods; every request has a stream of its own.")
     mem_enabled: bool = option(False, "Write every prompt into memory before it is answered or scored.")
 
@@ -78,7 +83,7 @@ class Request:
 
     config: GenerationConfig
     stops: tuple[str, ...]
-    """Texts before which a response ends."""
+    """Stop texts: a response ends before the first of them."""
     new_tokens: int
 
 
@@ -96,7 +101,7 @@ def parse_arguments(arguments: Arguments) -> Settings:
     """Sort `key=value` arguments into settings; values may be texts or typed.
 
     Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong kind, a memory option
-    while `mem_enabled` is off, and a memory that rows of a batch, or ranks, would share: results would depend on both.
+    while `mem_enabled` is off, and a memory shared by the rows of a batch or by ranks (results would depend on both).
     """
     given = {ALIASES.get(key, key): value for key, value in arguments.items()}
     for key in given:
@@ -119,10 +124,11 @@ def parse_arguments(arguments: Arguments) -> Settings:
 
 
 def parse_request(gen_kwargs: Arguments, settings: Settings) -> tuple[Request, tuple[str, ...]]:
-    """Turn a task's generation arguments into a `Request`, and name the ones that mean nothing to a diffusion model.
+    """Turn a task's generation arguments into a `Request`; also return the names of ignored arguments.
 
-    `until` (a text or a list), the length under any of its names, `do_sample` and `temperature`, and all options of
-    `GenerationConfig` count; the task's values come before the settings'. Raises ConfigError for an unknown key.
+    Ignored are those of transformers that mean nothing to a diffusion model. `until` (a text or a list), the length
+    under any of its names, `do_sample`, `temperature` and all options of `GenerationConfig` are read; the task's values
+    override the settings'. Raises ConfigError for an unknown key.
     """
     rest = dict(gen_kwargs)
     until = rest.pop("until", None)
@@ -161,9 +167,9 @@ def _typed(config_class: type, given: Arguments, prefix: str = "") -> dict[str, 
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
-    """Bring a value from a command line to the type `hint`; lists may be written [a;b], since commas part arguments.
+    """Convert a command-line value to the type `hint`; lists may be written [a;b], since commas separate arguments.
 
-    Raises ConfigError when a text is no such value; values of other types are left for the config to judge.
+    Raises ConfigError when a text cannot be converted; values of other types are left for the config to check.
     """
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [get_origin(member) or member for member in members]

@@ -1,4 +1,4 @@
-"""One call of lm-eval's command line: read and checked before tasks are built, and its complaints in one line."""
+"""Run lm-eval's command line: check its options before tasks are built, and give its errors as one line."""
 
 import argparse
 import logging
@@ -25,9 +25,9 @@ from memdlm.models.hub.devices import AUTO, check_device
 from memdlm.models.lora.files import is_adapter, with_tokenizer
 
 OURS = ("memdlm", "llada", "llada21")
-"""Names of our model class."""
+"""Names under which our model class is registered."""
 _LM_EVAL = ("batch_size", "max_batch_size", "device", "trust_remote_code")
-"""Arguments of a model that lm-eval sets itself."""
+"""Model arguments that lm-eval sets itself."""
 _MOST_DOCUMENTS, _MOST_SHOTS = 10**9, 10**4
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def flags() -> list[str]:
 def run(argv: Sequence[str]) -> None:
     """Parse as lm-eval does, with our task files beside its own, and evaluate.
 
-    Raises ConfigError for options, tasks and metadata that cannot be meant, MachineError for data that cannot be had.
+    Raises ConfigError for invalid options, tasks and metadata, MachineError for data that is not available.
     """
     setup_logging()
     cli = HarnessCLI()
@@ -79,7 +79,7 @@ def _parsed(cli: HarnessCLI, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _refuse_repeated(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Raise ConfigError for an option of one value that is given twice: the last alone would count."""
+    """Raise ConfigError for an option with one value that is given twice: only the last would count."""
     single = {flag: each.dest for each in parser._actions if each.nargs is None for flag in each.option_strings}
     seen: set[str] = set()
     for word in argv:
@@ -91,7 +91,7 @@ def _refuse_repeated(parser: argparse.ArgumentParser, argv: Sequence[str]) -> No
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Check what can be checked before tasks are built, which takes minutes, and give every setting its own caches."""
+    """Check the options before tasks are built, which takes minutes; give every set of settings its own caches."""
     _check_sizes(options)
     try:
         config = EvaluatorConfig.from_cli(options)
@@ -138,14 +138,14 @@ def _task_names(options: argparse.Namespace) -> list[str]:
 
 
 def _metadata(given: dict[str, Any], tokenizer: str | None, pretrained: str) -> dict[str, Any]:
-    """Name the tokenizer that the model is loaded with, where it is another's than the model's own folder."""
+    """Add the tokenizer that the model is loaded with, where it is not in the model's own folder."""
     if "tokenizer" in given or tokenizer is not None or not is_adapter(pretrained):
         return given
     return {**given, "tokenizer": with_tokenizer(pretrained)}
 
 
 def _fit_lengths(metadata: dict[str, Any], tasks: Sequence[str]) -> None:
-    """Write `max_seq_lengths` as the tasks read it: BABILong one name of a data set (2k), all others numbers."""
+    """Write `max_seq_lengths` as the tasks read it: BABILong as one dataset name (2k), all others as numbers."""
     if "max_seq_lengths" not in metadata:
         return
     lengths = parse_lengths(metadata["max_seq_lengths"], zero=True)
@@ -159,13 +159,13 @@ def _fit_lengths(metadata: dict[str, Any], tasks: Sequence[str]) -> None:
             '"2k".'
         )
     if len(babilong) < len(tasks):
-        raise ConfigError(f"tasks: BABILong names lengths in its own way; evaluate {babilong[0]!r} by itself.")
+        raise ConfigError(f"tasks: BABILong writes lengths in its own way; evaluate {babilong[0]!r} by itself.")
     thousands = lengths[0] // 1024
     metadata["max_seq_lengths"] = "1M" if thousands == 1024 else f"{thousands}k"
 
 
 def explained(error: Exception, options: argparse.Namespace) -> MemDLMError | None:
-    """Return what an exception out of lm-eval means for whoever called it; None: it is not about what was asked."""
+    """Return what an exception of lm-eval means to the user; None if the user's input did not cause it."""
     tasks = ", ".join(map(repr, _task_names(options)))
     missing = str(error).partition("Tasks not found: ")[2]
     if missing:
@@ -177,9 +177,9 @@ def explained(error: Exception, options: argparse.Namespace) -> MemDLMError | No
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, (OSError, DatasetsError)) and getattr(error, "errno", None) is None:
         return MachineError(
-            f"tasks {tasks}: their data comes from the network and could not be had ({said}). Run once where the hub "
-            "can be reached, so that it is cached; after that HF_HUB_OFFLINE=1 works. The group memdlm_longctx needs "
-            "no network."
+            f"tasks {tasks}: their data comes from the network and could not be loaded ({said}). Run once where the "
+            "hub can be reached, so that it is cached; after that HF_HUB_OFFLINE=1 works. The group memdlm_longctx "
+            "needs no network."
         )
     if isinstance(error, LookupError) and "nltk" in said:
         return MachineError(f"tasks {tasks}: they need data of nltk, which is not installed ({said}).")
@@ -187,11 +187,11 @@ def explained(error: Exception, options: argparse.Namespace) -> MemDLMError | No
         return MachineError(f"tasks {tasks}: they need a package that is not installed: {error}.")
     if isinstance(error, OSError):
         return None
-    return ConfigError(f"lm-eval cannot do this with the tasks {tasks} ({said}). Check --tasks and --metadata.")
+    return ConfigError(f"lm-eval failed on the tasks {tasks} ({said}). Check --tasks and --metadata.")
 
 
 def _is_foreign(error: BaseException) -> bool:
-    """Whether an exception arose in what lm-eval called by itself, and in no code of ours that it called."""
+    """Whether an exception comes from lm-eval or its libraries, and not from our code that lm-eval called."""
     here, trace, is_foreign = Path(__file__), error.__traceback__, False
     while trace is not None:
         file = Path(trace.tb_frame.f_code.co_filename)

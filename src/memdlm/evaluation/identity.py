@@ -1,4 +1,4 @@
-"""What tells evaluations apart: two that share an answer in a cache must be the same model under the same settings."""
+"""Identify evaluations: only the same model under the same settings may share cached answers."""
 
 import dataclasses
 import hashlib
@@ -17,9 +17,9 @@ _NOT_THE_ANSWER = ("use_cache", "cache_requests", "output_path", "func", "limit"
 
 
 def settings_identity(settings: Settings) -> str:
-    """Return a short digest of everything that an answer depends on beside the prompt: weights, memory, decoding.
+    """Return a short digest of everything besides the prompt that an answer depends on: weights, memory, decoding.
 
-    Weights are told apart by the names, sizes and times of their files; reading them would take as long as loading.
+    Weights are identified by names, sizes and times of their files; reading them would take as long as loading.
     """
     memory = None if settings.memory is None else dataclasses.asdict(settings.memory)
     options = dataclasses.asdict(settings.options)
@@ -45,7 +45,7 @@ def _files(settings: Settings) -> dict[str, Any]:
 
 
 def _stamps(name: str, revision: str | None) -> Any:
-    """Describe a folder by its files; a name on the hub by where its configuration is cached, which says the commit."""
+    """Describe a folder by its files; a hub name by the cached path of its configuration, which holds the commit."""
     if Path(name).is_dir():
         facts = [(path.name, path.stat()) for path in sorted(Path(name).iterdir()) if path.is_file()]
         return [str(Path(name).resolve()), *([path, stat.st_size, stat.st_mtime_ns] for path, stat in facts)]

@@ -1,4 +1,4 @@
-"""What an evaluation cost: time, passes and memory, counted where they are spent."""
+"""Count the cost of an evaluation: time, passes and memory."""
 
 import resource
 import sys
@@ -23,7 +23,7 @@ class Ledger:
     seconds: float = 0.0
     """Wall-clock time of answering and scoring, writes included."""
     forward_passes: int = 0
-    """Passes of decoding and scoring; a write's are not among them."""
+    """Passes of decoding and scoring, without those of writes."""
     token_positions: int = 0
     """Positions that went through the network in decoding, summed over passes."""
     tokens: int = 0
@@ -35,10 +35,10 @@ class Ledger:
     truncated: int = 0
     """Prompts that lost their beginning."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where the model is, whose peak of memory counts."""
+    """The model's device, whose peak memory is recorded."""
 
     def begin(self, device: torch.device) -> None:
-        """Let the peak of memory start with what `device` holds now: weights count, what loading took does not."""
+        """Start to record the peak memory of `device`: weights count, the temporary memory of loading does not."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -60,9 +60,9 @@ class Ledger:
             self.seconds += time.perf_counter() - start
 
     def summary(self) -> dict[str, Any]:
-        """Return the sums with what follows from them, and the peak of memory since `begin`, in bytes.
+        """Return the sums, rates that follow from them, and the peak memory since `begin`, in bytes.
 
-        Of a process on the CPU only the peak since its start is known, loading included.
+        On the CPU, only the peak since the start of the process is known, loading included.
         """
         decoding = self.seconds - self.write_seconds
         sums = asdict(self)
@@ -79,7 +79,7 @@ class Ledger:
 
 @final
 class MeteredMemory(ParametricMemory):
-    """A memory that writes its cost into a ledger."""
+    """A memory that records its cost in a ledger."""
 
     ledger: Ledger
 

@@ -23,7 +23,7 @@ from memdlm.randomness import derive
 DEFAULT_LENGTHS = (1024,)
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 LONGEST, MOST_SAMPLES = 2**24, 10**6
-"""Tokens of a context, and contexts per length; more is a slip of the finger."""
+"""Most tokens of a context, and most contexts per length; more is taken for a typing error."""
 Document: TypeAlias = dict[str, Any]
 CountTokens: TypeAlias = Callable[[str], int]
 
@@ -39,10 +39,10 @@ def dataset(
     pretrained: str | None = None,
     **_others: Any,
 ) -> dict[str, datasets.Dataset]:
-    """Return the documents of one task under "test"; lengths alternate, so that `--limit` takes of all of them.
+    """Return the documents of one task under "test"; lengths alternate, so that `--limit` keeps some of each.
 
     lm-eval merges the model's arguments into the metadata: `pretrained` (or `tokenizer`) names the tokenizer, and
-    arguments that are not ours end in `_others`. Raises ConfigError for unknown tasks, options and lengths, DataError
+    the rest goes to `_others`, unused. Raises ConfigError for unknown tasks, options and lengths, DataError
     when a context is too short for its facts.
     """
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples <= MOST_SAMPLES:
@@ -53,7 +53,7 @@ def dataset(
         isinstance(e, Mapping) for e in (task_options or {}).values()
     ):
         raise ConfigError(
-            f'task_options={task_options!r} must say options per task, such as {{"kv": {{"num_pairs": 8}}}}.'
+            f'task_options={task_options!r} must map tasks to options, such as {{"kv": {{"num_pairs": 8}}}}.'
         )
     name = tokenizer or pretrained
     if not name:
@@ -83,7 +83,7 @@ def make_task(name: str, task_options: Mapping[str, Mapping[str, Any]]) -> Task:
 
 
 def parse_lengths(given: Any, *, zero: bool = False) -> list[int]:
-    """Return lengths in tokens: numbers or texts, which may end in k or M (1024, or its square), one or a list.
+    """Return lengths in tokens. `given` is one or a list of numbers, or of texts that may end in k or M (1024, 1024^2).
 
     Raises ConfigError for anything else, for a length below 1 (0 with `zero`) or above `LONGEST`, and for one that is
     named twice.
@@ -101,12 +101,12 @@ def parse_lengths(given: Any, *, zero: bool = False) -> list[int]:
 
 
 def documents_of(task: Task, length: int, key: tuple[int | str, ...], count: CountTokens) -> list[Document]:
-    """Return one document per question of the sample that `key` draws, its context filled up to `length` tokens.
+    """Return one document per question of the sample that `key` draws, with a context of up to `length` tokens.
 
-    Where every word is one token, context and questions are those of `task.sample(derive(*key), length)`.
+    If every word is one token, context and questions are those of `task.sample(derive(*key), length)`.
     """
     words = length
-    low, high = 0, length  # words known to fit, and to be at most worth trying: a word has at least one token
+    low, high = 0, length  # numbers of words: known to fit, and the most that can fit (a word has at least one token)
     best: list[Document] | None = None
     while low < high or best is None:
         generator = derive(*key)
@@ -121,7 +121,7 @@ def documents_of(task: Task, length: int, key: tuple[int | str, ...], count: Cou
             best, low = [_document(task, length, context, *each) for each in questions], words
         else:
             high = words - 1
-        # Aim by the mean length of a word; towards what is left of the interval.
+        # Guess from the mean tokens per word, within the interval that is left.
         words = min(high, max(low + 1, words * length // max(used, 1)))
     if best is None:
         raise DataError(f"{task.name}: the facts need more than {length} tokens; ask for a longer context.")
@@ -133,6 +133,6 @@ def _document(task: Task, length: int, context: str, question: str, answer: str)
 
 
 def process_results(document: Document, results: Sequence[str]) -> dict[str, float]:
-    """Return the exact match, once over all lengths and once under the length's own name, and what chance would be."""
+    """Return the exact match, as such and under the name of the length, and the chance level."""
     hit = float(exact_match(document["answer"], results[0]))
     return {"exact_match": hit, str(document["length"]): hit, "chance": document["chance"]}

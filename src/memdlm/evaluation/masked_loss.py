@@ -1,6 +1,6 @@
-"""How well a model predicts a text's tokens when they are masked: what a memory improves, and what it harms.
+"""A model's loss on masked tokens of a text, which shows what a memory improves or harms.
 
-The masks are drawn apart from those of any write. Whatever memory is open is read.
+The masks are independent of those of any write. An open memory is read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from memdlm.types import PositionSet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskedText:
-    """One text, and which of its tokens each view hides; a hidden token is scored in the view that hides it."""
+    """One text, and the tokens that each view hides; a token is scored in the views that hide it."""
 
     ids: Tensor
     """[L] int64."""
@@ -33,14 +33,14 @@ class MaskedText:
 
     @property
     def num_scored(self) -> int:
-        """Predictions that the loss is a mean of."""
+        """Number of predictions that the loss averages."""
         return int(self.is_masked.sum())
 
 
 def masked_text(ids: Tensor, *, ratio: float, views: int, generator: torch.Generator) -> MaskedText:
     """Hide about `ratio` of the tokens of `ids` [L] in each of `views` views, and at least one.
 
-    No token is hidden twice before all have been hidden once. Raises DataError for a text of no tokens.
+    No token is hidden twice before all have been hidden once. Raises DataError for a text without tokens.
     """
     length = ids.numel()
     if length == 0:
@@ -65,9 +65,9 @@ def masked_loss(
     right_shift_logits: bool = False,
     attention_pattern: AttentionPattern | None = None,
 ) -> float:
-    """Return nats per hidden token, the mean over all views, of the model as it is now, an open memory included.
+    """Return the loss in nats per hidden token, averaged over all views. An open memory is read.
 
-    Texts longer than `window` tokens are read in pieces of that length. `batch_size` pieces go through at a time.
+    Texts longer than `window` tokens are read in pieces of that length, `batch_size` views at a time.
     `attention_pattern` None is full attention. Raises NotFiniteError when the model computes NaN or infinity.
     """
     length = text.ids.numel()
@@ -77,7 +77,7 @@ def masked_loss(
     total = 0.0
     for start in range(0, length, window):
         clean, is_masked = text.ids[start : start + window], text.is_masked[:, start : start + window]
-        is_masked = is_masked[is_masked.any(1)]  # a view that hides nothing here would be a pass for nothing
+        is_masked = is_masked[is_masked.any(1)]  # a view that hides nothing here has nothing to score
         for rows in is_masked.to(device).split(batch_size) if len(is_masked) else ():
             ids = clean.to(device).expand(len(rows), -1)
             positions = positions_of(rows)
@@ -88,7 +88,7 @@ def masked_loss(
 
 
 def loss_under(memory: ParametricMemory, text: MaskedText) -> float:
-    """Return `masked_loss` of the memory's model, read in the pieces and under the attention that it writes with."""
+    """Return `masked_loss` of the memory's model, with the chunks and the attention of its writes."""
     return masked_loss(
         memory.model,
         text,
@@ -101,11 +101,11 @@ def loss_under(memory: ParametricMemory, text: MaskedText) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interference:
-    """What one text lost by sharing a memory, in nats per hidden token."""
+    """What one text loses by sharing a memory, in nats per hidden token."""
 
     name: str
     num_tokens: int
-    """Predictions that each loss is a mean of."""
+    """Number of predictions that each loss averages."""
     without: float
     """Without any memory."""
     own: float
@@ -131,7 +131,8 @@ def interference(
 ) -> list[Interference]:
     """Measure, for every text (name -> ids [L]), no memory, its `own` memory and the `combined` one on the same masks.
 
-    Raises MemoryFileError when a memory was written for another model, DataError when texts and memories do not pair.
+    Raises MemoryFileError when a memory was written for another model, DataError when there are not as many memories as
+    texts.
     """
     if len(texts) != len(own):
         raise DataError(f"there are {len(texts)} texts and {len(own)} memories; give one memory per text, in order.")

@@ -21,7 +21,7 @@ class EncodedText(Protocol):
 
     @property
     def labels(self) -> list[int]:
-        """Per token its id where it is to be decoded, else -100."""
+        """Per token, its id if it is to be decoded, else -100."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,9 @@ class PaddedBatch:
     """[B, L] bool, false at padding."""
 
     def prompt(self) -> tuple[Ids, Tensor, PositionSet]:
-        """Return (ids, labels, attention mask) of what stands before each row's first target, which a memory writes.
+        """Return (ids, labels, attention mask) of the text before each row's first target, which a memory writes.
 
-        They are cut to the longest such part.
+        They are cut to the longest such text.
         """
         is_prompt = before_targets(self.is_target, self.attention_mask)
         width = int(is_prompt.sum(-1).max())
@@ -46,7 +46,7 @@ class PaddedBatch:
 
 
 def pad_texts(texts: Sequence[EncodedText], pad_token_id: int, device: torch.device) -> PaddedBatch:
-    """Right-pad `texts` to one batch."""
+    """Right-pad `texts` into one batch."""
     ids, lengths = right_padded((text.input_ids for text in texts), pad_token_id)
     labels, _ = right_padded((text.labels for text in texts), IGNORE_INDEX)
     is_there = torch.arange(ids.shape[1]) < lengths[:, None]

@@ -21,7 +21,7 @@ from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX
 
 CONTEXTS = ("kept", "dropped")
-"""Whether the network sees what a conversation is about when it answers."""
+"""Whether the network sees the context of a conversation when it answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Recall:
 def encode_samples(
     tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str = "kept"
 ) -> list[EncodedText]:
-    """Tokenize the conversations, with their context or without; every assistant turn is a target."""
+    """Tokenize the conversations, with or without their context; every assistant turn is a target."""
     if context not in CONTEXTS:
         raise DataError(unknown("context:", context, CONTEXTS))
     conversations = [sample.messages if context == "kept" else sample.without_context() for sample in samples]
@@ -50,16 +50,16 @@ def encode_samples(
 def written_texts(
     tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], context: str, shown: Sequence[EncodedText]
 ) -> Sequence[EncodedText]:
-    """Return texts whose `prompt` a memory of the conversations holds, `shown` being what the network sees of them.
+    """Return the texts whose `prompt` a memory writes; `shown` is what the network sees of the conversations.
 
-    Context kept: what stands before the first answer. Dropped: the context as plain text, as `memdlm memorize` does;
-    raises DataError for samples that do not say what it is.
+    With the context kept, that is the text before the first answer. With the context dropped, it is the context as
+    plain text, as in `memdlm memorize`; raises DataError for samples without `Sample.context`.
     """
     if context == "kept":
         return shown
     rows = [plain_ids(tokenizer, sample.context) for sample in samples]
     if not all(rows):
-        raise DataError("context='dropped' needs samples that say what their context is (Sample.context).")
+        raise DataError("context='dropped' needs samples that hold their context (Sample.context).")
     return [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in rows]
 
 
@@ -78,11 +78,11 @@ def recall(
 ) -> Recall:
     """Decode all answers of each conversation in one canvas, most confident first, and compare them as text.
 
-    The questions of a conversation share its context; their answers are open at the same time and take `steps`
-    denoising steps together. `Sample.alone` asks them one by one, which is what `memdlm eval` does. With a `memory`,
-    what stands before the first answer is written, per conversation. With the `context` dropped the network sees
-    questions only, and what is written is the context. `attention_pattern` says who sees whom in both, if not the
-    network's own. `on_batch` is told how many samples are done.
+    The questions of a conversation share its context. Their answers are decoded at the same time, in `steps` denoising
+    steps together; `Sample.alone` asks them one by one, as `memdlm eval` does. With a `memory`, the text before the
+    first answer is written, for each conversation. With the `context` dropped, the network sees only the questions,
+    and the context is written. `attention_pattern` replaces the network's own attention in writing and decoding.
+    `on_batch` is called with the number of samples done.
     """
     texts = encode_samples(tokenizer, samples, context)
     written = written_texts(tokenizer, samples, context, texts)
@@ -108,7 +108,7 @@ def recall(
 
 
 def _up_to_end(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return what stands before the first EOS: an answer that goes on behind it is none."""
+    """Return the tokens before the first EOS, where an answer ends."""
     ends = (ids == tokenizer.eos_token_id).nonzero()
     return ids if ends.numel() == 0 else ids[: int(ends[0])]
 

@@ -35,86 +35,106 @@ class GenerationConfig(SoftMaskOptions):
     """
 
     max_new_tokens: int | None = option(
-        128, "Tokens of the response; unset: as many as max_length leaves.", minimum=1, maximum=MOST
+        128, "Length of the response in tokens; unset: what the prompt leaves of max_length.", minimum=1, maximum=MOST
     )
     max_length: int | None = option(
-        None, "Tokens of prompt and response together, if max_new_tokens is unset.", minimum=1, maximum=MOST
+        None, "Length of prompt and response together, in tokens, if max_new_tokens is unset.", minimum=1, maximum=MOST
     )
     block_size: int | None = option(
         None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1, maximum=MOST
     )
-    steps: int | None = option(None, "Denoising steps in all; unset: one per token.", minimum=1, maximum=MOST)
-    steps_per_block: int | None = option(None, "Denoising steps of a block, instead of steps.", minimum=1, maximum=MOST)
+    steps: int | None = option(None, "Denoising steps in total; unset: one per token.", minimum=1, maximum=MOST)
+    steps_per_block: int | None = option(
+        None, "Denoising steps per block, given instead of steps.", minimum=1, maximum=MOST
+    )
     temperature: Defaulted[float] = option(
-        0.0, "0 takes the likeliest token, otherwise tokens are sampled.", minimum=0, maximum=1e4
+        0.0, "0: take the likeliest token; above 0: sample tokens.", minimum=0, maximum=1e4
     )
     top_k: int | None = option(None, "Only the k likeliest tokens count.", minimum=1)
-    top_p: float | None = option(None, "Only the likeliest tokens up to this probability count.", above=0, maximum=1)
+    top_p: float | None = option(
+        None, "Only the likeliest tokens up to this total probability count.", above=0, maximum=1
+    )
     remasking: Defaulted[str] = option(
-        "low_confidence", "Which predictions a step commits: the surest, or random ones.", choices=tuple(CONFIDENCES)
+        "low_confidence",
+        "Order in which predictions are committed. low_confidence: the surest first; random: a random order.",
+        choices=tuple(CONFIDENCES),
     )
     threshold: float | None = option(
-        None, "Commit all tokens surer than this; unset: a fixed number, or 0.95 for LLaDA2.x.", minimum=0, maximum=1
+        None,
+        "Commit every prediction whose confidence is above this; unset: a fixed number per step, or 0.95 for LLaDA2.x.",
+        minimum=0,
+        maximum=1,
     )
     factor: float | None = option(
-        None, "Commit the r-th surest token if it is at least 1 - factor / (r + 1).", above=0, maximum=1e6
+        None,
+        "Commit the r-th surest prediction if its confidence is at least 1 - factor / (r + 1).",
+        above=0,
+        maximum=1e6,
     )
     minimal_topk: Defaulted[int] = option(
-        1, "With threshold: limit the steps so that each commits this many tokens on average.", minimum=1, maximum=MOST
+        1, "With threshold: at most max_new_tokens // minimal_topk denoising steps per block.", minimum=1, maximum=MOST
     )
     num_to_transfer: int | None = option(
-        None, "With threshold or editing: the fewest tokens that a step commits.", minimum=1, maximum=MOST
+        None, "With threshold or editing: minimum number of tokens that a step commits.", minimum=1, maximum=MOST
     )
     editing_threshold: float | None = option(
-        None, "Replace committed tokens by predictions surer than this (LLaDA2.1).", minimum=0, maximum=1
+        None,
+        "Replace a committed token by another prediction whose confidence is above this (LLaDA2.1).",
+        minimum=0,
+        maximum=1,
     )
     max_post_steps: Defaulted[int] = option(
-        16, "With editing: how often at most a full block is predicted again.", minimum=0, maximum=MOST
+        16, "With editing: how many more times, at most, a full block is revised.", minimum=0, maximum=MOST
     )
     transfer_schedule: Defaulted[str] = option(
-        "dllm", "With a fixed number of tokens per step: which steps take the remainder.", choices=SCHEDULES
+        "dllm", "With a fixed number of tokens per step: how the remainder is shared out.", choices=SCHEDULES
     )
     stochastic_transfer: Defaulted[bool] = option(
-        False, "Draw how many tokens a step commits instead of spreading them evenly."
+        False, "Draw how many tokens each step commits instead of spreading them evenly."
     )
     stable_steps: int | None = option(
         None,
-        "Commit the rest of a block once its predictions are the same for this many steps.",
+        "Commit the rest of a block once its predictions have not changed for this many steps.",
         minimum=1,
         maximum=MOST,
     )
-    cfg_scale: Defaulted[float] = option(0.0, "Classifier-free guidance; 0 is off.", minimum=0, maximum=1e4)
-    cfg_keep_tokens: Defaulted[tuple[int, ...]] = option((), "Prompt tokens that guidance never masks.")
-    suppress_tokens: Defaulted[tuple[int, ...]] = option((), "Tokens that are never predicted.")
+    cfg_scale: Defaulted[float] = option(0.0, "Strength of classifier-free guidance; 0: off.", minimum=0, maximum=1e4)
+    cfg_keep_tokens: Defaulted[tuple[int, ...]] = option((), "Ids of prompt tokens that guidance never masks.")
+    suppress_tokens: Defaulted[tuple[int, ...]] = option((), "Ids of tokens that are never predicted.")
     begin_suppress_tokens: Defaulted[tuple[int, ...]] = option(
-        (), "Tokens that are committed only when no others are left."
+        (), "Ids of tokens that are committed last, or never (see begin_suppress)."
     )
     begin_suppress: Defaulted[str] = option(
-        "postpone", "forbid: begin_suppress_tokens are never predicted.", choices=("postpone", "forbid")
+        "postpone",
+        "postpone: begin_suppress_tokens are committed only when nothing else is left; forbid: they are "
+        "never predicted.",
+        choices=("postpone", "forbid"),
     )
-    right_shift_logits: Defaulted[bool] = option(False, "The network predicts position i at i - 1.")
+    right_shift_logits: Defaulted[bool] = option(False, "The network's output at position i - 1 predicts position i.")
     eos_early_stop: Defaulted[bool] = option(
-        True, "Stop a row once it is known up to its first EOS; the text is the same."
+        True, "Stop decoding a row once it is complete up to its first EOS; the text stays the same."
     )
     cache: Defaulted[str] = option(
-        "exact", "Reuse of earlier passes; exact gives the same tokens as none.", choices=CACHES
+        "exact", "How results of earlier passes are reused; exact gives the same tokens as none.", choices=CACHES
     )
     compile: str | None = option(
-        None, "torch.compile repeated steps in this mode; the last two record CUDA graphs.", choices=COMPILE_MODES
+        None,
+        "torch.compile mode for repeated steps; unset: off. reduce-overhead and max-autotune record CUDA graphs.",
+        choices=COMPILE_MODES,
     )
     cache_refresh: int | None = option(
         None,
-        "With the approximate cache: steps until whole rows are recomputed; unset: only at a new block.",
+        "With cache=approximate: recompute everything after this many steps, and at new blocks; unset: only at new blocks.",
         minimum=1,
         maximum=MOST,
     )
     cache_scope: Defaulted[str] = option(
         "dual",
-        "With the approximate cache: recompute the block (dual), or all from its start on (prefix).",
+        "With cache=approximate: dual recomputes the current block; prefix, the block and all that follows.",
         choices=("dual", "prefix"),
     )
     soft_mask: Defaulted[bool] = option(
-        False, "Soft-masking: mix the last prediction into masked positions; for models trained with it."
+        False, "Soft-masking: show the model its last predictions at masked positions; for models trained with it."
     )
 
     def __post_init__(self) -> None:

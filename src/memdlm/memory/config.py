@@ -66,10 +66,10 @@ class FastWeightsConfig(_Options):
     inner_rank: int = option(32, "Rank of the low-rank fast weights.", minimum=1, maximum=MOST)
     inner_alpha: float = option(64.0, "Fast weights are scaled by alpha / rank.", above=0, maximum=1e6)
     inner_layer_fraction: float = option(
-        0.1, "Share of the blocks, from the last, that are adapted.", above=0, maximum=1
+        0.1, "Share of the blocks that get fast weights, counted from the last.", above=0, maximum=1
     )
     inner_target_modules: str = option(
-        "gate_proj,up_proj,down_proj", "Projections that get fast weights, separated by commas."
+        "gate_proj,up_proj,down_proj", "Projections that get fast weights, comma-separated."
     )
 
     def __post_init__(self) -> None:
@@ -96,91 +96,107 @@ class WriteConfig(_Options):
     neither the mean of the inner loss nor that of its gradient.
     """
 
-    num_inner_steps: int = option(2, "States of the trajectory, one update each.", minimum=1, maximum=MOST)
+    num_inner_steps: int = option(2, "Number of trajectory states; each gives one update.", minimum=1, maximum=MOST)
     num_inner_epochs: int = option(
-        1, "How often the trajectory is repeated; fast weights are kept.", minimum=1, maximum=MOST
+        1, "Number of passes over the trajectory; fast weights are kept between passes.", minimum=1, maximum=MOST
     )
-    masking_strategy: str = option("pmc", "How the states follow from the anchor.", choices=tuple(STRATEGIES))
+    masking_strategy: str = option(
+        "pmc", "How the trajectory's states are made from the anchor.", choices=tuple(STRATEGIES)
+    )
     prompt_mask_ratio: float = option(
-        0.2, "Share of the tokens masked in the anchor at inference.", above=0, maximum=1, adjustable=True
+        0.2, "Share of the tokens that the anchor masks at inference.", above=0, maximum=1, adjustable=True
     )
     progressive_consistent_start_scale: float = option(
-        1.5, "The first state masks this many times the anchor's tokens.", minimum=1, maximum=1e6
+        1.5, "The first state masks this many times as many tokens as the anchor.", minimum=1, maximum=1e6
     )
     chunk_length: int | None = option(
         None,
-        "Write longer texts in chunks of at most so many tokens; unset: in one piece.",
+        "Write longer texts in chunks of at most this many tokens; unset: in one piece.",
         minimum=1,
         adjustable=True,
     )
     chunk_overlap: int = option(
         0,
-        "Tokens that a chunk shows of the one before, without writing them again.",
+        "Number of tokens of the chunk before that a chunk shows again, without writing them twice.",
         minimum=0,
         maximum=2**24,
         adjustable=True,
     )
     chunk_update: str = option(
         "sequential",
-        "sequential: each chunk takes gradient steps of its own; accumulated: all chunks of a text take common ones, "
-        "which is almost a write in one piece.",
+        "sequential: each chunk takes its own gradient steps; accumulated: the gradients of all chunks are added up for "
+        "common steps, almost as if the text were written in one piece.",
         choices=CHUNK_UPDATES,
         adjustable=True,
     )
     strides: int = option(
-        2, "Masked views of the strided strategy; every token is hidden in one of them.", minimum=2, maximum=MOST
+        2,
+        "Number of masked views in the strided strategy; every token is masked in one of them.",
+        minimum=2,
+        maximum=MOST,
     )
     inner_lr: float = option(0.1, "Learning rate of the inner SGD.", above=0, maximum=1e6)
-    inner_grad_clip: float = option(1.0, "Largest gradient norm per fast-weight tensor; 0 is off.", minimum=0)
+    inner_grad_clip: float = option(1.0, "Maximum gradient norm, see mem_inner_clip_scope; 0: no clipping.", minimum=0)
     inner_clip_scope: str = option(
-        "tensor", "What is clipped: every fast-weight tensor, or all of a memory by one norm.", choices=CLIP_SCOPES
+        "tensor",
+        "tensor: clip the gradient of each fast-weight tensor by itself; global: clip all gradients of a "
+        "memory by one norm.",
+        choices=CLIP_SCOPES,
     )
     inner_dropout: float = option(
-        0.0, "Share of the low-rank fast weights' inputs zeroed during a write.", minimum=0, below=1
+        0.0, "Dropout rate on the inputs of low-rank fast weights during a write.", minimum=0, below=1
     )
     inner_loss_type: str = option("ce", "Inner objective.", choices=tuple(OBJECTIVES))
     distill_temperature: float = option(1.0, "Temperature of the distillation objectives.", minimum=1e-4, maximum=1e4)
     distill_hidden_type: str = option("mse", "Distance between hidden states.", choices=HIDDEN_TYPES)
-    inner_loss_mask_mode: str = option("student_masked", "Which masked positions count.", choices=SCORED)
+    inner_loss_mask_mode: str = option(
+        "student_masked", "Which masked positions count in the inner loss.", choices=SCORED
+    )
     inner_score_fraction: float = option(
         1.0,
-        "Share of each state's scored positions, drawn per row and update, that the inner loss is estimated from; 1: "
-        "all.",
+        "Share of a state's scored positions that the inner loss is estimated from, drawn for each row and "
+        "update; 1: all.",
         above=0,
         maximum=1,
         adjustable=True,
     )
     loss_weight_type: str | None = option(
         None,
-        "Weight of the inner loss; unset: uniform, and in training the outer loss's.",
+        "Weighting of the inner loss; unset: that of the outer loss in training, uniform otherwise.",
         choices=tuple(WEIGHTINGS),
     )
     loss_norm_type: str | None = option(
         None,
-        "Normalisation of the inner loss; unset: token, and in training the outer loss's.",
+        "Normalisation of the inner loss; unset: that of the outer loss in training, token otherwise.",
         choices=NORMS,
     )
     pad_unmask_mode: str = option(
         "none",
-        "inner: padding is never masked in a write; both: nor in the outer loss.",
+        "none: padding may be masked; inner: padding is never masked in a write; both: never in a write, "
+        "never in the outer loss.",
         choices=PAD_UNMASK_MODES,
         adjustable=True,
     )
-    learn_start: bool = option(False, "Train where fast weights start; saved as memory_init.safetensors.")
-    learn_lr: bool = option(False, "Train the inner learning rates, one per tensor and step, from mem_inner_lr.")
+    learn_start: bool = option(False, "Train the start values of the fast weights; saved as memory_init.safetensors.")
+    learn_lr: bool = option(
+        False, "Train the inner learning rates, one per tensor and step; they start at mem_inner_lr."
+    )
     write_gate: str = option(
         "none",
-        "How much of each token is written: all alike, or by a learned weight that can leave filler out.",
+        "How strongly each token is written. none: all alike; learned: by a learned weight, which can "
+        "leave filler out.",
         choices=WRITE_GATES,
     )
     attention: str = option(
         "full",
-        "Who sees whom in a write: everyone (the paper), or as in decoding (block-causal for LLaDA2.x).",
+        "Attention during a write. full: every token sees every other (the paper); decode: as in decoding "
+        "(block-causal for LLaDA2.x).",
         choices=ATTENTIONS,
     )
     sync_inner: bool | None = option(
         None,
-        "All ranks write one memory, that of their joined batch; unset: in training, if it is one memory per batch.",
+        "All ranks write one shared memory of their joint batch; unset: on in training with one memory per "
+        "batch and mem_outer_gradient=first_order, off otherwise.",
         adjustable=True,
     )
     inner_gradient_checkpointing: bool = option(
@@ -243,15 +259,16 @@ class OuterConfig(_Options):
 
     write_source: str = option(
         "response",
-        "What training writes: response (the paper: the labels that the outer loss scores), prompt (no leak), both "
-        "(the prompt, and of the response what the noised batch shows: no leak), or context (a text of its own, see "
-        "context_column, that the network is not shown: no leak).",
+        "What training writes into memory. response: the labels that the outer loss scores (the paper); "
+        "prompt: the prompt (no leak); both: the prompt, and the part of the response that the noised "
+        "batch shows (no leak); context: a separate text, see context_column, that the network is not "
+        "shown (no leak).",
         choices=WRITE_SOURCES,
     )
     outer_gradient: str = option(
         "first_order",
-        "Through what the outer loss is differentiated: fast weights as constants (the paper), all of the write, or "
-        "its adapted blocks alone.",
+        "How the outer loss is differentiated. first_order: fast weights count as constants (the paper); "
+        "exact: through the whole write; exact_top: through the adapted blocks of the write only.",
         choices=OUTER_GRADIENTS,
     )
     outer_mix: float = option(0.0, "Share of the outer loss that is computed without memory.", minimum=0, maximum=1)
@@ -262,11 +279,11 @@ class OuterConfig(_Options):
     write_gate_lr: float = option(0.1, "Outer learning rate of the write gate.", above=0, maximum=1e6)
     batch_mix: str | None = option(
         None,
-        "Shares of the optimizer steps that train with memory alone, with the text in sight alone, and with both, such "
-        "as 1,1,1; unset: always both.",
+        "Shares of the optimizer steps that train with memory only, with visible text only, and with both, "
+        "such as 1,1,1; unset: always both.",
     )
     batch_reach: int | None = option(
-        None, "Steps with memory alone: how far attention sees to either side, in tokens.", minimum=0, maximum=2**24
+        None, "In steps with memory only: how many tokens to either side attention sees.", minimum=0, maximum=2**24
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Numbers -> pages: a report of runs, and the trace of a decoding."""
+"""Pages: reports of runs, and traces of decoding."""
 
 from memdlm.report.build import write_report
 from memdlm.report.comparison import write_comparison

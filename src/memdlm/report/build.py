@@ -1,4 +1,4 @@
-"""The report of a demo: numbers as JSON, figures, and one HTML page to look at and pass on."""
+"""The report of a demo: numbers as JSON, figures, and one self-contained HTML page."""
 
 import json
 from collections.abc import Mapping
@@ -15,10 +15,9 @@ from memdlm.report.records import plain
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write report.json, report.html and the figures as PNGs into `folder` and return their paths.
 
-    There are three figures, and two more where the report has a part `recall`.
-    Lists of the report may be empty: what they would show is then said to be missing. Everything is made
-    before the first file is touched, and every file is replaced whole, so that a failure leaves an earlier
-    report as it was. The same report gives the same bytes.
+    There are three figures, and two more if the report has a part `recall`. Lists of the report may be empty; the page
+    then says what is missing. Everything is made before the first file is touched, and files are replaced whole, so
+    that a failure leaves an earlier report as it was. The same report gives the same bytes.
     """
     found = check_report(report)
     bias = [(panel.title, panel.draw) for panel in BIAS_PANELS]

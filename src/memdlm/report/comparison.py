@@ -1,4 +1,4 @@
-"""Several runs on one page: every figure with its interval, its seeds and its baseline, and what it cost."""
+"""Several runs on one page: every number with its interval, its seeds, its baseline and its cost."""
 
 import dataclasses
 import json
@@ -23,16 +23,16 @@ _NOT_TRAINING = frozenset(
         *("seed", "data_seed", "resume", "resume_changed", "overwrite_output_dir", "num_proc"),
     ]
 )
-"""Options that say where a run is and how it is watched."""
+"""Options that only say where a run is stored and how it is logged; they are not compared."""
 _Z = 1.96
-"""Standard errors in half of a 95 % interval."""
+"""Half-width of a 95 % interval, in standard errors."""
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Read the runs in `folders` and write one self-contained page to `output`, which is returned.
 
     A result with memory is shown only beside the one without. Raises DataError as `read_runs` does, ConfigError when
-    `output` is a file that is no page of memdlm's.
+    `output` is a file that memdlm did not write.
     """
     with output_file(output, is_page, "page") as write:
         write(comparison_page(read_runs(folders)).encode())
@@ -75,19 +75,19 @@ def _notes(measured: Measured) -> list[str]:
         refused = with_baseline(rows, *keys, "model", "seed")[1]
         for task, model in dict.fromkeys((row.task, row.model) for row in refused):
             notes.append(
-                f"Not shown: {task} of {model} with memory, because no run without memory stands beside it. "
+                f"Not shown: {task} of {model} with memory, because there is no result without memory to compare with. "
                 "Evaluate the same model without mem_enabled and add that run."
             )
     trained = {row.model: _trained_with_memory(row) for row in measured.models}
     if trained and all(trained.values()):
         notes.append(
-            "All training runs here use memory: what training with memory changes cannot be read from this page. "
+            "All training runs here use memory, so this page cannot show what training with memory changes. "
             "Train the same recipe without mem_enabled and add that run."
         )
     if not trained and (measured.accuracy or measured.scores):
         notes.append(
-            "No training run is among these, so the page cannot tell how models were trained: name the standard model "
-            "(trained without memory) beside the others, and evaluate it on the same tasks."
+            "There is no training run here, so this page cannot show how the models were trained. Add a model that was "
+            "trained without memory, evaluated on the same tasks."
         )
     return notes
 
@@ -99,14 +99,14 @@ def _trained_with_memory(row: Training) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(PerSeed):
-    """A figure in every seed, and the 95 % interval of its mean over questions or documents; None: not known."""
+    """A number for every seed, and the 95 % interval of its mean over questions or documents; None: unknown."""
 
     interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LengthTable:
-    """One task by length: `part` is what its figure draws, a row is (model, memory, cells); None: not measured."""
+    """One task by length. `part` is for its figure; a row is (model, memory, cells); a cell None: not measured."""
 
     task: str
     description: str
@@ -155,7 +155,7 @@ def _accuracy(rows: Sequence[TaskAccuracy]) -> Estimate | None:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `count` questions (Wilson 1927): never empty, never outside 0 to 1."""
+    """Return the 95 % interval of a share of `count` questions (Wilson 1927): never empty, always within 0 to 1."""
     if count == 0:
         return 0.0, 1.0
     extra = _Z**2 / count
@@ -165,7 +165,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _interval(rows: Sequence[Score]) -> tuple[float, float] | None:
-    """The 95 % interval of the mean over seeds: of a share as Wilson's, else from lm-eval's errors over documents."""
+    """Return the 95 % interval of the mean over seeds: Wilson's for shares, else from lm-eval's standard errors."""
     errors = [row.stderr for row in rows if row.stderr is not None]
     if len(errors) < len(rows):
         return None
@@ -177,7 +177,7 @@ def _interval(rows: Sequence[Score]) -> tuple[float, float] | None:
 
 
 def _is_share(row: Score) -> bool:
-    """Whether a score is a mean of zeros and ones: its standard error is then that of a share."""
+    """Whether a score is a mean of zeros and ones, as its standard error shows."""
     share, count = row.value, row.documents
     if row.stderr is None or not 0 <= share <= 1 or count < 2:
         return False
@@ -201,7 +201,7 @@ def _scores(measured: Measured) -> Iterator[ScoreRow]:
 
 
 def _differing_options(rows: Sequence[Training]) -> dict[str, dict[str, list[str]]]:
-    """Per option that is not the same in all training runs that have it: its values by model."""
+    """Return the options that differ between the training runs that have them: name -> model -> values."""
     found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for name, value in row.options.items():
@@ -216,7 +216,7 @@ def _differing_options(rows: Sequence[Training]) -> dict[str, dict[str, list[str
 
 
 def _grouped(rows: Sequence[AnyRow]) -> list[tuple[tuple[str, bool], list[AnyRow]]]:
-    """Rows of one model and memory setting, models in their order, memory off first, seeds ascending."""
+    """Group rows by model and memory: models in order of appearance, memory off first, seeds ascending."""
     models = list(dict.fromkeys(row.model for row in rows))
     pairs = [(model, memory) for model in models for memory in (False, True)]
     found = [(pair, [row for row in rows if (row.model, row.memory) == pair]) for pair in pairs]

@@ -1,4 +1,4 @@
-"""The figures of a report: matplotlib's objects only, legible without colour, the same bytes every time."""
+"""The figures of a report: drawn without pyplot, legible without colour, the same bytes every time."""
 
 import io
 import math
@@ -21,7 +21,7 @@ from memdlm.report.model import Part, Recall
 from memdlm.report.tables import Series, accuracy_rows, bias_series, loss_series, training_series
 
 Draw: TypeAlias = Callable[[Axes, Any], None]
-"""Fills the axes from a part, or a part of one; lines carry labels where they belong in the legend."""
+"""Draws a part on the axes; lines that belong in the legend have labels."""
 
 _EMPTY = "nothing comparable was measured"
 WIDE = (7.0, 3.7)
@@ -29,7 +29,7 @@ WIDE = (7.0, 3.7)
 NARROW = (3.6, 2.9)
 """Inches, before the legend below is added: a phone, or a third of a page."""
 
-# Okabe and Ito's palette, the colours that stand out on white first; markers repeat with another period.
+# Okabe and Ito's palette, ordered by contrast on white; there are fewer markers than colours, so pairs repeat late.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _GREY = "#666666"
@@ -57,7 +57,7 @@ _STYLE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """One plot of exposure bias and the sentence that says what it measures."""
+    """One plot of exposure bias, with a caption that says what it measures."""
 
     title: str
     caption: str
@@ -66,13 +66,13 @@ class Panel:
 
 @contextmanager
 def _style() -> Iterator[None]:
-    """Matplotlib's own defaults and ours, whatever the user's configuration file says."""
+    """Use matplotlib's defaults and ours, and ignore the user's configuration file."""
     with matplotlib.style.context("default"), matplotlib.rc_context(_STYLE):
         yield
 
 
 def png(panels: Sequence[tuple[str, Draw]], part: Part, *, size: tuple[float, float] = WIDE) -> bytes:
-    """One picture of titled panels side by side, under one legend."""
+    """Return a PNG of titled panels side by side, with one legend."""
     with _style():
         buffer = io.BytesIO()
         FigureCanvasAgg(_figure(panels, part, size)).print_png(
@@ -82,7 +82,7 @@ def png(panels: Sequence[tuple[str, Draw]], part: Part, *, size: tuple[float, fl
 
 
 def svg(draw: Draw, part: Part, *, size: tuple[float, float]) -> bytes:
-    """One panel without a title (the page has its own), its text as outlines: it needs no font."""
+    """Return an SVG of one panel, without a title (the page has one); text is drawn as outlines, to need no font."""
     with _style():
         buffer = io.BytesIO()
         FigureCanvasSVG(_figure([("", draw)], part, size)).print_svg(
@@ -108,8 +108,8 @@ def _figure(panels: Sequence[tuple[str, Draw]], part: Part, size: tuple[float, f
 
 
 def _add_legend(figure: Figure, handles: dict[str, Line2D], size: tuple[float, float]) -> None:
-    """Below the axes, in as many columns as fit; long names wrap, and the figure grows by the rows."""
-    border, letter = 0.65, 0.08  # inches: a handle with the gaps around it, and a letter of a name
+    """Add a legend below the axes, in as many columns as fit. Long names wrap; the figure grows with the rows."""
+    border, letter = 0.65, 0.08  # in inches: a handle with the gaps around it; one letter of a name
     names = [textwrap.fill(name, max(12, int((size[0] - border) / letter))) for name in handles]
     widest = border + letter * max(len(line) for name in names for line in name.splitlines())
     rows = math.ceil(len(names) / max(1, int((size[0] + 0.25) / widest)))
@@ -129,7 +129,7 @@ def _add_legend(figure: Figure, handles: dict[str, Line2D], size: tuple[float, f
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """Colour and marker are the model's; a dashed line and a hollow marker mean memory."""
+    """A model's colour and marker; with memory, the line is dashed and the marker hollow."""
 
     colour: str
     marker: str
@@ -153,7 +153,7 @@ class _Look:
         )
 
     def seed(self, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-        """Draw one seed, thin."""
+        """Draw one seed as a thin line."""
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=self.colour, linewidth=0.7, alpha=0.45, zorder=2)
 
@@ -168,13 +168,13 @@ def _label(model: str, memory: bool) -> str:
 
 
 def accuracy_by_length(axes: Axes, part: Part) -> None:
-    """Mean accuracy over length, the seeds as dots, chance as a grey dashed line."""
+    """Draw mean accuracy over length, single seeds as dots, and chance as a grey dashed line."""
     rows = [row for row in accuracy_rows(part) if any(cell.values for cell in row.cells)]
     if not rows:
         return
     lengths = [cell.length for cell in rows[0].cells]
     span = max(lengths[-1] / lengths[0], 1.5)
-    # Neighbours stand a little apart, so that equal accuracies do not hide each other.
+    # Points are shifted a little sideways, so that equal accuracies do not hide each other.
     apart = min(0.014, 0.3 / len(lengths) / len(rows))
     for index, row in enumerate(rows):
         aside = span ** (apart * (index - (len(rows) - 1) / 2))
@@ -197,26 +197,26 @@ def accuracy_by_length(axes: Axes, part: Part) -> None:
 
 
 def multiple(length: int, train_length: int) -> str:
-    """A length in training lengths, such as "4\N{MULTIPLICATION SIGN}"."""
+    """Return a length as a multiple of the training length, such as "4\N{MULTIPLICATION SIGN}"."""
     return f"{length / train_length:.3g}\N{MULTIPLICATION SIGN}"
 
 
 def _draw_series(axes: Axes, part: Part, series: Sequence[Series], name: Callable[[Series], str]) -> None:
-    """Draw the mean of each series, and its seeds thin beside it."""
+    """Draw the mean of each series, and its seeds as thin lines."""
     for one in series:
         look = _look(part, one.model, one.memory)
         mean = one.mean()
         if len(one.curves) > 1:
             for curve in one.curves:
                 look.seed(axes, curve)
-        # Seeds that share no step have no mean: each is drawn in full, under one name.
+        # Seeds without a common step have no mean: each is drawn as a full line, all under one name.
         for number, points in enumerate([mean] if mean else one.curves):
             look.line(axes, points, "_again" if number else name(one))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
 def training_curves(axes: Axes, part: Part) -> None:
-    """Evaluation loss over training steps: solid without memory, dashed with it."""
+    """Draw evaluation loss over training steps: solid without memory, dashed with it."""
 
     def name(series: Series) -> str:
         return f"{series.model} + memory (not comparable)" if series.memory else series.model
@@ -230,7 +230,7 @@ def training_curves(axes: Axes, part: Part) -> None:
 
 
 def training_losses(axes: Axes, part: Recall) -> None:
-    """Training loss over steps, without memory and with the memory that training writes, and the entropy floor."""
+    """Draw training loss over steps, without memory and with the memory that training writes, and the floor."""
     series = training_series(part)
     if not series:
         return
@@ -245,7 +245,7 @@ def training_losses(axes: Axes, part: Recall) -> None:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers on it."""
+    """Use a logarithmic scale with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -263,7 +263,7 @@ def _draw_bias(axes: Axes, part: Part, below: str | None) -> None:
     if not below:
         axes.set_ylim(bottom=0)
         return
-    # Both ratios on one scale: what matching removes is then seen, not read.
+    # Both ratios have the same scale, so that their difference can be seen.
     both = [*bias_series(part, "static"), *bias_series(part, "matched")]
     values = [1.0, *(y for one in both for curve in one.curves for _, y in curve)]
     if max(values) > 10 and min(values) > 0:
@@ -278,20 +278,20 @@ BIAS_PANELS = (
     Panel(
         title="Ratio of the paper: sequential / static",
         caption="Loss while the model decodes, divided by its loss on the true text with as many tokens "
-        "masked at random; it also grows because confident decoding leaves the hardest tokens for last, so "
-        "it is not error propagation alone.",
+        "masked at random. It also grows because confident decoding leaves the hardest tokens for last, so "
+        "it does not show error propagation alone.",
         draw=lambda axes, part: _draw_bias(axes, part, "static"),
     ),
     Panel(
         title="Sequential loss itself",
-        caption="Loss per still masked token while the model decodes from its own earlier tokens: a lower "
-        "ratio with a higher loss here is no improvement.",
+        caption="Loss per token that is still masked, while the model decodes from its own earlier tokens. A "
+        "lower ratio with a higher loss here is no improvement.",
         draw=lambda axes, part: _draw_bias(axes, part, None),
     ),
     Panel(
         title="Matched ratio: sequential / matched",
-        caption="The same loss divided by the loss at the same masked tokens with the true ones revealed "
-        "around them: what exceeds 1 is the cost of the model's own errors (scale as in the first panel).",
+        caption="The same loss, divided by the loss on the same masked tokens with the true tokens around "
+        "them. What exceeds 1 is the cost of the model's own errors (scale as in the first panel).",
         draw=lambda axes, part: _draw_bias(axes, part, "matched"),
     ),
 )

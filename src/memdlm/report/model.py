@@ -1,4 +1,4 @@
-"""What a report holds, as `report.json` has it: the classes say which fields there are and what may be in them."""
+"""The content of `report.json`: the classes declare its fields and what they may hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from memdlm.report.records import Record, checked, read
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Record):
-    """What is asked. `chance` and `train_length` are None only where runs of others do not say them."""
+    """A task. `chance` and `train_length` are None only for results of other programs that do not give them."""
 
     name: str
     description: str
@@ -104,7 +104,7 @@ class RecallModel(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class Part(Record):
-    """What tables and figures read. `models` is narrower below."""
+    """What tables and figures read. Subclasses narrow the type of `models`."""
 
     task: Task
     seeds: tuple[int, ...]
@@ -129,18 +129,18 @@ class Recall(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Machine(Record):
-    """Where it was measured."""
+    """The machine that measured."""
 
     cores: int
     torch: str
     python: str
     device: str | None = None
-    """Reports from before it was noted, all of CPUs, do not say it."""
+    """None in old reports, which were all measured on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds(Record):
-    """Wall-clock time, in all and by phase."""
+    """Wall-clock time, in total and by phase."""
 
     total: float
     others: Mapping[str, float]
@@ -160,12 +160,12 @@ class Report(Part):
     seconds: Seconds
     models: tuple[Model, ...] = checked(once=("model", "seed"))
     recall: Recall | None = None
-    """Reports of earlier versions have none."""
+    """None in reports of earlier versions."""
 
 
 def check_report(report: Mapping[str, Any]) -> Report:
-    """Return `report`, in JSON types, as a record; lists may be empty, and fields that are not known here are kept.
+    """Return `report`, given in JSON types, as a record; lists may be empty, and unknown fields are kept.
 
-    Raises DataError that names the field for anything that is missing, or not of its kind.
+    Raises DataError, which names the field, for a value that is missing or of the wrong type.
     """
     return read(Report, report, "report")

@@ -1,4 +1,4 @@
-"""Pages as HTML: the templates, what they may call, and the page of a demo's report."""
+"""HTML pages: the templates, the functions they may call, and the page of a demo's report."""
 
 import base64
 import json
@@ -24,16 +24,16 @@ from memdlm.report.records import plain
 from memdlm.report.tables import accuracy_rows, bias_rows, cost_rows, mean_losses, training_series
 
 RECALL = "Memorise, then answer with the prompt gone"
-"""The title of the first section, where there is one."""
+"""Title of the section about recall, which comes first."""
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template; texts are escaped there."""
+    """Fill a template; it escapes all texts."""
     return _ENVIRONMENT.get_template(template).render(values)
 
 
 def page(report: Report) -> str:
-    """The whole page of a report."""
+    """Return the page of a report."""
     return render(
         "report.html.j2",
         title=report.title,
@@ -59,7 +59,7 @@ def _facts(report: Report) -> Iterator[str | None]:
 
 
 def _configurations(report: Report) -> Iterator[tuple[str, str]]:
-    """Each configuration once: the model and the seeds that had it, and its text."""
+    """Yield each configuration once: (model and seeds, configuration as text)."""
     seeds: dict[tuple[str, str], list[str]] = {}
     for row in report.models:
         seeds.setdefault((row.model, _json(row.config)), []).append(str(row.seed))
@@ -68,17 +68,17 @@ def _configurations(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def percent(share: float) -> str:
-    """A share in percent, one decimal."""
+    """Return a share in percent, with one decimal."""
     return f"{100 * share:.1f}"
 
 
 def span(values: Sequence[int]) -> str:
-    """The first and the last of ascending values."""
+    """Return the first and the last of ascending values, as text."""
     return " to ".join(f"{value:,}" for value in dict.fromkeys((values[0], values[-1])))
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or minutes from 90 seconds on."""
+    """Return a time in seconds, or in minutes from 90 seconds on, as text."""
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.1f} seconds"
 
 

@@ -1,4 +1,4 @@
-"""Typed records from JSON and back: a class's fields say what is read, what is checked and what is written."""
+"""Typed records from JSON and back: a class's fields declare what is read, checked and written."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ class Record:
     """An object of a JSON file. A field with a default may be missing there."""
 
     others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What the file has beside the fields, kept as it is."""
+    """Entries of the file besides the fields, kept unchanged."""
 
 
 def checked(
@@ -31,16 +31,17 @@ def checked(
     may_be_empty: bool = False,
     once: Sequence[str] = (),
 ) -> Any:
-    """A field whose numbers lie between `least` and `most`.
+    """Declare a field whose numbers lie between `least` and `most`.
 
-    As many values as field `per` has are wanted, or none where that is allowed; no two rows may agree in all of `once`.
+    It must have as many values as the field `per`, or none with `may_be_empty`. No two of its rows may agree in all
+    fields of `once`.
     """
     limits = {"least": least, "most": most, "per": per, "may_be_empty": may_be_empty, "once": tuple(once)}
     return dataclasses.field(metadata=limits)
 
 
 def read(kind: type[AnyRecord], value: Any, field: str) -> AnyRecord:
-    """Return `value` as a record. Raises DataError, naming the field, for what is missing, wrong or no JSON."""
+    """Return `value` as a record. Raises DataError, which names the field, for a missing, wrong or non-JSON value."""
     record: AnyRecord = _read(kind, _json(value, field), field)
     return record
 
@@ -55,7 +56,7 @@ def plain(value: Any) -> Any:
 
 
 def _json(value: Any, field: str) -> Any:
-    """Return a copy in plain types; numbers are finite, keys are texts."""
+    """Return a copy in JSON types. Raises DataError for numbers that are not finite and keys that are not text."""
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -64,7 +65,7 @@ def _json(value: Any, field: str) -> Any:
     if isinstance(value, list | tuple):
         return [_json(inner, f"{field}[{index}]") for index, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"{field} is {value}: a report holds finite numbers only. Leave out what diverged.")
+        raise DataError(f"{field} is {value}: a report holds finite numbers only. Leave out results that diverged.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise DataError(f"{field} is of type {type(value).__name__}, which JSON does not have. Convert it first.")
@@ -77,7 +78,7 @@ def _read(kind: Any, value: Any, field: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin in (typing.Union, types.UnionType):  # or None, which stands for a missing field alone
+    if origin in (typing.Union, types.UnionType):  # T | None: None only stands for a missing field
         return _read(inner[0], value, field)
     if origin is tuple:
         if not isinstance(value, list):

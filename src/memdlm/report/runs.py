@@ -1,6 +1,6 @@
-"""Folders of runs -> numbers side by side: demos, lm-eval results, training runs and exposure-bias measurements.
+"""Read the results of runs: demos, lm-eval results, training runs and exposure-bias measurements.
 
-What a folder holds is read off its files: `report.json`, `results_*.json` (lm-eval's), `trainer_state.json` (or the
+A folder's files show what it holds: `report.json`, `results_*.json` (lm-eval's), `trainer_state.json` (or the
 last checkpoint's), `exposure_bias.json`.
 """
 
@@ -25,7 +25,7 @@ USED = (
     *("requests", "seconds", "tokens_per_second", "forward_passes", "written_tokens"),
     *("write_ms_per_token", "peak_memory_bytes"),
 )
-"""The figures of an evaluation's ledger that are shown."""
+"""The entries of an evaluation's ledger that are shown."""
 _FILES = ("report.json", "results_*.json", "trainer_state.json", "exposure_bias.json")
 
 
@@ -38,7 +38,7 @@ class TaskAccuracy(Accuracy):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What an evaluation says that is not by length."""
+    """A score of an evaluation that is not by length."""
 
     task: str
     metric: str
@@ -52,7 +52,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A training run; `options`, where a run.json says them, is how it was trained."""
+    """A training run; `options` are from its run.json, empty if there is none."""
 
     model: str
     seed: int
@@ -63,7 +63,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an evaluation took; `used` holds the figures of its ledger."""
+    """The cost of an evaluation; `used` holds entries of its ledger."""
 
     model: str
     memory: bool
@@ -84,7 +84,7 @@ class Source:
 
 @dataclass(kw_only=True, slots=True)
 class Measured:
-    """Everything that the runs say, in rows."""
+    """The results of all runs, in rows."""
 
     tasks: dict[str, Task] = field(default_factory=dict)
     """The tasks that are measured by length."""
@@ -96,14 +96,14 @@ class Measured:
     sources: list[Source] = field(default_factory=list)
 
     def part(self) -> Part:
-        """Return training and exposure bias as figures and tables read them."""
+        """Return training and exposure bias in the form that figures and tables read."""
         rows: list[Any] = [*self.models, *self.accuracy, *self.scores, *self.exposure_bias]
         seeds = sorted({row.seed for row in rows})
         return replace(bias_part(self.exposure_bias, seeds), models=tuple(self.models))
 
 
 def read_runs(folders: Sequence[Path]) -> Measured:
-    """Read every folder; raises DataError for one without results, a damaged file, or a figure that two runs claim."""
+    """Read every folder; raises DataError for one without results, a damaged file, or a result given by two runs."""
     measured = Measured()
     names = labels(folders)
     demos = sum((folder / "report.json").is_file() for folder in folders)
@@ -144,7 +144,7 @@ def _add_folder(measured: Measured, folder: Path, name: str, prefix: str) -> Non
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """Name runs by their folders, as shortly as tells them apart."""
+    """Name runs by the ends of their paths, as short as is unambiguous."""
     for depth in range(1, max((len(folder.parts) for folder in folders), default=1) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -201,9 +201,9 @@ def _add_report(measured: Measured, path: Path, run: str, prefix: str) -> None:
 
 
 def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
-    """Add what lm-eval wrote below `folder`; of an evaluation that was run again, the newest counts."""
+    """Add what lm-eval wrote in `folder`; of repeated evaluations, only the newest counts."""
     seen: dict[str, Path] = {}
-    # lm-eval writes the date into the name.
+    # The date in lm-eval's file names gives the order.
     for path in sorted(folder.glob("**/results_*.json"), key=lambda path: path.name, reverse=True):
         data = _read(path)
         config = _part(data, "config", path)
@@ -221,7 +221,7 @@ def _add_evaluations(measured: Measured, folder: Path, run: str) -> None:
 
 
 def _part(data: Json, name: str, path: Path) -> Json:
-    """Return an object of a results file; raises DataError where there is none."""
+    """Return an object of a results file, {} if it is missing; raises DataError for any other type."""
     part = data.get(name, {})
     if not isinstance(part, dict):
         raise DataError(f"{path}: {name!r} holds a {type(part).__name__}, not what lm-eval writes.")
@@ -311,5 +311,5 @@ def _once(rows: Sequence[Any], keys: tuple[str, ...]) -> None:
         key = attrgetter(*keys)(row)
         if key in seen:
             same = ", ".join(f"{name} {value!r}" for name, value in zip(keys, key, strict=True))
-            raise DataError(f"two of the runs say something of {same}; leave one of them out.")
+            raise DataError(f"two of the runs have a result for {same}; leave one of them out.")
         seen.add(key)

@@ -1,7 +1,7 @@
-"""The numbers of a report as tables and lines, each computed here once, for pages, figures and terminals.
+"""The numbers of a report as tables and lines, for pages, figures and terminals.
 
-The rule of honest reporting lives here too: a result with inference-time memory counts only beside the result
-of the same model, seed and length without memory. One that stands alone is refused (`with_baseline`).
+The rule of honest reporting is here, too: a result with inference-time memory is shown only beside the result of the
+same model, seed and length without memory. A result without such a baseline is refused (`with_baseline`).
 """
 
 import statistics
@@ -16,9 +16,9 @@ AnyRow = TypeVar("AnyRow", bound=Any)
 
 
 def with_baseline(rows: Sequence[AnyRow], *keys: str) -> tuple[list[AnyRow], list[AnyRow]]:
-    """Split into the rows that may be compared and the refused ones.
+    """Split rows into those that may be compared and those that are refused.
 
-    Refused is a row with memory for which no row without memory agrees in all `keys`.
+    A row with memory is refused if no row without memory agrees with it in all `keys`.
     """
     key_of = attrgetter(*keys)
     baselines = {key_of(row) for row in rows if not row.memory}
@@ -28,24 +28,24 @@ def with_baseline(rows: Sequence[AnyRow], *keys: str) -> tuple[list[AnyRow], lis
 
 @dataclass(frozen=True, kw_only=True)
 class PerSeed:
-    """One figure of a table in every seed, ascending by seed; None: undefined there."""
+    """One number of a table for every seed, ascending by seed; None where it is undefined."""
 
     seeds: Sequence[int]
     values: Sequence[float | None]
 
     @property
     def known(self) -> list[float]:
-        """The values that are defined."""
+        """Return the values that are defined."""
         return [value for value in self.values if value is not None]
 
     @property
     def mean(self) -> float | None:
-        """The mean over the seeds where it is defined."""
+        """Return the mean over the seeds that have a value; None if none has."""
         return statistics.fmean(self.known) if self.known else None
 
     @property
     def spread(self) -> float | None:
-        """How far seeds lie apart: half the range of two, the standard deviation (n - 1) of three or more."""
+        """Return the spread over seeds: half the range of two, the standard deviation (n - 1) of three or more."""
         if len(self.known) < 2:
             return None
         return abs(self.known[0] - self.known[1]) / 2 if len(self.known) == 2 else statistics.stdev(self.known)
@@ -53,9 +53,9 @@ class PerSeed:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell(PerSeed):
-    """Accuracies in 0..1 at one length, and what is missing: "" where nothing is.
+    """Accuracies (0 to 1) at one length, and a note on what is missing, "" if nothing is.
 
-    A cell that must not be compared has no values and the note "no baseline".
+    A cell that must not be compared has no values, and the note "no baseline".
     """
 
     length: int
@@ -64,7 +64,7 @@ class Cell(PerSeed):
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyRow:
-    """A model without or with memory: one cell per length, ascending."""
+    """A model with memory off or on: one cell per length, ascending."""
 
     model: str
     memory: bool
@@ -73,10 +73,10 @@ class AccuracyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BiasRow:
-    """Exposure bias of a model without or with memory.
+    """Exposure bias of a model with memory off or on.
 
-    `max_ratio` and `max_matched` are the largest values over the decoding steps, `sequential` and `static` the means
-    over them, in nats per token.
+    `max_ratio` and `max_matched` are maxima over the decoding steps; `sequential` and `static` are means over the
+    steps, in nats per token.
     """
 
     model: str
@@ -91,7 +91,7 @@ class BiasRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """What training a model took; all empty where it was not measured."""
+    """The cost of training a model; all fields are empty if it was not measured."""
 
     model: str
     parameters: Sequence[int]
@@ -101,12 +101,12 @@ class CostRow:
 
 
 def summary_rows(report: Mapping[str, Any]) -> list[AccuracyRow]:
-    """The accuracy table of a report in JSON types: per model, first memory off, then on. Without accuracy: no rows."""
+    """Return a report's accuracy table: per model, memory off, then on. `report` is in JSON types. May be empty."""
     return accuracy_rows(check_report(report))
 
 
 def accuracy_rows(part: Part) -> list[AccuracyRow]:
-    """The same of a report that was read, or of a part of one."""
+    """Return the accuracy table of a report, or of a part of one."""
     if not part.accuracy:
         return []
     kept, refused = with_baseline(part.accuracy, "model", "seed", "length")
@@ -129,7 +129,7 @@ def accuracy_rows(part: Part) -> list[AccuracyRow]:
 
 
 def bias_rows(part: Part) -> list[BiasRow]:
-    """The table of exposure bias, ordered as that of accuracy."""
+    """Return the table of exposure bias, in the order of the accuracy table."""
     kept, refused = _measured_bias(part)
     key_of = attrgetter("model", "memory")
     table = []
@@ -152,7 +152,7 @@ def bias_rows(part: Part) -> list[BiasRow]:
 
 
 def cost_rows(part: Part) -> list[CostRow]:
-    """What the training of every model took."""
+    """Return the cost of training every model."""
     table = []
     for model in part.model_names():
         mine = sorted((row for row in part.models if row.model == model), key=attrgetter("seed"))
@@ -171,14 +171,14 @@ def cost_rows(part: Part) -> list[CostRow]:
 
 
 def mean_losses(written: Written, is_value: bool) -> list[float | None]:
-    """Mean losses before and after the write, of the words that are values or of the others; None: there are none."""
+    """Return the mean losses before and after the write, of value words or of the others; None if there are none."""
     chosen = [place for place, flag in enumerate(written.is_value) if flag == is_value]
     both = (written.before, written.after)
     return [statistics.fmean(losses[place] for place in chosen) if chosen else None for losses in both]
 
 
 def bias_part(rows: Sequence[Bias], seeds: Sequence[int]) -> Part:
-    """Exposure bias alone, as tables and figures read it."""
+    """Return a part with exposure bias alone, in the form that tables and figures read."""
     task = Task(name="", description="", chance=None, train_length=None, lengths=(), num_questions=0)
     return Part(task=task, seeds=tuple(seeds), models=(), accuracy=(), exposure_bias=tuple(rows))
 
@@ -197,12 +197,12 @@ def _note(num_values: int, refused_seeds: Iterable[int], part: Part) -> str:
 
 
 def _measured_bias(part: Part) -> tuple[list[Bias], list[Bias]]:
-    """The rows with at least one step: those that may be compared, and the refused ones."""
+    """Split the rows with at least one step into those that may be compared and those that are refused."""
     return with_baseline([row for row in part.exposure_bias if row.step], "model", "seed")
 
 
 def _ratios(row: Bias, below: str) -> list[float | None]:
-    """The sequential loss by the one named `below`, step by step; None where that is not positive."""
+    """Return the sequential loss divided by the loss named `below`, per step; None where that is not positive."""
     return [a / b if b > 0 else None for a, b in zip(row.sequential, getattr(row, below), strict=True)]
 
 
@@ -212,15 +212,15 @@ def _largest(row: Bias, below: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """One line of a figure: what a model did, without or with memory, in each of its seeds."""
+    """One line of a figure: a model with memory off or on, and its curves."""
 
     model: str
     memory: bool
     curves: tuple[tuple[tuple[float, float], ...], ...]
-    """One curve of (x, y) points per seed; a y that does not exist has no point."""
+    """One curve of (x, y) points per seed; undefined values have no point."""
 
     def mean(self) -> list[tuple[float, float]]:
-        """The mean over seeds at every x that all seeds have, so that a cut-off seed bends nothing."""
+        """Return the mean over seeds at every x that all seeds have, so that a shorter curve distorts nothing."""
         tables = [dict(curve) for curve in self.curves]
         shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
         return [(x, statistics.fmean(table[x] for table in tables)) for x in shared]
@@ -237,7 +237,7 @@ def _series(part: Part, rows: Iterable[tuple[str, bool, Sequence[float], Sequenc
 
 
 def loss_series(part: Part) -> list[Series]:
-    """Evaluation loss over training steps; the loss with memory is a series of its own."""
+    """Return evaluation loss over training steps; the loss with memory is a separate series."""
     return _series(
         part,
         (
@@ -249,7 +249,7 @@ def loss_series(part: Part) -> list[Series]:
 
 
 def training_series(part: Recall) -> list[Series]:
-    """Training loss over steps of the models in `leak`, without memory and with it."""
+    """Return the training loss over steps of the models in `leak`, without and with memory."""
     return _series(
         part,
         (
@@ -262,7 +262,7 @@ def training_series(part: Recall) -> list[Series]:
 
 
 def bias_series(part: Part, below: str | None) -> list[Series]:
-    """Sequential loss over decoding steps, divided by the loss named `below` unless that is None."""
+    """Return the sequential loss over decoding steps, divided by the loss named `below` unless that is None."""
     rows, _ = _measured_bias(part)
     return _series(
         part, ((row.model, row.memory, row.step, _ratios(row, below) if below else row.sequential) for row in rows)

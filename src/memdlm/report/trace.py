@@ -1,4 +1,4 @@
-"""A denoising played back: one self-contained HTML page, where colour is the step at which a token settled."""
+"""Replay a denoising: one self-contained HTML page; a token's colour shows the step that committed it."""
 
 import json
 from typing import final
@@ -12,7 +12,7 @@ from memdlm.report.pages import render
 
 @final
 class Trace:
-    """Collects the steps of a job; `page` writes them down."""
+    """Collects the steps of a job; `page` renders them."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.tokenizer = job, job.decoder.tokenizer
@@ -20,7 +20,7 @@ class Trace:
         self.steps: list[list[tuple[int, int, str, float, int]]] = []
 
     def add(self, step: Step) -> None:
-        """Note what a step committed and replaced."""
+        """Record what a step committed and replaced."""
         is_changed = (step.is_new | step.is_edited).cpu()
         ids, sure, edited = step.ids.cpu(), step.confidence.cpu(), step.is_edited.cpu()
         self.steps.append(
@@ -38,7 +38,7 @@ class Trace:
         )
 
     def page(self, title: str = "Denoising") -> str:
-        """Return the page."""
+        """Return the HTML page."""
         canvas = self.job.canvas
         is_open = canvas.is_open.cpu()
         rows = [

@@ -1,4 +1,4 @@
-"""batches -> better theta: the arguments, the noise, the outer loss, and the Trainer that calls them."""
+"""Training: the arguments, the noise, the outer loss, and the Trainer that calls them."""
 
 from memdlm.training.arguments import DiffusionConfig, TrainingArguments
 from memdlm.training.outer import Batch, memory_of, noise_batch, prompt_only, score

@@ -1,4 +1,4 @@
-"""What a training run can be told: transformers' arguments, the diffusion options, and the memory's as mem_*."""
+"""The options of a training run: transformers' arguments, the diffusion options, and the memory's as mem_*."""
 
 import dataclasses
 import importlib.util
@@ -22,31 +22,32 @@ from memdlm.training.limits import check_numbers, check_schedule
 @own_options_first
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig(SoftMaskOptions):
-    """The outer loss (spec of MDLM training as in the LLaDA recipes)."""
+    """The options of the outer loss (MDLM training as in the LLaDA recipes)."""
 
-    time_epsilon: float = option(1e-3, "Times are drawn from [epsilon, 1).", above=0, maximum=0.999)
+    time_epsilon: float = option(1e-3, "Diffusion times are drawn from [time_epsilon, 1).", above=0, maximum=0.999)
     schedule: str = option("linear", "Noise schedule.", choices=tuple(SCHEDULES))
     loss_weight_type: str = option("scheduler", "Weight of the loss at time t.", choices=tuple(WEIGHTINGS))
     loss_norm_type: str = option("token", "What the loss is divided by.", choices=NORMS)
     right_shift_logits: bool = option(
-        False, "The network predicts position i at i - 1 (converted from autoregressive)."
+        False, "The network's output at position i - 1 predicts position i (models converted from autoregressive ones)."
     )
     stratified_times: bool = option(
-        False, "Spread the times of an optimizer step evenly over its rows, on all ranks; each stays uniform."
+        False,
+        "Spread the diffusion times of an optimizer step evenly over its rows on all ranks; each time stays uniform.",
     )
     planner_weight: float = option(
         0.0,
-        "PAPL: how much more the loss counts where decoding would go next; 0 is the plain loss.",
+        "PAPL: extra weight of the loss on tokens that decoding would commit next; 0: the plain loss.",
         minimum=0,
         maximum=1e6,
     )
     planner_temperature: float = option(
-        1.0, "PAPL: low, and only the surest masked tokens count more.", minimum=1e-4, maximum=1e4
+        1.0, "PAPL: the lower, the more the extra weight goes to the surest masked tokens.", minimum=1e-4, maximum=1e4
     )
 
     soft_mask_prob: float = option(
         0.0,
-        "Soft-masking: the share of rows that are shown a first pass's predictions in place of [MASK]; 0 is off.",
+        "Soft-masking: share of rows that see the predictions of a first pass in place of [MASK]; 0: off.",
         minimum=0,
         maximum=1,
     )
@@ -65,11 +66,11 @@ class DiffusionConfig(SoftMaskOptions):
             )
 
     def planner(self) -> Planner | None:
-        """Build the planner's part of the loss; None: the plain loss."""
+        """Build the planner's part of the loss; None for the plain loss."""
         return Planner(self.planner_weight, self.planner_temperature) if self.planner_weight > 0 else None
 
     def soft(self, mask_token_id: int) -> SoftMask | None:
-        """Build what feeds predictions back (soft-masking); None: nothing does."""
+        """Build soft-masking, which feeds predictions back; None when it is off."""
         return self.soft_masking(mask_token_id) if self.soft_mask_prob > 0 else None
 
 
@@ -77,7 +78,7 @@ if TYPE_CHECKING:
 
     class _Flags(transformers.TrainingArguments):
         def __getattr__(self, name: str) -> Any:
-            """Every option of ours."""
+            """Return the value of one of our options."""
 
 else:
     _Flags = dataclasses.make_dataclass(
@@ -96,7 +97,7 @@ else:
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-"""Where figures can go: names of packages, and of the extras that install them."""
+"""Where metrics can be logged: names of packages, and of the extras that install them."""
 
 
 def _refuse_missing(trackers: Collection[str]) -> None:
@@ -121,15 +122,16 @@ class TrainingArguments(_Flags):
     report_to: None | str | list[str] = dataclasses.field(  # noqa: RUF036 - HfArgumentParser reads this order only
         default=AUTO,
         metadata={
-            "help": "Where figures go: tensorboard, wandb, trackio, none; auto: tensorboard where it is installed."
+            "help": "Where metrics are logged: tensorboard, wandb, trackio or none; auto: tensorboard if it is "
+            "installed."
         },
     )
     project: str = dataclasses.field(
         default="memdlm",
-        metadata={"help": "Under which project wandb (unless WANDB_PROJECT is set) and trackio file the run."},
+        metadata={"help": "Project name of the run in wandb (unless WANDB_PROJECT is set) and trackio."},
     )
     run_name: str | None = dataclasses.field(
-        default=None, metadata={"help": "What they call it; unset: the last part of output_dir."}
+        default=None, metadata={"help": "Name of the run in the trackers; unset: the last part of output_dir."}
     )
     logging_nan_inf_filter: bool = dataclasses.field(
         default=False,
@@ -137,11 +139,11 @@ class TrainingArguments(_Flags):
     )
     remove_unused_columns: bool = dataclasses.field(
         default=False,
-        metadata={"help": "Must stay off: the collator reads columns that the network does not."},
+        metadata={"help": "Must stay off: the collator needs columns that the network does not read."},
     )
 
     def __post_init__(self) -> None:
-        # Where the CPU is the only choice, transformers would refuse bf16 instead.
+        # Without this, transformers refuses bf16 where the CPU is the only device.
         if trains_on_the_cpu():
             self.use_cpu = True
         check_numbers(self)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and which of them a run goes on from."""
+"""Checkpoints that are complete or absent, and the choice of the one that a run resumes from."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from memdlm.training.output_dir import (
 )
 
 SAVING = ".saving"
-"""Folder, in output_dir, in which a checkpoint grows until it is whole."""
+"""Folder in output_dir in which a checkpoint is written until it is complete."""
 NEVER, LATEST = "never", "latest"
 
 
@@ -32,12 +32,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def prepare_output(folder: Path, resume: str, *, overwrite: bool, without: Collection[str] = ()) -> Path | None:
-    """Return the checkpoint to go on from, or None to start anew.
+    """Return the checkpoint to resume from, or None to start anew.
 
-    `resume` is `never`, `latest` (None where `folder` has no checkpoint yet) or a path. Starting anew beside the
-    checkpoints of an earlier run would mix two runs, so `never` needs an output folder without any; `overwrite`
-    deletes them. Raises ConfigError for that, and when `folder` holds anything that no run of memdlm wrote, which is
-    left as it is; CheckpointError for a checkpoint that is missing or has no optimizer state.
+    `resume` is `never`, `latest` (which gives None where `folder` has no checkpoint yet) or a path. A new run beside
+    the checkpoints of an earlier one would mix two runs, so `never` needs a folder without checkpoints; `overwrite`
+    deletes them. Raises ConfigError when there are checkpoints in the way, and when `folder` holds anything that no
+    run of memdlm wrote (it is left as it is). Raises CheckpointError for a checkpoint that is missing or has no
+    optimizer state.
     """
     restore(folder)
     if resume not in (NEVER, LATEST):
@@ -47,7 +48,7 @@ def prepare_output(folder: Path, resume: str, *, overwrite: bool, without: Colle
     if resume == NEVER:
         if found and not overwrite:
             raise ConfigError(
-                f"output_dir: {str(folder)!r} holds {found[-1].name} of an earlier run. Go on from it with --resume "
+                f"output_dir: {str(folder)!r} holds {found[-1].name} of an earlier run. Continue from it with --resume "
                 "latest, delete its checkpoints with --overwrite_output_dir, or name another folder."
             )
         for path in found:
@@ -59,25 +60,25 @@ def prepare_output(folder: Path, resume: str, *, overwrite: bool, without: Colle
 
 
 def whole(path: Path, without: Collection[str] = ()) -> Path:
-    """Return `path` if a run wrote it to go on from; raises CheckpointError when not.
+    """Return `path` if it is a checkpoint that a run can resume from; raises CheckpointError if not.
 
-    Its optimizer is not asked for when it is among the states that the run goes on `without`.
+    No optimizer state is needed when it is one of the states that the run resumes `without`.
     """
     if not (path / STATE).is_file():
         raise CheckpointError(f"resume: {str(path)!r} is no checkpoint of a training run (it has no {STATE}).")
-    # By launcher: plain and FSDP with a full state, FSDP with shards, DeepSpeed.
+    # By launcher: plain, FSDP with a full state, FSDP with shards, DeepSpeed.
     kinds = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
     others = ("scheduler.pt", "rng_state*.pth")
     if "optimizer" not in without and not any(next(path.glob(kind), None) for kind in (*kinds, *others)):
         raise CheckpointError(
-            f"resume: {str(path)!r} was saved with save_only_model=True: optimizer, schedule and random state are not "
-            "there, so the run would silently be another one. To start anew from its weights, name it as the model."
+            f"resume: {str(path)!r} was saved with save_only_model=True: it has no optimizer, schedule and random "
+            "state, so the resumed run would silently differ. To start anew from its weights, name it as the model."
         )
     return path
 
 
 def restore(folder: Path) -> None:
-    """Put back checkpoints whose replacement was cut off."""
+    """Put back checkpoints whose replacement was interrupted."""
     for earlier in folder.glob(".checkpoint-*.old") if folder.is_dir() else ():
         target = folder / earlier.name[1:].removesuffix(".old")
         if is_checkpoint_name(target.name) and not os.path.lexists(target) and not foreign_in(earlier):
@@ -85,9 +86,9 @@ def restore(folder: Path) -> None:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Move a whole checkpoint to its place; one that is there is replaced.
+    """Move a complete checkpoint to its place, and replace an earlier one there.
 
-    Raises ConfigError when something else is there: the new one then stays where it is.
+    Raises ConfigError when the place holds something else; the new checkpoint then stays where it is.
     """
     mark(finished, CHECKPOINT)
     flush(finished)
@@ -105,7 +106,7 @@ def publish(finished: Path, target: Path) -> None:
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but not the newest, the `best`, or files of others."""
+    """Delete the oldest checkpoints beyond `limit`; the newest, the `best` and foreign files are kept."""
     found = checkpoints_in(folder)
     if limit is None or limit <= 0:
         return
@@ -118,9 +119,9 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move the files of a folder into another, each at once, and remove the folder; weights come first.
+    """Move the files of `source` into `target`, each atomically and weights first, and remove `source`.
 
-    Raises ConfigError when `target` has one of them from somebody else: all stay in `source` then.
+    Raises ConfigError when memdlm did not write a file in `target` of the same name: all files then stay in `source`.
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -130,8 +131,8 @@ def move_files(source: Path, target: Path) -> None:
             place = target / path.name
             if os.path.lexists(place) and not (is_run(target) or {path.name, f"{path.name}/"} & known):
                 raise ConfigError(
-                    f"{place} exists and memdlm did not write it; it replaces only what it made itself. What was to be "
-                    f"saved is in {source}."
+                    f"{place} exists and memdlm did not write it; it replaces only what it made itself. The files to "
+                    f"be saved are in {source}."
                 )
         mark(target, FINAL, known | new)
         for path in sorted(source.iterdir(), key=lambda path: not path.name.endswith(".safetensors")):

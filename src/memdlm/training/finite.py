@@ -1,4 +1,4 @@
-"""Whether everything was finite so far, known on the device: the host looks without holding the device up."""
+"""Watch on the device for values that are not finite; the host reads the result without blocking the device."""
 
 import math
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 NEVER = 2**62
-"""The step at which something that was always finite was not."""
+"""Stands for a step that never came: everything was finite."""
 
 
 class FiniteWatch:
-    """Notes the first step at which each of `kinds` was not finite; all of it stays on the device."""
+    """Notes the first step at which each of `kinds` was not finite; the steps stay on the device."""
 
     def __init__(self, kinds: tuple[str, ...], device: torch.device) -> None:
         self.kinds = kinds
@@ -26,18 +26,18 @@ class FiniteWatch:
         torch.minimum(place, found, out=place)
 
     def flag(self) -> Tensor:
-        """Return how many kinds were not finite at some step, as a scalar that can be summed over ranks."""
+        """Return the number of kinds that were not finite at some step, a scalar that can be summed over ranks."""
         return (self._first < NEVER).sum()
 
     def first(self) -> Tensor:
-        """Return the first unsound step of every kind, NEVER where there is none."""
+        """Return, for every kind, the first step that was not finite; NEVER where there is none."""
         return self._first
 
     def has_arrived(self, flag: Tensor) -> bool:
-        """Return whether a flag is up: on the CPU this one, on a GPU the one of the call before.
+        """Return whether a flag is set: on the CPU this flag, on a GPU the flag of the previous call.
 
-        Only the copy of one step earlier is waited for. The device has had a whole step to do since, so it never runs
-        out of work; and all ranks see a flag at the same step, so none waits for one that has stopped.
+        On a GPU only the copy of the previous step is waited for. Since then the device has been given a whole step
+        of work, so it never idles. All ranks see a flag at the same step, so no rank waits for one that has stopped.
         """
         if flag.device.type != "cuda":
             return bool(flag)
@@ -53,9 +53,9 @@ class FiniteWatch:
 
 
 def largest(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the largest absolute value of this rank's parts of all floating-point `tensors`; NaN where one is in it.
+    """Return the largest absolute value in this rank's parts of all floating-point `tensors`; NaN if there is one.
 
-    No sum of squares, which would be infinite for large, finite numbers.
+    A sum of squares would be infinite for large, finite numbers.
     """
     parts = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
     parts = [part.detach() for part in parts if part.is_floating_point() and part.numel() > 0]

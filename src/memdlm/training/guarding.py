@@ -1,4 +1,4 @@
-"""A run that diverges stops, says where, and saves nothing of it."""
+"""Stop a diverging run: say where it diverged, and save nothing of it."""
 
 import math
 from pathlib import Path
@@ -17,16 +17,16 @@ LOSS, GRADIENT, WEIGHTS, LEARNED, STATES = (
     *("the memory's learned start or rates", "the optimizer's state"),
 )
 SKIPPED = 40
-"""Optimizer steps in a row that may be left out under fp16: its scale starts at 2^16 and halves at each."""
+"""Optimizer steps in a row that fp16 may skip: its scale starts at 2^16 and is halved at each."""
 UNBOUNDED = "ppl"
-"""Part of the names of figures that may be infinite: exp of a finite loss can be."""
+"""Part of the names of metrics that may be infinite: exp of a finite loss can be."""
 
 
 class GuardedTrainer(SavingTrainer):
     """A trainer that raises DivergedError for the first loss, gradient, weight or evaluation that is not finite.
 
-    What is seen of a step is known on the device at once. It is read at the next step (on a GPU one later), and always
-    before anything is logged, evaluated or saved, and at the end.
+    The device notes at once what is not finite in a step. The host reads it at the next step (on a GPU, one step
+    later), before anything is logged, evaluated or saved, and at the end.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class GuardedTrainer(SavingTrainer):
         self._last_taken: int | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, and forget what an earlier call has seen."""
+        """Train; discard what an earlier call noted."""
         self._watch, self._last_taken = FiniteWatch((LOSS, GRADIENT), self.args.device), None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -51,7 +51,7 @@ class GuardedTrainer(SavingTrainer):
         return norm
 
     def _note_gradient(self, norm: Any, step: int) -> None:
-        # fp16 scales the loss up until a gradient overflows, and leaves that step out.
+        # fp16 scales the loss up until a gradient overflows, and skips that step.
         is_scaled = self.args.fp16 or getattr(self.accelerator, "scaler", None) is not None
         if norm is not None and not is_scaled:
             self._watch.note(GRADIENT, torch.as_tensor(norm), step)
@@ -59,7 +59,7 @@ class GuardedTrainer(SavingTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kw: Any
     ) -> None:
-        """Look before anything is logged, evaluated or saved."""
+        """Check for divergence before anything is logged, evaluated or saved."""
         if self._learned is not None:
             self._note_gradient(self._learned.grad_norm, self.state.global_step)
         self._count_skipped()
@@ -68,7 +68,7 @@ class GuardedTrainer(SavingTrainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kw)
 
     def _count_skipped(self) -> None:
-        """Stop a run whose gradients are infinite at any scale; accelerate knows without asking the device again."""
+        """Stop a run whose gradients are infinite at any scale; accelerate knows it without a device query."""
         step = self.state.global_step
         if self._last_taken is None or not self.accelerator.optimizer_step_was_skipped:
             self._last_taken = step
@@ -76,12 +76,12 @@ class GuardedTrainer(SavingTrainer):
             raise self._diverged(GRADIENT, self._last_taken + 1)
 
     def _stop_soon_if(self, flag: Tensor) -> None:
-        """Stop when `flag`, summed over ranks, is up; called once in an optimizer step, by all of them."""
+        """Stop when `flag`, summed over ranks, is set; all ranks call it once per optimizer step."""
         if self._watch.has_arrived(flag):
             self._stop_if_unsound()
 
     def _stop_if_unsound(self, *, with_states: bool = False) -> None:
-        """Raise DivergedError if anything was or is not finite; all ranks take part, and wait for the device."""
+        """Raise DivergedError if anything was or is not finite. All ranks take part, and wait for the device."""
         step = self.state.global_step
         held = {WEIGHTS: [each for each in self.model.parameters() if each.requires_grad]}
         if self._learned is not None:
@@ -98,7 +98,7 @@ class GuardedTrainer(SavingTrainer):
             raise self._diverged(kinds[place], everywhere[place])
 
     def _diverged(self, what: str, step: int) -> NotFiniteError:
-        """Return the error for something that was not finite after, or in, optimizer step `step`."""
+        """Return the error for something that was not finite in or after optimizer step `step`."""
         if not self.is_in_train:
             return NotFiniteError(f"{what} held NaN or infinity: load a model whose weights are finite.")
         kept = checkpoints_in(Path(str(self.args.output_dir))) or self._resumed
@@ -113,7 +113,7 @@ class GuardedTrainer(SavingTrainer):
     # Evaluation -----------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; figures that are not finite are an error, and never logged."""
+        """Evaluate; metrics that are not finite are an error, and are never logged."""
         out = super().evaluation_loop(*args, **kwargs)
         for name, value in out.metrics.items():
             if UNBOUNDED not in name and not math.isfinite(value):
@@ -121,7 +121,7 @@ class GuardedTrainer(SavingTrainer):
         return out
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Never take NaN for the best (a callback may have put it there)."""
+        """Never take NaN for the best metric (a callback may have put it there)."""
         name = self.args.metric_for_best_model
         value = None if name is None else metrics.get(name if name.startswith("eval_") else f"eval_{name}")
         if value is not None and math.isnan(value):
@@ -135,7 +135,7 @@ class GuardedTrainer(SavingTrainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model if it is sound."""
+        """Save the model if everything in it is finite."""
         if not _internal_call:
             self._stop_if_unsound()
         super().save_model(output_dir, _internal_call)

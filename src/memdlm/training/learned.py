@@ -1,7 +1,7 @@
-"""Training what a memory learns of its own (start, rates and gate) beside the model.
+"""Train the memory's own parameters (start, rates and gate) beside the model.
 
-It is no part of the model, so what a launcher does for the model's gradients (sums over ranks, clipping, zeroing) is
-done for it here.
+They are no part of the model. A launcher sums over ranks, clips and zeroes only the model's gradients, so the same is
+done here for theirs.
 """
 
 import math
@@ -20,17 +20,17 @@ class LearnedTraining(TrainerCallback):
     def __init__(self, learned: LearnedWrite, accelerator: Any, max_norm: float) -> None:
         self.learned, self.accelerator, self.max_norm = learned, accelerator, max_norm
         self.grad_norm: Tensor | None = None
-        """Of the last step, before clipping."""
+        """Gradient norm of the last step, before clipping."""
 
     def add_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let `optimizer` update the start and the rates, unless it does already."""
+        """Let `optimizer` update the learned parameters, unless it does already."""
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for group in self.learned.groups():
             if not known & {id(parameter) for parameter in group["params"]}:
                 optimizer.add_param_group(group)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Average the gradients over the ranks, as data-parallel training does, and clip them on their own."""
+        """Average the gradients over ranks, as data-parallel training does, and clip them by their own norm."""
         for parameter in self.learned.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -39,5 +39,5 @@ class LearnedTraining(TrainerCallback):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.learned.parameters(), most)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Forget the gradients."""
+        """Zero the gradients."""
         self.learned.zero_grad()

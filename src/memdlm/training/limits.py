@@ -1,4 +1,4 @@
-"""What transformers' own training arguments may be: it takes any value, and fails late, or never ends."""
+"""Limits of transformers' own training arguments: it accepts any value, and then fails late or never ends."""
 
 import typing
 from typing import Any
@@ -25,21 +25,21 @@ _BOUNDS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 LIMITS = {name: bounds for names, bounds in _BOUNDS for name in names.split()}
 WITHOUT_OPTIONS = ("constant", "constant_with_warmup")
-"""Schedules that pass over `lr_scheduler_kwargs`."""
+"""Schedules that ignore `lr_scheduler_kwargs`."""
 
 
 def check_numbers(arguments: Any) -> None:
-    """Raise ConfigError for a number or switch of another type, not finite, or out of bounds."""
+    """Raise ConfigError for a number or switch that is of another type, not finite, or out of bounds."""
     hints = typing.get_type_hints(transformers.TrainingArguments)
     for name, hint in hints.items():
         if members_of(hint) <= {int, float, bool, type(None)}:
             check_value(name, getattr(arguments, name), hint, LIMITS.get(name, {}))
     if arguments.max_steps == 0:
-        raise ConfigError("max_steps must be at least 1, or -1 for as many as num_train_epochs makes, got 0.")
+        raise ConfigError("max_steps must be at least 1, or -1 for num_train_epochs epochs, got 0.")
 
 
 def check_schedule(arguments: Any) -> None:
-    """Raise ConfigError when the schedule cannot be made as `lr_scheduler_kwargs` says."""
+    """Raise ConfigError when the schedule cannot be made with `lr_scheduler_kwargs`."""
     name, more = (
         str(getattr(arguments.lr_scheduler_type, "value", arguments.lr_scheduler_type)),
         arguments.lr_scheduler_kwargs,
@@ -52,6 +52,6 @@ def check_schedule(arguments: Any) -> None:
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             optimizer.step()
             schedule.step()
-    # Whatever its arithmetic makes of a wrong value.
+    # A wrong value makes the schedule's arithmetic fail in any of these ways.
     except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, AssertionError) as error:
         raise ConfigError(f"lr_scheduler_kwargs={more!r} do not fit lr_scheduler_type={name!r}: {error}.") from error

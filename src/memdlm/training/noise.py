@@ -1,6 +1,7 @@
-"""The noise of training and evaluation: each row's own, from (seed, epoch, row), so that nothing else changes it.
+"""The noise of training and evaluation. Each row has its own, drawn from (seed, epoch, row).
 
-Neither the number of ranks, nor how an optimizer step is cut up, nor an interruption, nor the rows that share a batch.
+Nothing else changes it: not the number of ranks, the split of an optimizer step, an interruption, or the other rows of
+the batch.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from memdlm.training.rows import SAMPLE
 TIMES, UNIFORM = "noise_times", "noise_uniform"
 """Batch entries [B] and [B, L]: U[0, 1) draws for the times and for the masks."""
 WRITE = "noise_write"
-"""Batch entry: the keys that the memory's draws of each row derive from."""
+"""Batch entry: for each row, the key that the memory's draws derive from."""
 SOFT = "noise_soft"
 """Batch entry [B]: U[0, 1) draws for whether a row is soft-masked."""
 
 GOLDEN = 0.6180339887498949
-"""Fractional part of the golden ratio: multiples of it fill [0, 1) evenly at every length."""
+"""Fractional part of the golden ratio: its multiples, mod 1, fill [0, 1) evenly, however many they are."""
 
 
 def add_noise(
@@ -34,15 +35,15 @@ def add_noise(
     world_size: int = 1,
     hosts: dist.ProcessGroup | None = None,
 ) -> None:
-    """Put draws for this rank's `batches` of one optimizer step into them, in place.
+    """Add draws to this rank's `batches` of one optimizer step, in place.
 
     `stratified` times are evenly spread over the rows of the whole step, on all ranks: row i of the N (in an order
     that depends on the step alone) gets U[i/N, (i+1)/N). All ranks must then take part, over `hosts`, a group that
-    exchanges tensors in the processors' memory (`host_group`; None: the default group is one).
+    exchanges CPU tensors (see `host_group`; None: the default group does).
     """
     for batch in batches:
         rows = [derive(seed, "noise", epoch, sample) for sample in batch[SAMPLE]]
-        # A loop over rows: each has a stream of its own, and drawing on the CPU overlaps with the device's work.
+        # Each row has its own random stream, hence a loop; drawing on the CPU overlaps with the device's work.
         batch[TIMES] = torch.cat([torch.rand(1, generator=row) for row in rows])
         width = batch["input_ids"].shape[1]
         batch[UNIFORM] = torch.stack([torch.rand(width, generator=row) for row in rows])
@@ -54,15 +55,15 @@ def add_noise(
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks that exchanges tensors in the processors' memory; None: the default group is one.
+    """Return a group of all ranks that exchanges CPU tensors; None if the default group does.
 
-    All ranks must call it. Through the devices' own group, the rows' numbers would wait for all work queued there.
+    All ranks must call it. In the devices' own group, the row numbers would wait for all work queued on the devices.
     """
     return None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo")
 
 
 def _gathered(own: Sequence[int], world_size: int, hosts: dist.ProcessGroup | None) -> list[list[int]]:
-    """Return every rank's numbers; ranks may have different amounts."""
+    """Return every rank's numbers; ranks may have different counts."""
     counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(counts, torch.tensor([len(own)]), group=hosts)
     sizes = [int(count) for count in counts]
@@ -82,7 +83,7 @@ def _stratify(
     own = [sample for batch in batches for sample in batch[SAMPLE]]
     everyone = [own] if world_size == 1 else _gathered(own, world_size, hosts)
     rank = dist.get_rank() if world_size > 1 else 0
-    # Sorted by row, so that it does not matter which rank has which; a row may come twice.
+    # Sorted by row, so that it does not matter which rank has which row. A row may occur twice.
     places = sorted((sample, r, place) for r, samples in enumerate(everyone) for place, sample in enumerate(samples))
     strata = torch.randperm(len(places), generator=generator).tolist()
     mine = {place: strata[index] for index, (_, r, place) in enumerate(places) if r == rank}
@@ -95,7 +96,7 @@ def _stratify(
 
 
 def evaluation_noise(seed: int, samples: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return draws (times [B], masks [B, L]) for evaluation rows: always the same ones for a row.
+    """Return the draws (times [B], masks [B, L]) of evaluation rows; a row's draws are always the same.
 
     Times follow an even sequence over the dataset, so their mean weight hardly varies with its size.
     """

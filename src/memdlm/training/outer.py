@@ -37,17 +37,17 @@ class Batch:
     is_maskable: PositionSet
     noised: Corrupted
     context: ContextIds | None = None
-    """What is written with `mem_write_source=context`, and not shown."""
+    """[B, C] ids that `mem_write_source=context` writes and the network is not shown."""
     is_context: ContextSet | None = None
-    """False at its padding."""
+    """[B, C], false at the context's padding."""
     prompt_width: int | None = None
-    """Columns up to the last prompt's end, where the host knows it."""
+    """Number of columns up to the end of the longest prompt; None if the host does not know it."""
 
 
 def learnable(
     labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None, *, spare_padding: bool
 ) -> PositionSet:
-    """Return the positions the outer loss may mask: labelled, visible, and not padding if that is spared."""
+    """Return the positions the outer loss may mask: labelled and visible; no padding with `spare_padding`."""
     is_maskable = maskable_positions(labels, attention_mask)
     return is_maskable & ~is_padding if spare_padding and is_padding is not None else is_maskable
 
@@ -89,11 +89,11 @@ def noise_batch(
 def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (ids, labels, attention mask), all [B, P], of the prompts: the tokens before a row's first target.
 
-    P is the longest prompt. What follows a shorter one is overwritten and hidden, so nothing of a response can be
-    written. The first column stays visible in every row, because attention needs something to look at.
+    P is the length of the longest prompt. What follows a shorter prompt is overwritten and hidden, so no part of a
+    response can be written. The first column stays visible in every row, because attention needs at least one key.
     """
     parts = batch.labels, batch.attention_mask, batch.is_padding
-    # A write of the prompts' width instead of the whole text's is worth a wait, where the collator did not say it.
+    # Where the collator gave no width, waiting for the device pays: the write is then as short as the prompts.
     width = prompt_width(*parts) if batch.prompt_width is None else batch.prompt_width
     is_prompt = prompt_columns(*parts)[:, :width]
     ids = batch.clean[:, :width].masked_fill(~is_prompt, pad_token_id)
@@ -102,9 +102,9 @@ def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def visible_only(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (ids, labels, attention mask) of what the noised batch shows: prompts, and responses but for the masks.
+    """Return (ids, labels, attention mask) of what the noised batch shows: prompts, and unmasked response tokens.
 
-    What the outer loss scores stays [MASK] and is no label, so it cannot be written.
+    Tokens that the outer loss scores stay [MASK] and have no label, so they cannot be written.
     """
     is_shown = _genuine(batch) & ~batch.noised.is_masked
     return batch.noised.ids, batch.clean.masked_fill(~is_shown, IGNORE_INDEX), batch.attention_mask
@@ -113,8 +113,8 @@ def visible_only(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
 def context_only(batch: Batch, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (ids, labels, attention mask), all [B, C], of the rows' contexts; raises DataError when there are none.
 
-    The first column stays visible in every row, because attention needs something to look at. A mask token in a text
-    is never learned.
+    The first column stays visible in every row, because attention needs at least one key. A mask token in a text is
+    never learned.
     """
     if batch.context is None or batch.is_context is None:
         raise DataError(
@@ -153,7 +153,7 @@ def memory_of(
     is_alone: bool = False,
     attention_pattern: AttentionPattern | None = None,
 ) -> AbstractContextManager[Written]:
-    """Write the batch as `mem_write_source` says, yield what the write did, and leave the memory open for the block.
+    """Write the part of the batch that `mem_write_source` names; yield the write's record, with the memory open.
 
     With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
     """
@@ -184,12 +184,12 @@ def score(
     total_tokens: Tensor | float | None = None,
     total_rows: Tensor | float | None = None,
 ) -> MaskedLoss:
-    """Score the masked tokens of a batch under the model as it is now (with an open memory, or without).
+    """Score the masked tokens of a batch under the model as it is now, with or without an open memory.
 
-    With `norm` the result has a normalised `loss`, which is what to differentiate: see `masked_loss`.
+    With `norm` the result has a normalised `loss` to differentiate: see `masked_loss`.
     With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
-    `lower_layers` is the open memory's: what its write computed of this very batch is then not computed again.
+    `lower_layers` of the open memory reuse what its write computed of the same batch.
     """
     denoise = ModelDenoiser(
         model,

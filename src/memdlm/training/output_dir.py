@@ -1,4 +1,4 @@
-"""The output folder of a training run: one run at a time writes there, and only what runs wrote is replaced."""
+"""The output folder of a training run: one run at a time writes there, and replaces only what runs wrote."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from memdlm.outputs import Kind, content, is_page, marked_as, refuse_place, writ
 
 STATE = "trainer_state.json"
 RUN_FILE = "run.json"
-"""In the output folder of every run: what makes the folder one of ours."""
+"""File in the output folder of every run; it marks the folder as memdlm's."""
 LOCK = ".memdlm.lock"
 _MODEL = (
     r"(generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|adapter_config\.json|"
@@ -23,7 +23,7 @@ _MODEL = (
     r"(additional_)?chat_template[\w./-]*|vocab\.\w+|merges\.txt|trainer_state\.json|\.memdlm\.json"
 )
 _OF_RUN = re.compile(rf"{_MODEL}|run\.json|\.saving(-final)?|\.checkpoint-\d+\.old|\.[\w.-]+\.\d+\.tmp")
-"""What a run writes into its output folder, beside checkpoints."""
+"""What a run writes into its output folder, besides checkpoints."""
 _OF_CHECKPOINT = re.compile(
     rf"{_MODEL}|(optimizer|scheduler|scaler|rng_state)[\w./-]*|global_step\d+[\w./-]*|latest|zero_to_fp32\.py|"
     r"pytorch_model[\w./-]*|README\.md"
@@ -38,14 +38,14 @@ def held(folder: Path, sources: Sequence[str | Path], *, goes_on: bool) -> Itera
     """Hold the output folder of a run inside the block; it must exist.
 
     Raises ConfigError, and touches nothing, when another run writes there, when it is the folder of one of the
-    `sources` (a model or an adapter that the run starts from), and as `refuse_others`.
+    `sources` (a model or an adapter that the run starts from), and when `refuse_others` does.
     """
     refuse_others(folder, goes_on=goes_on)
     for source in sources:
         if os.path.isdir(source) and os.path.samefile(source, folder):
             raise ConfigError(
-                f"output_dir: {str(folder)!r} is the folder of the model that the run starts from, which would be "
-                "overwritten. Name another folder."
+                f"output_dir: {str(folder)!r} is the folder of the model that the run starts from; the run would "
+                "overwrite it. Name another folder."
             )
     with locked(resolved(folder) / LOCK, folder):
         yield
@@ -54,8 +54,8 @@ def held(folder: Path, sources: Sequence[str | Path], *, goes_on: bool) -> Itera
 def refuse_others(folder: Path, *, goes_on: bool) -> None:
     """Raise ConfigError when `folder` holds anything that no training run wrote.
 
-    A run that goes on in its own folder passes over what it never writes, such as notes. What other commands of memdlm
-    left there stays as well.
+    A run that resumes in its own folder ignores what it never writes, such as notes. Results of other memdlm commands
+    are left alone, too.
     """
     refuse_place(resolved(folder), folder, "output_dir")
     if not folder.is_dir():
@@ -73,10 +73,10 @@ def refuse_others(folder: Path, *, goes_on: bool) -> None:
 
 
 def refusal(folder: Path, name: str) -> str:
-    """Say that `name` in `folder` is somebody's."""
+    """Return the message that no training run wrote `name` in `folder`."""
     return (
         f"output_dir: {str(folder)!r} holds {name!r}, which no training run of memdlm wrote; it replaces only what it "
-        "made itself. Name a new folder, or move that away."
+        "made itself. Name a new folder, or move {name!r} away."
     )
 
 
@@ -87,15 +87,15 @@ def is_run(folder: Path) -> bool:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a run calls its checkpoints so."""
+    """Whether `name` is a name that runs give to checkpoints."""
     return re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def foreign_in(path: Path) -> list[str]:
-    """Return what no training run wrote in a checkpoint, all of it where it is none; empty: it is one, and whole."""
+    """Return what in `path` no training run wrote; everything if it is no checkpoint, nothing if it is all ours."""
     if path.is_symlink() or not path.is_dir():
         return ["@"]
-    is_ours = marked_as(path) == CHECKPOINT.name or _is_checkpoint(path)  # a damaged one stays ours
+    is_ours = marked_as(path) == CHECKPOINT.name or _is_checkpoint(path)  # a damaged checkpoint is still ours
     return sorted(content(path) - written_in(path, CHECKPOINT)) or ([] if is_ours else ["/"])
 
 
@@ -105,13 +105,13 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _without_marker(path: Path) -> set[str]:
-    """Return what is a checkpoint's in a folder without a marker: transformers and earlier versions wrote none."""
+    """Return a checkpoint's own files in a folder without a marker, as transformers and earlier versions wrote."""
     return {name for name in content(path) if _OF_CHECKPOINT.fullmatch(name)} if _is_checkpoint(path) else set()
 
 
 CHECKPOINT = Kind(name="checkpoint", words="a checkpoint", earlier=_without_marker)
 FINAL = Kind(name="final weights", words="final weights")
-"""What a run leaves in its output folder in the end; only that, of all in the folder, is in the marker."""
+"""What a run leaves in its output folder at the end; the folder's marker lists only these files."""
 
 
 def _is_result(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Rows that keep their number, and the order in which they are visited: functions of seed, epoch and row alone."""
+"""Numbered rows, and the order in which they are visited, which depends on seed and epoch alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
@@ -12,16 +12,16 @@ from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX, PositionSet
 
 SAMPLE = "sample"
-"""Batch entry: a tuple with the number of each row in its dataset. Not a tensor, so reading it waits for no device."""
+"""Batch entry: a tuple of the rows' numbers in their dataset; no tensor, so reading it waits for no device."""
 PROMPT_WIDTH = "prompt_width"
-"""Batch entry: the columns that hold prompts, see `prompt_width`; a number of the host's, like SAMPLE."""
+"""Batch entry: the number of columns that hold prompts, see `prompt_width`; on the host, like SAMPLE."""
 POOL = 50
-"""Batches that are sorted by length together: longer pools pad less and shuffle less."""
+"""Number of batches sorted by length together: larger pools pad less and shuffle less."""
 
 
 @final
 class Numbered(Dataset[Any]):
-    """A dataset whose rows know their number."""
+    """A dataset that gives each row with its number."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -36,7 +36,7 @@ class Numbered(Dataset[Any]):
 
 @final
 class NumberedCollator:
-    """Collates rows, numbered or not; numbers go to the batch's SAMPLE."""
+    """Collates rows, numbered or not; the numbers become the batch's SAMPLE."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
         self.collate = collate
@@ -58,7 +58,7 @@ def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: Po
 
 
 def prompt_width(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> int:
-    """Return the columns up to the last prompt's end, at least 1. Waits for the device if the tensors are on one."""
+    """Return the number of columns up to the last prompt's end, at least 1. Waits for the tensors' device, if any."""
     is_prompt = prompt_columns(labels, attention_mask, is_padding)
     return max(1, int((is_prompt * torch.arange(1, labels.shape[1] + 1, device=labels.device)).max()))
 
@@ -95,7 +95,7 @@ class EpochSampler(Sampler[int]):
             rows = sorted(order[start : start + pool], key=lambda row: -lengths[row])
             cut = [rows[place : place + batch] for place in range(0, len(rows), batch)]
             batches += [cut[place] for place in torch.randperm(len(cut), generator=generator).tolist()]
-        # The one short batch must stay last, or all that follow would be cut elsewhere.
+        # The one short batch must stay last; otherwise all batches after it would be cut at other rows.
         batches.sort(key=lambda rows: len(rows) < batch)
         full = len(batches) - (len(batches[-1]) < batch) if batches else 0
         if full > 1:
@@ -105,7 +105,7 @@ class EpochSampler(Sampler[int]):
 
 
 def lengths_of(rows: Any, column: str) -> list[int]:
-    """Return the lengths of all rows: known ones (`lengths`, or a stored `column`), else counted."""
+    """Return the lengths of all rows, from `rows.lengths` or a stored `column` if there is one, else counted."""
     known = getattr(rows, "lengths", None)
     if known is None and column in (getattr(rows, "column_names", None) or ()):
         known = rows[column][:]

@@ -1,4 +1,4 @@
-"""Saving: checkpoints are whole or absent; what a memory has learned has files of its own."""
+"""Saving: a checkpoint is complete or absent; a memory's learned parameters have files of their own."""
 
 import shutil
 from pathlib import Path
@@ -12,17 +12,17 @@ from memdlm.training.resuming import ResumingTrainer
 
 
 class SavingTrainer(ResumingTrainer):
-    """A trainer with checkpoints that a crash cannot spoil."""
+    """A trainer whose checkpoints a crash cannot damage."""
 
     _saving = False
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Say where checkpoints go: while one is written, into a folder of its own."""
+        """Return the folder of checkpoints; while one is being written, a folder of its own."""
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / SAVING) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside and move it to its place when all ranks are done: it is whole or absent."""
+        """Write a checkpoint aside, and move it to its place when all ranks are done."""
         folder = Path(self._get_output_dir(trial))
         growing, name = folder / SAVING, f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -46,7 +46,10 @@ class SavingTrainer(ResumingTrainer):
         self.accelerator.wait_for_everyone()
 
     def save_final(self, folder: str | Path) -> None:
-        """Write weights (or the adapter) and tokenizer into `folder`, as safetensors; each file is whole or absent."""
+        """Write weights (or the adapter) and tokenizer into `folder`; each file is complete or absent.
+
+        Weights are saved as safetensors.
+        """
         growing = Path(folder) / f"{SAVING}-final"
         if self.args.should_save:
             shutil.rmtree(growing, ignore_errors=True)
@@ -59,7 +62,7 @@ class SavingTrainer(ResumingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save the model, and beside it what its memory has learned."""
+        """Save the model, and with it the memory's learned parameters."""
         super()._save(output_dir, state_dict)
         if self._learned is not None and self.args.should_save:
             self._learned.learned.save(self.args.output_dir if output_dir is None else output_dir)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights: where its run stands, and the states of all that trains."""
+"""What a checkpoint holds besides weights: the run's position, and the states of optimizer, schedule and others."""
 
 import dataclasses
 import json
@@ -24,9 +24,9 @@ from memdlm.training.checkpoints import STATE
 OPTIMIZER, SCHEDULER, RNG, SCALER, MEMORY = "optimizer", "scheduler", "rng", "scaler", "memory"
 PARTS = (OPTIMIZER, SCHEDULER, RNG, SCALER, MEMORY)
 """What `resume_without` can name: the optimizer, the learning-rate schedule, the random state, the scale of fp16
-gradients, and what the memory has learned."""
+gradients, and the memory's learned parameters."""
 SHARDED = ("optimizer.bin", "optimizer_*", "global_step*")
-"""An optimizer's files as FSDP and DeepSpeed write them; they are read by those libraries, strictly."""
+"""An optimizer's files as FSDP and DeepSpeed write them; those libraries read them strictly."""
 RNG_KEYS = ("python", "numpy", "cpu")
 COUNTS = ("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen")
 NUMBERS = ("epoch", "total_flos", "logging_steps", "eval_steps", "save_steps")
@@ -34,7 +34,7 @@ OPTIONAL = {"train_batch_size": int, "best_global_step": int, "best_metric": flo
 
 
 def parts_of(arguments: TrainingArguments) -> tuple[str, ...]:
-    """Return which states a run with these arguments has."""
+    """Return the names of the states that a run with these arguments has."""
     parts = [OPTIMIZER, SCHEDULER, RNG]
     if arguments.fp16 and not arguments.deepspeed:
         parts.append(SCALER)
@@ -44,7 +44,7 @@ def parts_of(arguments: TrainingArguments) -> tuple[str, ...]:
 
 
 def left_out(words: str | None, arguments: TrainingArguments) -> frozenset[str]:
-    """Read `resume_without`; raises ConfigError for a state that there is not, or that this run does not have."""
+    """Read `resume_without`; raises ConfigError for an unknown state, or one that this run does not have."""
     names = [word.strip() for word in (words or "").split(",") if word.strip()]
     for name in names:
         if name not in PARTS:
@@ -59,7 +59,7 @@ def check_checkpoint(
 ) -> None:
     """Raise CheckpointError unless the files of `path`, beside its weights, are all there and can be read.
 
-    States in `without` are not looked at. Large states are mapped, not read.
+    States in `without` are not checked. Large states are mapped, not read.
     """
     state = read_position(path)
     parts = [part for part in parts_of(arguments) if part not in without]
@@ -70,9 +70,9 @@ def check_checkpoint(
     if missing:
         names = ", ".join(file.name for part in missing for file in found[part] if not file.exists())
         raise CheckpointError(
-            f"resume: {str(path)!r} lacks {names}, so the run would silently be another one. Go on from another "
+            f"resume: {str(path)!r} lacks {names}, so the resumed run would silently differ. Resume from another "
             f"checkpoint, name it as the model to start anew from its weights, or add --resume_without "
-            f"{','.join(missing)} to go on without."
+            f"{','.join(missing)} to resume without it."
         )
     for part in parts:
         for file in found[part]:
@@ -81,19 +81,19 @@ def check_checkpoint(
     best = state["best_model_checkpoint"] if arguments.load_best_model_at_end else None
     if best is not None and best_of(path, best) is None:
         raise CheckpointError(
-            f"resume: {path / STATE} names {best} as the best checkpoint so far, which is gone. Put it back, or leave "
-            "load_best_model_at_end off."
+            f"resume: {path / STATE} names {best} as the best checkpoint so far, but it is missing. Put it back, or "
+            "leave load_best_model_at_end off."
         )
 
 
 def best_of(path: Path, recorded: str) -> Path | None:
-    """Return where the best checkpoint is that the state of checkpoint `path` names: its folder may have moved."""
+    """Return the best checkpoint, `recorded` by checkpoint `path`; the folder of both may have been moved."""
     places = (Path(recorded), path.absolute().parent / Path(recorded).name)
     return next((place for place in places if place.is_dir()), None)
 
 
 def files_of(path: Path, part: str, arguments: TrainingArguments) -> list[Path]:
-    """Return the files in which checkpoint `path` should have a state."""
+    """Return the files that should hold the state `part` in checkpoint `path`."""
     if part == MEMORY:
         return [path / MEMORY_FILE, path / MEMORY_CONFIG_FILE]
     if part == RNG:
@@ -102,14 +102,14 @@ def files_of(path: Path, part: str, arguments: TrainingArguments) -> list[Path]:
         sharded = [file for pattern in SHARDED for file in sorted(path.glob(pattern))]
         return sharded or [path / "optimizer.pt"]
     if part == SCHEDULER and any(path.glob("global_step*")) and not (path / "scheduler.pt").exists():
-        return []  # DeepSpeed keeps a schedule of its own with the rest
+        return []  # DeepSpeed keeps its schedule with its other states
     return [path / f"{part}.pt"]
 
 
 def _rng_files(path: Path, arguments: TrainingArguments) -> list[Path]:
-    """Return this process's file; none where the checkpoint has all those of another number of processes.
+    """Return this process's file; none if the checkpoint is complete for another number of processes.
 
-    Nothing that a run may be cut up anew with draws from that state: see `is_same_step`.
+    A run may be resumed on another number of processes only if nothing draws from that state: see `is_same_step`.
     """
     one, world = path / "rng_state.pth", arguments.world_size
     own = one if world == 1 else path / f"rng_state_{arguments.process_index}.pth"
@@ -121,9 +121,9 @@ def _rng_files(path: Path, arguments: TrainingArguments) -> list[Path]:
 
 
 def read_state(path: Path, part: str, *, mmap: bool = False, device: Any = "cpu") -> Any:
-    """Return what a file of `torch.save` holds, tensors and plain values only: nothing in it is run.
+    """Return the content of a `torch.save` file: tensors and plain values only, no code is run.
 
-    Its checksums, which torch writes and does not compare, are compared unless it is mapped.
+    Unless the file is mapped, its checksums are compared; torch writes them but does not compare them.
     """
     with readable(path, part), safe_globals():
         if not mmap and zipfile.is_zipfile(path):
@@ -135,20 +135,20 @@ def read_state(path: Path, part: str, *, mmap: bool = False, device: Any = "cpu"
 
 @contextmanager
 def readable(path: Path, part: str) -> Iterator[None]:
-    """Turn what a damaged file of state `part` makes the readers raise into CheckpointError."""
+    """Turn the exceptions that a damaged file of state `part` causes into CheckpointError."""
     try:
         yield
     except MemDLMError:
         raise
-    # Unpickling damaged bytes can end in any of these.
+    # Unpickling damaged bytes can raise any of these.
     except (
         *(OSError, EOFError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
         *(AssertionError, ImportError, MemoryError, pickle.PickleError, zipfile.BadZipFile, zlib.error),
     ) as error:
         words = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"resume: {path} could not be read ({type(error).__name__}: {words}). Go on from another checkpoint, name "
-            f"this one as the model to start anew from its weights, or add --resume_without {part} to go on without."
+            f"resume: {path} could not be read ({type(error).__name__}: {words}). Resume from another checkpoint, name "
+            f"this one as the model to start anew from its weights, or add --resume_without {part}."
         ) from error
 
 
@@ -163,9 +163,9 @@ def _check_shape(part: str, path: Path, state: Any) -> None:
 
 
 def read_position(path: Path) -> dict[str, Any]:
-    """Return what trainer_state.json says; raises CheckpointError when a run could not go on from there.
+    """Return what trainer_state.json holds; raises CheckpointError when a run cannot resume from there.
 
-    A step or an epoch that cannot be would make a run skip batches for ever, or end at once.
+    An impossible step or epoch would make a run skip batches for ever, or end at once.
     """
     file = path / STATE
     try:
@@ -178,7 +178,7 @@ def read_position(path: Path) -> dict[str, Any]:
         _check_position({**usual, **found}, path)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"resume: {file} is damaged: {error}. Go on from another checkpoint, or name this one as the model to "
+            f"resume: {file} is damaged: {error}. Resume from another checkpoint, or name this one as the model to "
             "start anew from its weights."
         ) from error
     return {**usual, **found}
@@ -199,7 +199,7 @@ def _check_position(state: Mapping[str, Any], path: Path) -> None:
     _expect("stateful_callbacks", type(callbacks), callbacks is None or isinstance(callbacks, dict))
     step, named = state["global_step"], re.fullmatch(r"checkpoint-(\d+)", path.name)
     _expect("global_step", step, named is None or step == int(named[1]))
-    # transformers itself takes one step more when a run that is done is resumed.
+    # transformers itself takes one more step when a finished run is resumed.
     for name, most, more in ("global_step", "max_steps", 1), ("epoch", "num_train_epochs", 0):
         if state[most] and state[name] > state[most] + more:
             raise ValueError(f"{name} is {state[name]!r}, more than {most}={state[most]!r}")

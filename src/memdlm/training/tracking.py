@@ -1,4 +1,4 @@
-"""Figures of a run: means gathered without waiting for the device, loss by time, speed."""
+"""Metrics of a run: means gathered without waiting for the device, loss by diffusion time, speed."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memdlm.models.networks.sizes import active_parameters
 
 BUCKETS = 5
-"""Equal parts of the diffusion times (0, 1]; the loss of each is logged on its own."""
+"""Number of equal parts of the diffusion times (0, 1]; the loss of each part is logged separately."""
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 """Dense bf16 operations per second, by a word in the device's name (vendors' data sheets)."""
 
@@ -29,14 +29,14 @@ def by_time(values: Tensor, counts: Tensor, times: Tensor) -> tuple[Tensor, Tens
 
 
 class Means:
-    """Weighted means since the last look, summed on the device and over ranks only when they are read."""
+    """Weighted means since the last `read`: summed on the device, and over ranks only when they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Count a sum (a scalar) over `count` things."""
-        # A number is filled in there: copying it over would wait for the device.
+        # A plain number is filled in on the device: a copy from the host would wait for it.
         number = count.double() if isinstance(count, Tensor) else total.new_full((), count, dtype=torch.float64)
         self._add(name, torch.stack([total.detach().double(), number]))
 
@@ -61,7 +61,7 @@ class Means:
 
 
 class Speed:
-    """Tokens per second, and what share of the device's peak the outer steps use."""
+    """Tokens per second, and the share of the device's peak that the outer steps use."""
 
     def __init__(self, model: nn.Module) -> None:
         self.active = active_parameters(model)
@@ -72,10 +72,10 @@ class Speed:
         self._tokens += tokens
 
     def read(self, device: torch.device) -> dict[str, float]:
-        """Return this rank's figures since the last look.
+        """Return this rank's metrics since the last `read`.
 
         `mfu` counts 6 operations per active parameter and token (forward and backward pass; neither attention's score
-        matrix nor the inner loop), over the peak of devices that are known here.
+        matrix nor the inner loop), divided by the device's peak; it is left out for devices without a known peak.
         """
         now = time.perf_counter()
         rate = self._tokens / max(now - self._start, 1e-9)
@@ -96,7 +96,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 NO_MEMORY = -math.inf
-"""Stands for a bound with memory where there is none; a bound that came out as NaN stays seen as such."""
+"""Stands for a missing bound with memory; unlike NaN, it cannot be confused with a bound that came out as NaN."""
 
 
 def row_metrics(rows: Tensor) -> dict[str, float]:

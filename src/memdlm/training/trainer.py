@@ -31,27 +31,27 @@ logger = logging.getLogger(__name__)
 ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
 """What an optimizer step trains with."""
 BARE_EVERY = 8
-"""Of so many optimizer steps, one at most makes a pass without memory for the log alone, which is a fifth more work."""
+"""At most one in this many optimizer steps makes a pass without memory for the log alone, a fifth more work."""
 TOKENS, ROWS = "step_tokens", "step_rows"
-"""Batch entries, scalars: what the whole optimizer step (all ranks) is divided by."""
+"""Batch entries, scalars: the denominators of the loss, counted over the whole optimizer step on all ranks."""
 
 
 class MemDLMTrainer(GuardedTrainer):
     """Train a masked diffusion language model, with memory if `args.mem_enabled`.
 
-    Logged beside transformers' own figures, all per maskable token: `nll` and `ppl`, the bound without memory, in
-    training and evaluation alike; `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on
-    the steps of `mem_batch_mix` that see no further than `mem_batch_reach`). With the published
-    `mem_write_source=response` the memory has seen the labels it is scored on: compare models by `nll`, never by
-    `nll_memory`. While memory is on, training `nll` is measured on steps that are logged, and on one in `BARE_EVERY`
-    steps at most: logged more often, it is in some logs only, each time over all rows of its step. Evaluation noise
-    is the same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by time.
-    With memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (each inner update's, before it), and `fast_norm`.
-    `grad_norm` is of the outer gradient alone. With soft-masking, training's own figure is `nll_soft`: rows that see a
-    first pass's predictions are no bound; evaluation's `nll` is, and sees none.
+    It logs, besides transformers' own metrics and all per maskable token: `nll` and `ppl`, the bound without memory;
+    `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on the steps of `mem_batch_mix`
+    that see no further than `mem_batch_reach`). With the published `mem_write_source=response` the memory has seen the
+    labels it is scored on: compare models by `nll`, never by `nll_memory`. While memory is on, training measures `nll`
+    only on logged steps, and at most once in `BARE_EVERY` steps, over all rows of the step; with more frequent logging
+    some logs lack it. Evaluation noise is the same at every evaluation, and independent of training noise. `nll_t0.2`,
+    `nll_t0.4`, ... are `nll` by time. With memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (before each inner
+    update), and `fast_norm`. `grad_norm` is that of the outer gradient alone. With soft-masking, training logs
+    `nll_soft` instead of `nll`: rows that see a first pass's predictions give no bound. Evaluation shows no predictions
+    and logs `nll`, a bound.
 
-    `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when there is
-    neither.
+    `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when both are
+    missing.
     """
 
     args: TrainingArguments
@@ -72,11 +72,13 @@ class MemDLMTrainer(GuardedTrainer):
                 "memdlm.load_tokenizer, or pass mask_token_id."
             )
         if kwargs.get("compute_metrics") is not None:
-            raise ConfigError("compute_metrics: the trainer computes its own (nll, ppl); use a callback for others.")
+            raise ConfigError(
+                "compute_metrics: the trainer computes its own metrics (nll, ppl); use a callback for others."
+            )
         super().__init__(model=model, args=args, compute_metrics=_row_metrics, **kwargs)
         if self.args.n_gpu > 1:
             raise ConfigError("nn.DataParallel is not supported; launch one process per GPU (accelerate launch).")
-        # The loss below is already divided by the totals of the whole optimizer step.
+        # The loss of compute_loss is already divided by the totals of the whole optimizer step.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = True, True
         self._loss_shifts_labels = False
         self.mask_token_id: int = int(found)
@@ -110,7 +112,7 @@ class MemDLMTrainer(GuardedTrainer):
         )
 
     def _new_learned(self) -> LearnedTraining | None:
-        """Begin with a start of this run's seed, unless the model came with one."""
+        """Draw the learned start from this run's seed, unless the model came with one."""
         if self.memory is None or self.memory.learned is None:
             return None
         if self.memory.folder is None:
@@ -120,7 +122,7 @@ class MemDLMTrainer(GuardedTrainer):
         return callback
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer; a learned start and learned rates get groups of their own."""
+        """Create the optimizer; the memory's learned parameters get groups of their own."""
         optimizer = super().create_optimizer(model)
         if self._learned is not None:
             self._learned.add_to(optimizer)
@@ -129,9 +131,11 @@ class MemDLMTrainer(GuardedTrainer):
     # Data -----------------------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Number the rows: their noise depends on it."""
+        """Number the rows: their noise depends on their numbers."""
         if isinstance(dataset, torch.utils.data.IterableDataset):
-            raise ConfigError("train_dataset and eval_dataset need rows that can be asked for by number, not a stream.")
+            raise ConfigError(
+                "train_dataset and eval_dataset must give rows by index; a stream (IterableDataset) does not."
+            )
         return super()._get_dataloader(Numbered(dataset), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -187,7 +191,7 @@ class MemDLMTrainer(GuardedTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run one forward and backward pass; a memory stays open until both are done."""
-        # Gradient checkpointing runs layers again during the backward pass, and they must read the same memory.
+        # Gradient checkpointing reruns layers during the backward pass, and they must read the same memory.
         with self._open:
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -208,7 +212,7 @@ class MemDLMTrainer(GuardedTrainer):
         return self._outer_loss(model, batch, inputs) * self.args.world_size
 
     def _outer_loss(self, model: nn.Module, batch: Batch, inputs: Mapping[str, Any]) -> Tensor:
-        """Return this micro-batch's part of the step's loss, [], with and without memory as told."""
+        """Return this micro-batch's part of the step's loss, [], mixed from those with and without memory."""
         mode, pattern = self._mode()
         mix = 1.0 if self.memory is None or mode == TEXT else self.memory.config.outer_mix
         totals = {"total_tokens": inputs[TOKENS].clamp_min(1), "total_rows": inputs[ROWS]}
@@ -223,7 +227,7 @@ class MemDLMTrainer(GuardedTrainer):
             if mix == 1:
                 return honest.loss
         if self.memory is None:
-            raise AssertionError("without memory all of the loss is")
+            raise AssertionError("without memory, mix is 1")
         rows = [derive(key) for key in inputs[WRITE]]
         self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
         lost = self._score(model, batch, self.memory.lower_layers, pattern, totals=totals)
@@ -233,7 +237,7 @@ class MemDLMTrainer(GuardedTrainer):
         return loss + (1 - mix) * lost.loss
 
     def _mode(self) -> tuple[str, AttentionPattern | None]:
-        """Return what this optimizer step trains with (`mem_batch_mix`; alike on all ranks), and who then sees whom."""
+        """Return what this optimizer step trains with (`mem_batch_mix`; the same on all ranks), and its attention."""
         config = None if self.memory is None else self.memory.config
         if config is None or config.batch_shares is None or config.batch_reach is None:
             return BOTH, None
@@ -244,14 +248,14 @@ class MemDLMTrainer(GuardedTrainer):
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
-        """Keep no graph, and leave the global random state as it is: dropout must not depend on what is logged."""
+        """Build no graph and keep the global random state: dropout must not depend on what is logged."""
         device = self.args.device
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type="cuda"):
             yield
 
     def _is_bare_step(self) -> bool:
-        """Whether this step makes a pass without memory that the log alone needs: alike on all ranks, and resumed."""
+        """Whether this step makes a pass without memory for the log alone; the same on all ranks and when resumed."""
         if self.args.logging_strategy == "no":
             return False
         interval = max(1, int(self.state.logging_steps)) if self.args.logging_strategy == "steps" else 1
@@ -320,7 +324,7 @@ class MemDLMTrainer(GuardedTrainer):
         is_soft: Tensor | None = None,
         totals: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Score a batch; with the `totals` of the optimizer step the result has a loss that can be differentiated."""
+        """Score a batch; with `totals` of the optimizer step, the result has a loss that can be differentiated."""
         return score(
             model,
             batch,
@@ -358,7 +362,7 @@ class MemDLMTrainer(GuardedTrainer):
     # Logging --------------------------------------------------------------------------------------------------
 
     def _count_write(self, written: Written) -> None:
-        """Count what the inner updates started from, their gradients, and how large the fast weights became."""
+        """Count the losses and gradient norms before the inner updates, and the norm of the fast weights."""
         if self.memory is None:
             raise AssertionError("only called while memory is on")
         for step, (loss, norm) in enumerate(zip(written.losses, written.grad_norms, strict=True), start=1):
@@ -368,7 +372,7 @@ class MemDLMTrainer(GuardedTrainer):
         self._means.add("fast_norm", torch.stack(squares).sum().sqrt(), 1)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the figures since the last log to transformers' training figures."""
+        """Add the metrics since the last log to transformers' training metrics."""
         if "loss" in logs:
             logs |= self._means.read(lambda sums: self.accelerator.reduce(sums, reduction="sum"))
             if "nll" in logs:
@@ -378,17 +382,17 @@ class MemDLMTrainer(GuardedTrainer):
 
 
 class _RunCallback(TrainerCallback):
-    """Tells the trainer which epoch begins, and lets what was told hold after an interruption too."""
+    """Tells the trainer which epoch begins, and keeps this run's intervals after a resume."""
 
     def __init__(self, trainer: MemDLMTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log, evaluate and save as often as told now; a checkpoint's state brings its own intervals along."""
+        """Use this run's intervals to log, evaluate and save, not those in the checkpoint's state."""
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Pass it on; after an interruption the state's epoch is a fraction further."""
+        """Pass the epoch on; after a resume, the state's epoch has a fraction."""
         self.trainer.set_epoch(math.floor((state.epoch or 0) + 1e-6))
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs that join the other packages: the demo, and a training run from files."""
+"""Whole jobs that combine the other packages: the demo, training runs, sessions with a model."""
 
 from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions
 from memdlm.workflows.runs.train import run_training

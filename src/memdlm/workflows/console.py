@@ -1,4 +1,4 @@
-"""Where rich shows something: names and texts stand there as they are, never read as markup, emoji or commands."""
+"""A rich console that shows names and texts unchanged: it reads no markup, emoji or control sequences."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from memdlm.terminal import printable
 
 
 class PlainConsole(Console):
-    """A console that reads nothing into a text: square brackets, colons and control sequences are shown."""
+    """A console that interprets nothing in a text: square brackets, colons and control sequences are shown."""
 
     def __init__(self, *, stderr: bool = False, **options: Any) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Turn `text` into what is shown; titles, cells of tables and printed texts all come through here."""
+        """Return `text` as it is shown; rich calls this for titles, table cells and printed texts."""
         return super().render_str(printable(text), **options)

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: bars with the time left, plain lines where there is no terminal."""
+"""What the user sees while a job runs: bars with the time left, or plain lines if there is no terminal."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from memdlm.terminal import printable
 from memdlm.workflows.console import PlainConsole
 
 Advance = Callable[[int], None]
-"""Told how much of a task is done so far."""
+"""Called with the amount of a task that is done so far."""
 
 
 class Display:
@@ -26,7 +26,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one message."""
-        # A line stays a line: rich would break it where it thinks the terminal ends, also in a log file.
+        # No wrapping: rich would also break lines in a log file, at the width it assumes for a terminal.
         self.console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
@@ -64,6 +64,6 @@ class StepBar(TrainerCallback):
 
 
 def show_steps(trainer: Trainer, advance: Advance) -> None:
-    """Let `trainer` move a bar instead of printing dictionaries."""
+    """Let `trainer` move a bar instead of printing its logs."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(StepBar(advance))

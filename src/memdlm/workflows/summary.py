@@ -1,4 +1,4 @@
-"""What a model is and where its fast weights would sit, from its configuration alone: no weights are loaded."""
+"""Describe a model and where its fast weights would sit, from its configuration alone; no weights are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from memdlm.models.networks.sizes import active_parameters
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteGroup:
-    """Sites of one name and size."""
+    """All sites with the same name and size."""
 
     projection: str
     in_features: int
@@ -23,9 +23,9 @@ class SiteGroup:
     num_experts: int | None
     """Experts per site; None for a linear layer."""
     layers: tuple[int, ...]
-    """Which blocks have one (or several, in which case a block is listed as often)."""
+    """The block of every site; a block with several sites is listed several times."""
     num_parameters: int
-    """Of one memory, over all blocks."""
+    """Number of parameters of one memory, over all blocks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +38,12 @@ class ModelSummary:
     sizes: dict[str, int]
     num_parameters: int
     num_active_parameters: int
-    """Parameters that take part in the prediction of one token: all but the routed experts not chosen for it."""
+    """Parameters used to predict one token: all except the routed experts that are not chosen for it."""
     num_layers: int
     sites: tuple[SiteGroup, ...]
     num_fast_parameters: int
-    """Of one memory; per row with a memory per row. They are kept in float32 (float64 for a float64 model)."""
+    """Number of parameters of one memory (each row has one with a memory per row), kept in float32, or float64 for a
+    float64 model."""
 
 
 SIZES = {
@@ -88,7 +89,7 @@ def summarise(
 
 
 def _grouped(sites: Sequence[Site], adapter: Adapter) -> tuple[SiteGroup, ...]:
-    """Join sites that differ in their block only."""
+    """Group sites that differ only in their block."""
     groups: dict[tuple[Any, ...], list[tuple[int, Site]]] = {}
     for site in sites:
         parts = site.path.split(".")

@@ -14,10 +14,11 @@ from memdlm.errors import ConfigError, MachineError
 
 AUTO = "auto"
 DEVICE_HELP = (
-    "Where it runs. auto: a CUDA card if there is one (in a distributed launch, this process's own), else Apple's MPS "
-    "if all that is needed runs on it, else the CPU; or a name, such as cpu or cuda:1."
+    "Device to run on: auto, or a name such as cpu or cuda:1. auto: a CUDA card if there is one (in a "
+    "distributed launch, the card of this process), else Apple's MPS if what is needed runs on it, "
+    "else the CPU."
 )
-DTYPE_HELP = "Number type of the weights. auto: the checkpoint's own where the device computes in it, else float32."
+DTYPE_HELP = "Number type of the weights. auto: the checkpoint's own if the device can compute in it, else float32."
 BFLOAT16_CAPABILITY = (8, 0)
 """The lowest compute capability of CUDA cards that compute in bfloat16; older ones only emulate it."""
 

@@ -34,15 +34,15 @@ class LoRAOptions:
     """Which low-rank adapter to train on top of a frozen base model. Defaults: the published recipe's."""
 
     target_modules: str = option(
-        ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: all but the one to the vocabulary."
+        ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: every linear layer except the output head."
     )
-    r: int = option(32, "Rank.", minimum=1, maximum=2**14)
+    r: int = option(32, "Rank of the adapter.", minimum=1, maximum=2**14)
     lora_alpha: float = option(64.0, "The adapter is scaled by alpha / rank.", above=0, maximum=1e6)
     lora_dropout: float = option(0.05, "Dropout on the adapter's input.", minimum=0, maximum=0.999)
     bias: str = option("none", "Which biases to train; only none is supported.", choices=("none",))
-    modules_to_save: str | None = option(None, "Modules to train whole; not supported.")
-    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
-    use_dora: bool = option(False, "Decompose weights; not supported.")
+    modules_to_save: str | None = option(None, "Modules to train in full; not supported.")
+    use_rslora: bool = option(False, "Scale the adapter by alpha / sqrt(rank) instead.")
+    use_dora: bool = option(False, "Decompose the weights into magnitude and direction (DoRA); not supported.")
 
     def __post_init__(self) -> None:
         validate(self)

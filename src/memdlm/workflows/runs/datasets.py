@@ -1,4 +1,4 @@
-"""Rows for a run, from preprocessed folders or tokenized on the spot."""
+"""Load the rows for a run: from preprocessed folders, or tokenized now."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -20,20 +20,20 @@ TRAIN, TEST = "train", "test"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """What a run trains and is evaluated on."""
+    """The data that a run is trained and evaluated on."""
 
     train: TokenRows
     evaluation: TokenRows | None
     counts: dict[str, Counts]
-    """By split."""
+    """Counts by split."""
     manifest: dict[str, Any] = field(default_factory=dict)
-    """What identifies the data: the preprocessed folders' manifests, or the same facts about data read here."""
+    """Identifies the data: manifests of preprocessed folders, or the same facts about data tokenized now."""
 
 
 def load_data(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, evaluates: bool, display: Display
 ) -> RunData:
-    """Load what a run needs. Everything wrong with the data is found here, before any weights are loaded.
+    """Load the data of a run. All errors in the data are found here, before any weights are loaded.
 
     Raises DataError for data that is missing, malformed, made for another tokenizer or without anything to learn,
     and ConfigError when evaluation is on but there is nothing to evaluate on.
@@ -66,7 +66,7 @@ def load_data(
 def _encoded(
     options: DataOptions, tokenizer: PreTrainedTokenizerBase, *, evaluates: bool | None, display: Display
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the splits that are used, and what identifies the data; `evaluates` None: a dataset to evaluate on."""
+    """Return the used splits and what identifies the data. `evaluates` None: the dataset is for evaluation only."""
     if options.load_preprocessed_data:
         found, manifests = load_preprocessed(
             options.dataset_args, tokenizer, options.encoding, Path(options.preprocessed_dir)
@@ -85,14 +85,14 @@ def _encoded(
 
 
 def _used(splits: dict[str, Any], options: DataOptions, evaluates: bool | None, display: Display) -> dict[str, Any]:
-    """Keep the splits that a run uses, and say which it does not."""
+    """Return the splits that a run uses, and print the others."""
     wanted: Collection[str | None] = (TRAIN, evaluation_split(splits) if evaluates else None)
     if evaluates is None:
         wanted = (evaluation_split(splits),) if evaluation_split(splits) is not None else tuple(splits)
     if evaluates and options.eval_dataset_args is not None:
         wanted = (TRAIN,)
     others = {split: len(rows) for split, rows in splits.items() if split not in wanted}
-    # Without a train split nothing is used, and the caller says so.
+    # Without a train split, the caller raises an error.
     if others and (evaluates is None or TRAIN in splits):
         words = ", ".join(f"{split} ({count} rows)" for split, count in others.items())
         display.say(f"{options.dataset_args}: splits that are not used: {words}")
@@ -115,7 +115,7 @@ def _fitting(rows: Any, options: DataOptions, split: str) -> tuple[TokenRows, Co
     )
     if not kept:
         raise DataError(
-            f"dataset: of the {len(lengths)} rows of {options.dataset_args!r} ({split}) none has a token to learn "
+            f"dataset: {options.dataset_args!r} ({split}) has {len(lengths)} rows, but none has a token to learn "
             f"within max_length {options.max_length}; raise it."
         )
     return kept, counts

@@ -1,4 +1,4 @@
-"""Exposure bias of one or two models on a dataset, without and with memory: numbers as JSON, and a picture."""
+"""Measure exposure bias of one or two models on a dataset, without and with memory, as JSON and as a picture."""
 
 import functools
 import json
@@ -32,32 +32,31 @@ MEASUREMENT = Kind(name="exposure bias", words="a measurement of exposure bias")
 
 @dataclass(frozen=True, kw_only=True)
 class BiasOptions:
-    """What is measured, on what."""
+    """What is measured, and on which data."""
 
     model: str = option(MISSING, "Model or adapter: folder or hub name.")
     dataset_args: str = option(
         MISSING,
-        "Datasets as in training: hub names, files, saved folders; joined with +, cut: name[test:100].",
+        "Datasets as in training: hub names, files or saved folders. Join several with +, cut one with name[test:100].",
     )
     column_map: str | None = option(
-        None, "The data's column names = ours: question=prompt,answer=response; NAME= leaves a column out."
+        None,
+        "How the data's column names map to ours, as in question=prompt,answer=response; NAME= leaves a column out.",
     )
-    split: str | None = option(
-        None, "Which split is decoded; unset: validation or test where there is one, else the first."
-    )
-    model2: str | None = option(None, "A second one to compare with; its tokenizer must be the same.")
+    split: str | None = option(None, "Split to decode; unset: validation or test if there is one, else the first.")
+    model2: str | None = option(None, "A second model to compare with; its tokenizer must be the same.")
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
-    overwrite: bool = option(False, "Replace a measurement that output holds already.")
-    steps: int = option(48, "Denoising steps in which every response is decoded.", minimum=1, maximum=2**16)
-    num_samples: int = option(64, "Conversations, from the first.", minimum=1)
+    overwrite: bool = option(False, "Replace an earlier measurement in output.")
+    steps: int = option(48, "Denoising steps per response.", minimum=1, maximum=2**16)
+    num_samples: int = option(64, "Number of conversations to decode: the first that fit into max_length.", minimum=1)
     max_length: int = option(1024, "Conversations with more tokens are left out.", minimum=2)
     train_turns: str = option("last", "Which assistant turns are decoded.", choices=TRAIN_TURNS)
-    batch_size: int = option(8, "Conversations decoded together.", minimum=1, maximum=2**16)
-    seed: int = option(0, "Of the random masks and of memories; masks are the same for all models.")
+    batch_size: int = option(8, "Number of conversations decoded together.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Seed of the random masks and of memories; masks are the same for all models.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
-    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while reading.")
-    mem_enabled: bool = option(False, "Measure every model with memory too, its prompts written first.")
+    load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while loading.")
+    mem_enabled: bool = option(False, "Measure every model with memory, too; its prompts are written first.")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -71,9 +70,9 @@ def measure_exposure_bias(
 ) -> Part:
     """Measure all models, write the JSON and the picture into `options.output`, and return the measured rows.
 
-    With a `memory` every model is measured without and with it: a row with memory never stands alone. The JSON is a
-    part of a report, which `memdlm report` reads. Raises DataError when nothing is left to decode, or when the second
-    model's tokenizer gives other ids, because masks would then not be the same; ConfigError when the output is taken.
+    With a `memory` every model is measured without and with it, so that a row with memory has a baseline. `memdlm
+    report` reads the JSON. Raises DataError when nothing is left to decode, or when the second model's tokenizer gives
+    other ids (the masks would then differ). Raises ConfigError when the output is taken.
     """
     with output_folder(options.output, MEASUREMENT, overwrite=options.overwrite) as output:
         return _measured(options, memory, output, say, command)
@@ -153,7 +152,7 @@ def _conversations(options: BiasOptions) -> tuple[str, Conversations]:
 
 
 def _texts(options: BiasOptions, conversations: Conversations, name: str) -> list[Encoded]:
-    """The first conversations that fit, the longest first: rows of a batch then differ little in length."""
+    """Return the first conversations that fit, sorted by length, so that rows of a batch differ little in length."""
     encoder = ChatEncoder(load_tokenizer(name), train_turns=options.train_turns)
     fitting: list[Encoded] = []
     for index, conversation in enumerate(conversations):

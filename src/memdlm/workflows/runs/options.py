@@ -1,4 +1,4 @@
-"""What `memdlm train` and `memdlm preprocess` can be told, apart from transformers' own arguments."""
+"""The options of training runs, apart from those of `TrainingArguments` and of a new adapter."""
 
 import dataclasses
 from dataclasses import MISSING, dataclass
@@ -14,7 +14,7 @@ from memdlm.models.lora.adapters import LoRAOptions
 from memdlm.options import option, validate
 
 BASE_MODELS = "BASE_MODELS_DIR"
-"""Environment variable with the folder in which models are looked for before the hub."""
+"""Environment variable: the folder in which models are looked for before the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,11 @@ class ModelOptions:
 
     model: str = option(MISSING, "Folder or hub name of the model and its tokenizer.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
-    attn_implementation: str | None = option(None, "sdpa or eager; unset: sdpa.")
+    attn_implementation: str | None = option(None, "Attention implementation: sdpa or eager; unset: sdpa.")
     load_in_4bit: bool = option(False, "Quantise the frozen base model to 4 bits (nf4, double quantisation).")
-    adapter: str | None = option(None, "Folder or hub name of an outer LoRA to train on; its own rank and targets.")
+    adapter: str | None = option(
+        None, "Folder or hub name of an outer LoRA to train further; it keeps its rank and targets."
+    )
     lora: bool = option(False, "Train a new outer LoRA instead of all weights.")
 
     def __post_init__(self) -> None:
@@ -45,12 +47,12 @@ class ModelOptions:
 
     @property
     def path(self) -> str:
-        """Where the model is: below BASE_MODELS_DIR if it is there."""
+        """Return where the model is: below BASE_MODELS_DIR if it is there, else as named."""
         return name_under_base(self.model, BASE_MODELS)
 
 
 def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:
-    """Raise ConfigError for an option of a new adapter when none is made."""
+    """Raise ConfigError for an option of a new adapter when no new adapter is trained."""
     for field in dataclasses.fields(LoRAOptions):
         value = getattr(lora, field.name)
         if not model.lora and value != field.default:
@@ -61,32 +63,34 @@ def refuse_idle(model: ModelOptions, lora: LoRAOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(EncodingOptions):
-    """What it is trained on."""
+    """The data of a run."""
 
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
-        "name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv) or saved folders. Join several "
+        "with +, cut one with name[train:100].",
     )
     eval_dataset_args: str | None = option(
         None, "Datasets to evaluate on; unset: the validation or test split of dataset_args, if evaluation is on."
     )
     load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
-    preprocessed_dir: str = option("data", "Folder below which preprocessed data is looked for.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
-    max_length: int = option(1024, "Longest row, in tokens.", minimum=1)
+    preprocessed_dir: str = option("data", "Folder in which preprocessed data is looked for.")
+    num_proc: int = option(1, "Number of processes that tokenize.", minimum=1, maximum=1024)
+    max_length: int = option(1024, "Maximum length of a row, in tokens.", minimum=1)
     truncation: str = option(
         "filter",
-        "Rows longer than max_length are left out (filter) or keep their first tokens (right).",
+        "What happens to rows longer than max_length. filter: they are left out; right: their first tokens are kept.",
         choices=TRUNCATIONS,
     )
     supervise_padding: str = option(
-        "all", "How much of the padding (EOS) is learned, so that answers end.", choices=SUPERVISE_PADDING
+        "all",
+        "How much of the padding (EOS) is learned, so that the model learns to end its answers.",
+        choices=SUPERVISE_PADDING,
     )
 
 
 def refuse_unread_context(data: DataOptions, memory: OuterConfig | None) -> None:
-    """Raise ConfigError for contexts that nothing writes, and for a write without contexts."""
+    """Raise ConfigError for contexts that are not written, and for a write without contexts."""
     source = None if memory is None else memory.write_source
     if source == "context" and data.context_column is None:
         raise ConfigError("mem_write_source='context' needs context_column: the column with the text to write.")
@@ -103,15 +107,16 @@ class RunOptions:
 
     resume: str = option(
         "never",
-        "never: start anew; latest: go on from the newest whole checkpoint in output_dir, if there is one; or a path.",
+        "never: start anew; latest: continue from the newest complete checkpoint in output_dir, if there "
+        "is one; or the path of a checkpoint.",
     )
     resume_changed: bool = option(
-        False, "Resume although options or data that change the result are not those of the interrupted run."
+        False, "Resume even if options or data that change the result differ from those of the interrupted run."
     )
     resume_without: str | None = option(
         None,
-        "States that begin anew although the run is resumed, comma-separated: optimizer, scheduler, rng, scaler, "
-        "memory. Unset: each must be in the checkpoint.",
+        "States that start anew when the run is resumed, comma-separated: optimizer, scheduler, rng, "
+        "scaler, memory. Unset: the checkpoint must have all of them.",
     )
     overwrite_output_dir: bool = option(False, "Delete the checkpoints of an earlier run in output_dir.")
     dry_run: bool = option(False, "Print the configuration, sizes and step counts, and stop; no weights are loaded.")

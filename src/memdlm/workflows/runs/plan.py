@@ -1,4 +1,4 @@
-"""What a run would be, without loading weights: its resolved options, sizes, an estimate of memory, and step counts."""
+"""Describe a run without loading weights: its resolved options, sizes, estimated memory and step counts."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ from memdlm.workflows.runs.datasets import TRAIN, load_data
 from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
 
 BYTES_4BIT = 0.5 + (1 + 4 / 256) / 64
-"""Per weight: 4 bits, and per 64 weights one 8-bit scale, themselves scaled per 256 (nf4, double quantisation)."""
+"""Bytes per weight: 4 bits; one 8-bit scale per 64 weights; one float32 scale per 256 scales (nf4, double)."""
 GIB = 2**30
 
 
@@ -52,14 +52,14 @@ class Sizes:
 
     total: int
     quantised: int
-    """Of the base model, held in 4 bits."""
+    """Number of parameters of the base model that are held in 4 bits."""
     trained: int
     fast: int
-    """Of one memory; 0 without."""
+    """Number of parameters of one memory; 0 without memory."""
 
 
 def resolved(plan: RunPlan) -> dict[str, Any]:
-    """Return the run's options as a flat recipe: all of ours, and transformers' that differ from their defaults.
+    """Return the run's options as a flat recipe: all of ours, and those of transformers that are not at their defaults.
 
     Options of an adapter that is not trained and of a memory that is off are left out.
     """
@@ -81,7 +81,7 @@ def resolved(plan: RunPlan) -> dict[str, Any]:
 
 
 NOT_OPTIONS = {"accelerator_config", "deepspeed_plugin", "distributed_state", "local_rank", "debug", "do_eval"}
-"""Fields that transformers fills in, or changes the form of, itself."""
+"""Fields that transformers fills in or converts itself."""
 
 
 def default_of(field: "dataclasses.Field[Any]") -> Any:
@@ -90,7 +90,7 @@ def default_of(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return what YAML can hold of `value`."""
+    """Return `value` in types that YAML can hold."""
     if isinstance(value, (str, int, float, bool)) or value is None:
         return getattr(value, "value", value)
     if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def sizes_of(plan: RunPlan, model: PreTrainedModel) -> Sizes:
-    """Count; `model` may be on the meta device."""
+    """Count parameters; `model` may be on the meta device."""
     total = sum(parameter.numel() for parameter in model.parameters())
     quantised = _quantisable(model) if plan.model.load_in_4bit else 0
     trained = count_outer_lora(model, plan.lora) if plan.model.lora else 0 if plan.model.adapter else total
@@ -119,10 +119,10 @@ def _fast_parameters(model: nn.Module, config: FastWeightsConfig) -> int:
 
 
 def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict[str, float]:
-    """Estimate bytes per device, by what they hold; what FSDP or ZeRO would shard is not divided.
+    """Estimate bytes per device, by purpose; what FSDP or ZeRO would shard is not divided.
 
-    Activations are rough: one saved input per block with gradient checkpointing and one block recomputed, about
-    17 numbers per token and unit of width and block without (attention without its score matrix).
+    The estimate of activations is rough. With gradient checkpointing: one saved input per block, and one block that
+    is recomputed. Without: about 17 numbers per token, unit of width and block. Attention scores are not counted.
     """
     config, arguments = model.config, plan.arguments
     width = DTYPES.get(plan.model.dtype, config.dtype or torch.float32).itemsize
@@ -148,7 +148,7 @@ def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict
 
 
 def step_counts(arguments: TrainingArguments, rows: int) -> dict[str, int]:
-    """Return rows, rows per optimizer step, steps per epoch and steps in all, warm-up steps among them."""
+    """Return rows, rows per optimizer step, steps per epoch, steps in total, and warm-up steps (part of the total)."""
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     batches = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
     per_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
@@ -165,8 +165,8 @@ def step_counts(arguments: TrainingArguments, rows: int) -> dict[str, int]:
 def describe_plan(plan: RunPlan, display: Display) -> str:
     """Return everything about a run as text; nothing is written and no weights are loaded.
 
-    A model or dataset that is on the hub and cannot be reached from here is said to be unknown; whatever is wrong with
-    local ones, or with options, raises.
+    A model or dataset on the hub that cannot be reached is reported as unknown. Errors in local models, local datasets
+    or options are raised.
     """
     refuse_idle(plan.model, plan.lora)
     refuse_unread_context(plan.data, plan.arguments.memory)
@@ -211,9 +211,9 @@ def _about_steps(plan: RunPlan, display: Display) -> list[str]:
 
 
 def _about_steps_without_model(plan: RunPlan) -> list[str]:
-    """Say how many conversations there are: how many of them fit, only the tokenizer knows."""
+    """Return the lines about conversations; how many of them fit is unknown without a tokenizer."""
     if plan.data.load_preprocessed_data:
-        return ["# steps: unknown here (whose tokenizer preprocessed data were made with cannot be checked)"]
+        return ["# steps: unknown here (without the tokenizer, preprocessed data cannot be checked)"]
     try:
         splits = load_conversations(plan.data.dataset_args, plan.data.columns)
     except DataError as error:
@@ -221,11 +221,11 @@ def _about_steps_without_model(plan: RunPlan) -> list[str]:
     steps = step_counts(plan.arguments, len(splits[TRAIN])) if TRAIN in splits else {}
     found = [f"{split:<19} {len(conversations):,} conversations" for split, conversations in splits.items()]
     counts = [f"{name:<19} {value:,}" for name, value in steps.items()]
-    return ["# steps, at most (which conversations fit, only the tokenizer knows)", *counts, *found]
+    return ["# steps, at most (without the tokenizer, it is unknown which conversations fit)", *counts, *found]
 
 
 def _unknown_steps(plan: RunPlan, error: DataError) -> list[str]:
-    """Say that data on the hub could not be counted; raises `error` if they are somewhere else."""
+    """Return a line that data on the hub could not be counted; raises `error` if no dataset is on the hub."""
     parts = parse_specs(plan.data.dataset_args)
     if not any(_is_on_the_hub(str(part.path)) for part in parts):
         raise error

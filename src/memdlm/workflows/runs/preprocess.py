@@ -16,21 +16,21 @@ from memdlm.workflows.runs.options import BASE_MODELS
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessOptions(EncodingOptions):
-    """What is tokenized, how, and where to."""
+    """What is tokenized, how, and where it is written."""
 
     model: str = option(MISSING, "Folder or hub name whose tokenizer and chat template are used.")
     dataset_args: str = option(
         MISSING,
-        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv), saved folders; joined with +, cut: "
-        "name[train:100].",
+        "Datasets: hub names, files (.jsonl, .json, .parquet, .csv, .tsv) or saved folders. Join several "
+        "with +, cut one with name[train:100].",
     )
     output_dir: str = option(MISSING, "Folder to write, e.g. data/sft/llada_moe/longalpaca.")
-    num_proc: int = option(1, "Processes that tokenize.", minimum=1, maximum=1024)
+    num_proc: int = option(1, "Number of processes that tokenize.", minimum=1, maximum=1024)
     overwrite: bool = option(False, "Replace what is in output_dir.")
 
 
 def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str, Any]:
-    """Write the preprocessed folder and return its manifest; an interrupted run goes on where it stopped."""
+    """Write the preprocessed folder and return its manifest; an interrupted run continues where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args, options.columns)
     for line in unused(splits.values()):

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: only the run that was interrupted, or one that says what it changes."""
+"""Resume a run: it must be the run that was interrupted, or declare that it changes options or data."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ WORLD = "world_size"
 
 _PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "dataloader_")
 _KEPT = {"eval_dataset_args", "dataloader_drop_last"}
-"""Options that begin like those, but choose what is trained or what the best checkpoint is."""
+"""Options with these prefixes that still affect the training or the choice of the best checkpoint."""
 FREE = frozenset(
     [
         *("output_dir", "resume", "overwrite_output_dir", "resume_from_checkpoint", "resume_changed"),
@@ -30,16 +30,16 @@ FREE = frozenset(
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "mem_inner_gradient_checkpointing"),
     ]
 )
-"""Options that may change: what is logged, saved and evaluated, where, and how memory is saved; not what is trained."""
+"""Options that may change: what is logged, saved and evaluated, where, and how device memory is saved."""
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps", WORLD)
-"""How an optimizer step is cut into pieces."""
+"""How an optimizer step is split into batches and ranks."""
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
 def earlier_run(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the run file of the run that wrote `checkpoint`, None where there is none (another program's checkpoint).
+    """Return the run file of the run that wrote `checkpoint`; None if there is none (checkpoints of other programs).
 
-    Raises CheckpointError for a damaged one.
+    Raises CheckpointError for a damaged run file.
     """
     path = checkpoint.absolute().parent / RUN_FILE
     if not path.is_file():
@@ -54,16 +54,16 @@ def earlier_run(checkpoint: Path) -> dict[str, Any] | None:
         return {**found, "options": options}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(
-            f"resume: {path} cannot be read ({error!r}), so it is not known which run wrote "
+            f"resume: {path} cannot be read ({error!r}), so it is unknown which run wrote "
             f"{checkpoint.name}. Name the checkpoint as the model to start anew from its weights."
         ) from error
 
 
 def check_same_run(plan: RunPlan, checkpoint: Path, display: Display) -> list[str]:
-    """Compare the options of a resumed run with those of the run that wrote `checkpoint`; return what differs.
+    """Compare the options of a resumed run with those of the run that wrote `checkpoint`; return the differences.
 
-    What is logged, saved or evaluated may differ, and so may how a step is cut up where that changes nothing (see
-    `is_same_step`). Raises ConfigError when anything else does, unless `resume_changed` is on: then it is said.
+    What is logged, saved or evaluated may differ, and so may the split of a step if that changes nothing (see
+    `is_same_step`). Raises ConfigError for any other difference, unless `resume_changed` is on: then it is printed.
     """
     earlier = earlier_run(checkpoint)
     if earlier is None:
@@ -86,10 +86,10 @@ def check_same_data(manifest: Mapping[str, Any], plan: RunPlan, checkpoint: Path
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Say of every option that makes another run of it: name, earlier value, present value."""
+    """Return one text per option that changes the run: its name, earlier value and present value."""
     usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
     old, new = {**usual, **old}, {**usual, **new}
-    # What only one side has belongs to an adapter or a memory that the other is without; that switch itself differs.
+    # Options of only one run belong to an adapter or memory that the other lacks; the switch for it differs, too.
     changed = {name for name in set(old) & set(new) if old[name] != new[name] and not _is_free(name)}
     if is_same_step(old, new):
         changed -= set(CUT)
@@ -99,9 +99,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def is_same_step(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether optimizer steps that are cut up differently give the same weights, to rounding.
+    """Whether two splits of an optimizer step give the same weights, up to rounding.
 
-    They need as many rows, no dropout, and no memory that the rows of a piece share, unless the pieces are the same.
+    They do if the number of rows is the same and there is no dropout, and no memory that rows of a batch share. With
+    dropout or a shared memory, the batches must be the same, too.
     """
     (rows, pieces, ranks), (new_rows, new_pieces, new_ranks) = ([each[name] for name in CUT] for each in (old, new))
     if rows * pieces * ranks != new_rows * new_pieces * new_ranks:
@@ -122,9 +123,9 @@ def _is_free(name: str) -> bool:
 def _judge(changed: list[str], plan: RunPlan, checkpoint: Path, display: Display) -> list[str]:
     if changed and not plan.run.resume_changed:
         raise ConfigError(
-            f"resume: {checkpoint} was written by another run than this would be: {'; '.join(changed)}. Give the "
-            "earlier values to go on with it, name the checkpoint as the model to start a new run from its weights, or "
-            "add --resume_changed True to go on all the same."
+            f"resume: {checkpoint} was written by a run with other options or data: {'; '.join(changed)}. Give "
+            "the earlier values to continue that run, name the checkpoint as the model to start a new run from its "
+            "weights, or add --resume_changed True to resume with the changes."
         )
     for each in changed:
         display.say(f"resume: {each}")
@@ -135,7 +136,7 @@ _PLACE = ("path", "memdlm", "format", SUMS)
 
 
 def _content(manifest: Any) -> Any:
-    """Return what a manifest says of the data, wherever they are and whatever wrote it."""
+    """Return what a manifest says about the data, without their place and the version that wrote it."""
     if isinstance(manifest, list):
         return [_content(each) for each in manifest]
     if not isinstance(manifest, Mapping):

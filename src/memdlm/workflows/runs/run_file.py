@@ -1,4 +1,4 @@
-"""`run.json`: what is needed to know, later, which run left a folder behind."""
+"""`run.json`: identifies the run that wrote a folder."""
 
 import dataclasses
 import importlib.metadata
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 def write_run_file(plan: RunPlan, data: RunData, checkpoint: Path | None, changed: Sequence[str] = ()) -> None:
     """Write options, versions, seeds, commit and data of a run into its output folder.
 
-    `changed` says how the run differs from the one that wrote `checkpoint`; what the latter had changed stays listed.
+    `changed` lists how the run differs from the one that wrote `checkpoint`; earlier changes stay listed.
     """
     arguments = plan.arguments
     earlier = None if checkpoint is None else earlier_run(checkpoint)
@@ -53,7 +53,7 @@ def write_run_file(plan: RunPlan, data: RunData, checkpoint: Path | None, change
 
 
 def source_commit() -> dict[str, Any] | None:
-    """Return the commit of the checkout this package runs from and whether files differ from it; None outside one."""
+    """Return the commit of this package's git checkout and whether files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = _git(here, "rev-parse", "HEAD")

@@ -36,10 +36,10 @@ def run_training(
     run_options: RunOptions | None = None,
     display: Display | None = None,
 ) -> Path:
-    """Train as told and leave the final weights and tokenizer in `arguments.output_dir`, which is returned.
+    """Train, write the final weights and tokenizer into `arguments.output_dir`, and return that folder.
 
-    Everything that can be wrong with the data, or with going on from a checkpoint, is found before the first step.
-    Raises DataError, ConfigError or CheckpointError.
+    Errors in the data or in the checkpoint to resume from are found before the first step. Raises DataError,
+    ConfigError or CheckpointError.
     """
     lora = LoRAOptions() if lora_options is None else lora_options
     display = Display() if display is None else display
@@ -92,28 +92,28 @@ def _run(
     if arguments.should_save:
         write_run_file(plan, data, checkpoint, changed)
     if checkpoint is not None:
-        display.say(f"going on from {checkpoint}")
+        display.say(f"resuming from {checkpoint}")
     without = left_out(run.resume_without, arguments)
     trainer.train(None if checkpoint is None else str(checkpoint), resume_without=without)
     trainer.save_final(out)
-    # The log, which `memdlm report` reads, also where no checkpoint was wanted.
+    # `memdlm report` reads the log in this state, also when no checkpoints were saved.
     trainer.save_state()
     return out
 
 
 def name_for_trackers(arguments: TrainingArguments) -> None:
-    """Say under which project and name a run is filed, where it is not said yet."""
+    """Set the project and name of a run for trackers, unless they are set."""
     arguments.run_name = arguments.run_name or Path(arguments.output_dir).absolute().name
     if "wandb" in (arguments.report_to or ()):
-        # transformers reads wandb's project from the environment alone.
+        # transformers only reads wandb's project from the environment.
         os.environ.setdefault("WANDB_PROJECT", arguments.project)
 
 
 def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path | None:
-    """Return the checkpoint to go on from; `resume_from_checkpoint` is transformers' word for `resume` with a path.
+    """Return the checkpoint to resume from; transformers' `resume_from_checkpoint` means `resume` with a path.
 
     Raises ConfigError when both are given and when `out` holds another run's checkpoints, CheckpointError for a
-    checkpoint that a run cannot go on from.
+    checkpoint that a run cannot resume from.
     """
     given = arguments.resume_from_checkpoint
     if given is not None and run.resume != NEVER:
@@ -122,17 +122,19 @@ def start_of(run: RunOptions, arguments: TrainingArguments, out: Path) -> Path |
         raise ConfigError(f"resume_from_checkpoint={given!r} and overwrite_output_dir=True contradict each other.")
     resume = run.resume if given is None else str(given)
     without = left_out(run.resume_without, arguments)
-    # What is to be overwritten stays until nothing is left that could be wrong: see `run_training`.
+    # Earlier checkpoints are only deleted after all checks, see `_run`.
     checkpoint = None if run.overwrite_output_dir else prepare_output(out, resume, overwrite=False, without=without)
     if checkpoint is not None:
         check_checkpoint(checkpoint, arguments, without)
     elif without:
-        raise ConfigError(f"resume_without={run.resume_without!r} has no effect: there is no checkpoint to go on from.")
+        raise ConfigError(
+            f"resume_without={run.resume_without!r} has no effect: there is no checkpoint to resume from."
+        )
     return checkpoint
 
 
 def clear_output(arguments: TrainingArguments, out: Path) -> None:
-    """Delete the checkpoints of an earlier run; one process does, and the others wait for it."""
+    """Delete the checkpoints of an earlier run. One process does it, and the others wait."""
     with arguments.main_process_first(desc="output_dir"):
         if arguments.process_index == 0:
             prepare_output(out, NEVER, overwrite=True)
@@ -146,7 +148,7 @@ def first_line(options: ModelOptions, arguments: TrainingArguments, weights: str
 
 
 def device_of(arguments: TrainingArguments) -> torch.device | None:
-    """Return where this process is to load the model: its own device; None, the CPU, where weights will be sharded."""
+    """Return the device to load the model on: this process's own; None (the CPU) if weights will be sharded."""
     launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() for name in ("FSDP", "DEEPSPEED")]
     is_sharded = bool(arguments.fsdp or arguments.deepspeed) or bool({"1", "true", "yes"} & set(launched))
     return None if is_sharded or arguments.device.type == "cpu" else arguments.device
@@ -159,9 +161,9 @@ def make_model(
     weights: str | torch.dtype = AUTO,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load what is trained, its weights in the dtype `weights`: the whole model, or its base with an adapter on top.
+    """Load the model to train, with an adapter if one is trained; `weights` is the dtype of its weights.
 
-    It is loaded, and quantised, on `device`; None: the CPU.
+    The model is loaded and quantised on `device`; None: the CPU.
     """
     model = load_model(
         options.path,
@@ -173,13 +175,13 @@ def make_model(
     )
     if not options.lora:
         return model
-    # An adapter is read from anywhere, so a local base is named by its whole path.
+    # An adapter may be loaded from any folder, so that a local base needs its absolute path.
     base = str(Path(options.path).absolute()) if Path(options.path).exists() else options.path
     return add_outer_lora(model, lora, seed=seed, base=base)
 
 
 def describe(counts: Counts) -> str:
-    """Return the counts of a split in words; what is 0 is left out."""
+    """Return the counts of a split in words, without those that are 0."""
     words = [f"{counts.kept} of {counts.conversations} conversations are used"]
     for number, what in (
         (counts.too_long, "too long"),

@@ -1,1 +1,1 @@
-"""Answers to people: generation, chat, memorising and asking."""
+"""Sessions with a model: generation, chat, memorising and asking."""

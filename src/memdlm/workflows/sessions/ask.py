@@ -27,18 +27,20 @@ from memdlm.workflows.sessions.decoding import ModelOptions, Tally, decode, load
 class AskOptions(ModelOptions):
     """What is asked, and of which memory."""
 
-    memory: str | None = option(None, "Folder of the memory, see memdlm memorize.")
+    memory: str | None = option(None, "Folder of a memory that memdlm memorize wrote.")
     questions: str | None = option(
-        None, "A .jsonl file with a `question` per line, and perhaps the `answer` to compare with."
+        None, "A .jsonl file with a `question` per line and, optionally, the `answer` to compare with."
     )
     output: str | None = option(None, "Write the answers to this .jsonl file; unset: print them.")
-    overwrite: bool = option(False, "Replace answers that output holds already.")
-    keep_context: bool = option(False, "Show the document as well, in front of every question.")
-    file: str | None = option(None, "With keep_context: the document; unset: where it was when it was memorised.")
-    chat: bool = option(True, "Put questions through the chat template, if the tokenizer has one; False: as they are.")
-    batch_size: int = option(8, "Questions answered at a time.", minimum=1, maximum=2**16)
-    seed: int = option(0, "Of samples.")
-    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
+    overwrite: bool = option(False, "Replace earlier answers in output.")
+    keep_context: bool = option(False, "Also show the document, in front of every question.")
+    file: str | None = option(None, "With keep_context: path of the document; unset: its path when it was memorised.")
+    chat: bool = option(
+        True, "Put questions through the chat template if the tokenizer has one; False: use them as they are."
+    )
+    batch_size: int = option(8, "Number of questions answered together.", minimum=1, maximum=2**16)
+    seed: int = option(0, "Seed of samples.")
+    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,18 +57,18 @@ class AskOptions(ModelOptions):
 @final
 @dataclass(slots=True)
 class Asker:
-    """A model with one memory open, and what its answers took so far."""
+    """A model with one memory open, and the cost of its answers so far."""
 
     decoder: Decoder
     context: str | None = None
-    """Shown in front of every question; None: nothing is."""
+    """Text shown in front of every question; None for nothing."""
     chat: bool = True
     seed: int = 0
     tally: Tally = field(default_factory=Tally)
     count: int = 0
 
     def answer(self, questions: Sequence[str], console: Console) -> list[str]:
-        """Answer a batch of questions, each by itself. The memory must be open."""
+        """Answer a batch of questions, each on its own. The memory must be open."""
         job = self.decoder.prepare(
             [self._prompt(question) for question in questions],
             [derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
@@ -87,7 +89,7 @@ def asker(options: AskOptions, config: GenerationConfig, display: Display) -> It
     """Load the model and open the memory for the length of the block; nothing is written.
 
     Raises MemoryFileError when the memory is damaged or was written for another model or tokenizer, DataError when
-    the document is to be shown and is gone or was changed.
+    the document is to be shown but is missing or was changed.
     """
     saved = read_memory(str(options.memory))
     context = _context(options, saved) if options.keep_context else None
@@ -101,7 +103,9 @@ def asker(options: AskOptions, config: GenerationConfig, display: Display) -> It
 def _context(options: AskOptions, saved: SavedMemory) -> str:
     source = options.file if options.file is not None else saved.provenance.get("source")
     if source is None:
-        raise DataError("keep_context: the memory does not say what document it was written from; name it with --file.")
+        raise DataError(
+            "keep_context: the memory does not say which document it was written from; name it with --file."
+        )
     if options.file is None and not Path(source).is_file():
         raise DataError(f"keep_context: the document was at {source!r} and is not there; name it with --file.")
     document = read_document(source)
@@ -112,13 +116,13 @@ def _context(options: AskOptions, saved: SavedMemory) -> str:
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Read rows with a `question` and perhaps an `answer`, both text. Raises DataError that names the row."""
+    """Read rows with a `question` and an optional `answer`, both text. Raises DataError, which names the row."""
     rows = read_file(Path(path))
     for index, row in enumerate(rows):
         wrong = not isinstance(row, Mapping) or not isinstance(row.get("question"), str) or not row["question"].strip()
         if wrong or not isinstance(row.get("answer", ""), str):
             raise DataError(
-                f"questions: {path}, row {index} needs a 'question', and an 'answer' if any, that are text."
+                f"questions: {path}, row {index} needs a 'question' that is text (so must be an 'answer', if any)."
             )
         check_text(row["question"], f"questions: {path}, row {index}: ")
     return [dict(row) for row in rows]
@@ -139,7 +143,7 @@ def holds_answers(path: Path) -> bool:
 def answered(
     asker: Asker, rows: Sequence[dict[str, Any]], batch_size: int, console: Console
 ) -> Iterator[dict[str, Any]]:
-    """Yield each row with its `response` and, where an `answer` was given, whether they are the same words."""
+    """Yield each row with its `response` and, if it has an `answer`, whether both have the same words."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         for row, response in zip(part, asker.answer([row["question"] for row in part], console), strict=True):

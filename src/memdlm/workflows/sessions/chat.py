@@ -27,9 +27,9 @@ SAVED_BY, SAVER = "saved_by", "memdlm chat"
 class ChatOptions:
     """How a conversation is held."""
 
-    system: str | None = option(None, "A system prompt that stays at the head of the conversation.")
+    system: str | None = option(None, "System prompt, kept at the start of the conversation.")
     max_context: int | None = option(
-        None, "Most tokens of history and answer together; unset: the positions the model was trained on.", minimum=2
+        None, "Maximum tokens of history and answer together; unset: the positions the model was trained on.", minimum=2
     )
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class ChatOptions:
 @final
 @dataclass(slots=True)
 class Chat:
-    """One conversation, and what it took so far."""
+    """One conversation, and the cost of its answers so far."""
 
     decoder: Decoder
     options: ChatOptions
@@ -52,13 +52,13 @@ class Chat:
     tally: Tally = field(default_factory=Tally)
     answers: int = 0
     saved: set[Path] = field(default_factory=set)
-    """Where this conversation was saved: there it may be saved again."""
+    """Files that this conversation was saved to; saving may overwrite these."""
 
     def __post_init__(self) -> None:
         self.decoder = self.decoder.caching(self.decoder.memory)
 
     def hold(self, lines: Iterator[str]) -> None:
-        """Answer `lines` until they end or one of them is /exit, then say what it took."""
+        """Answer `lines` until they end or one of them is /exit, then print the cost."""
         for line in lines:
             text = line.strip()
             if not text:
@@ -71,7 +71,7 @@ class Chat:
                 self.answer(text)
             except KeyboardInterrupt:
                 self.turns.pop()
-                self._say("(interrupted; the question was taken back)")
+                self._say("(interrupted; the question was removed)")
             except MemDLMError as error:
                 self.turns.pop()
                 self._say(f"(error: {error})")
@@ -87,7 +87,7 @@ class Chat:
         reply = result.texts[0].strip()
         self.turns.append({"role": "assistant", "content": reply})
         self.answers += 1
-        # As it is: wrapping would destroy line ends and code.
+        # Not wrapped: wrapping would break lines and code.
         self._say(reply or "(empty)")
         return reply
 
@@ -117,7 +117,7 @@ class Chat:
         return trained_positions(self.decoder.model) if given is None else given
 
     def _command(self, text: str) -> bool:
-        """Obey a command; returns whether the conversation goes on."""
+        """Run a command; return whether the conversation continues."""
         name, _, argument = text.partition(" ")
         if name not in COMMANDS:
             self._say(f"(unknown command {name}.{did_you_mean(name, COMMANDS)} Possible: {', '.join(COMMANDS)})")
@@ -161,7 +161,7 @@ def _save(chat: Chat, argument: str) -> str:
     if not name:
         raise ConfigError("/save takes a file name.")
     system = [] if chat.options.system is None else [{"role": "system", "content": chat.options.system}]
-    # The mark tells it from somebody's own conversation, which is never replaced.
+    # The mark distinguishes the file from the user's own files, which are never replaced.
     text = json.dumps({"messages": [*system, *chat.turns], SAVED_BY: SAVER}, ensure_ascii=False)
     place = resolved(name)
     with output_file(
@@ -197,7 +197,7 @@ COMMANDS: dict[str, Callable[[Chat, str], str | None]] = {
     "/save": _save,
     "/exit": _exit,
 }
-"""What a line that starts with a slash does; each returns what is said about it."""
+"""Commands, lines that start with a slash; each returns a message for the user."""
 
 
 def typed(prompt: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A model, a memory and options from the command line, and a decoding that shows itself while it runs."""
+"""Load a model and a memory from command-line options, and decode with live output."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ from memdlm.terminal import printable
 from memdlm.workflows.display import Display
 
 OPEN = "\u2591"
-"""What stands for a token that is still masked."""
+"""Character shown for a token that is still masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class ModelOptions:
     """Which model is used, and how it is loaded."""
 
     model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
-    adapter: str | None = option(None, "Folder or hub name of an outer adapter.")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter.")
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
-    load_in_4bit: bool = option(False, "Quantise the model's weights.")
+    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -51,16 +51,16 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions(ModelOptions):
-    """What is decoded with."""
+    """Options that generate, infill and chat share."""
 
     mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
-    seed: int = option(0, "Of memories and samples.")
-    preset: str | None = option(None, "Options recommended for a family; other flags override them.")
-    trace: str | None = option(None, "Write a page that plays the denoising back to this file.")
+    seed: int = option(0, "Seed of memories and samples.")
+    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
+    trace: str | None = option(None, "HTML file to write: a page that replays the denoising.")
 
 
 def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
-    """Raise ConfigError where `config` names tokens that the model, by its configuration alone, does not have."""
+    """Raise ConfigError if `config` names tokens that the model lacks by its configuration (no weights are needed)."""
     name = str(options.model)
     if is_adapter(name):
         name = base_of_adapter(name)
@@ -70,7 +70,7 @@ def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
 
 
 def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, and say where the model runs."""
+    """Load model and tokenizer, and print where the model runs."""
     name = str(options.model)
     model = load_model(
         name,
@@ -85,9 +85,9 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
 
 
 def load(options: DecodingOptions, memory: MemoryConfig | None, config: GenerationConfig, display: Display) -> Decoder:
-    """Load what decodes, with a memory (which costs nothing until it is written), even where it is off.
+    """Load a decoder with a memory, even if memory is off (it costs nothing until it is written).
 
-    What can be told from the options is told before: raises ConfigError for tokens that are not in the vocabulary.
+    Raises ConfigError for tokens that are not in the vocabulary, before the weights are loaded.
     """
     check_vocabulary(options, config)
     model, tokenizer = load_parts(options, display)
@@ -97,7 +97,7 @@ def load(options: DecodingOptions, memory: MemoryConfig | None, config: Generati
 
 @dataclass(slots=True)
 class Tally:
-    """What decoding took, summed over answers."""
+    """The cost of decoding, summed over answers."""
 
     tokens: int = 0
     passes: int = 0
@@ -110,13 +110,13 @@ class Tally:
         self.seconds += seconds
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the cost as one line."""
         rate = self.tokens / self.seconds if self.seconds else 0.0
         return f"{self.tokens} tokens in {self.seconds:.1f} s, {rate:.1f} tokens/s, {self.passes} forward passes"
 
 
 def decode(job: Job, tally: Tally, *, console: Console, trace: str | None = None) -> Generation:
-    """Run `job`, showing its first row as its tokens settle if `console` is a terminal, and count it in `tally`."""
+    """Run `job` and add its cost to `tally`; on a terminal, show the first row while it is decoded."""
     record = None if trace is None else Trace(job)
     start, ids = time.perf_counter(), job.canvas.ids
     with _shown(console) as show:
@@ -136,17 +136,19 @@ def decode(job: Job, tally: Tally, *, console: Console, trace: str | None = None
 
 
 def page_at(trace: str) -> AbstractContextManager[Callable[[bytes], None]]:
-    """Hold the file of a trace for writing, see `output_file`; an earlier trace is replaced.
+    """Hold the file of a trace for writing, see `output_file`; it replaces an earlier trace.
 
     Raises ConfigError when its folder does not exist.
     """
     if Path(trace).is_dir() or not Path(trace).parent.is_dir():
-        raise ConfigError(f"trace: {trace!r} is no file in a folder that exists; make the folder, or name one.")
+        raise ConfigError(
+            f"trace: {trace!r} is no file in a folder that exists; create the folder, or name another file."
+        )
     return output_file(trace, is_page, "page", option="trace")
 
 
 def live_text(job: Job, step: Step) -> Text:
-    """Return the first row's response as it stands, with blanks for what is still masked."""
+    """Return the first row's response so far, with blanks for masked tokens."""
     tokenizer = job.decoder.tokenizer
     first, last = int(job.canvas.prompt_lengths[0]), int(job.canvas.response_ends[0])
     row = visible(step.ids[0, first:last].cpu(), job.decoder.special.ends)
@@ -161,6 +163,6 @@ def _shown(console: Console) -> Iterator[Callable[[Text], None] | None]:
     if not console.is_terminal:
         yield None
         return
-    # Transient: the finished text is printed by the caller, whole and unwrapped.
+    # Transient, because the caller prints the finished text, unwrapped.
     with Live(console=console, transient=True, auto_refresh=False) as live:
         yield partial(live.update, refresh=True)

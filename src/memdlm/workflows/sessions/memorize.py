@@ -1,4 +1,4 @@
-"""Write a document into a memory once, and keep it as a file, if it does no harm."""
+"""Write a document into a memory once, and save it if the gate, if any, lets it pass."""
 
 import dataclasses
 import time
@@ -28,7 +28,7 @@ from memdlm.workflows.sessions.decoding import ModelOptions, load_parts
 
 GATES = ("none", "held_out", "written")
 RATIO, ENOUGH, MOST_VIEWS = 0.2, 512, 5
-"""Losses are measured with a fifth of the tokens hidden, in as many views as give this many predictions, or five."""
+"""Losses are measured with this share of tokens hidden, in views enough for this many predictions, at most five."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,20 @@ class MemorizeOptions(ModelOptions):
     """What is written, and where it goes."""
 
     file: str | None = option(None, "The document: .txt, .md, .html or .pdf (with pypdf).")
-    output: str | None = option(None, "Folder of the memory, such as doc.mem.")
-    overwrite: bool = option(False, "Replace a memory that is there already.")
+    output: str | None = option(None, "Folder to write the memory to, such as doc.mem.")
+    overwrite: bool = option(False, "Replace an earlier memory in output.")
     as_message: bool = option(False, "Write the document as a user's message in the chat template, not as plain text.")
     gate: str = option(
         "none",
-        "Keep the memory only if it lowers the loss. held_out: on tokens that a trial write never saw; written: on the "
-        "written tokens, under masks of their own.",
+        "Keep the memory only if it lowers the loss. held_out: the loss on tokens that a trial write never "
+        "saw; written: the loss on the written tokens, under new masks.",
         choices=GATES,
     )
-    held_out_share: float = option(0.1, "With the gate held_out: the share of the tokens.", above=0, below=1)
-    compress_rank: int | None = option(None, "Keep the best approximation of this rank, and measure it.", minimum=1)
-    seed: int = option(0, "Of the write and of the masks that are measured.")
+    held_out_share: float = option(0.1, "With gate=held_out: share of the tokens that are held out.", above=0, below=1)
+    compress_rank: int | None = option(
+        None, "Keep the best approximation of the memory at this rank, and measure that.", minimum=1
+    )
+    seed: int = option(0, "Seed of the write, and of the masks that losses are measured with.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,15 +62,15 @@ class MemorizeOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memorized:
-    """What became of a document."""
+    """The result of memorising a document."""
 
     kept: bool
     memory: SavedMemory
-    """Written to the output folder if it was kept."""
+    """The memory; it is in the output folder if it was kept."""
     why: str
-    """One sentence: what was measured, and what follows."""
+    """One sentence: what was measured, and the decision."""
     seconds: float
-    """Of the write that is kept, without loading and measuring."""
+    """Duration of the write itself, without loading and measuring."""
 
 
 def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -> Memorized:
@@ -116,7 +118,7 @@ def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_m
 
 
 class Memorizer:
-    """One document's write, with what is measured around it."""
+    """Writes one document, and measures before and after."""
 
     def __init__(self, memory: ParametricMemory, options: MemorizeOptions, display: Display) -> None:
         self.memory, self.options, self.display = memory, options, display
@@ -144,7 +146,7 @@ class Memorizer:
         return Memorized(kept=kept, memory=saved, why=_reason(kept, gate), seconds=seconds)
 
     def _held_out(self, ids: Tensor) -> dict[str, Any]:
-        """Write without some tokens, which are [MASK] in every state, and return the loss on them before and after."""
+        """Write with some tokens always masked, and return the loss on them before and after."""
         generator = derive("memorize held out", self.options.seed)
         text = masked_text(ids, ratio=self.options.held_out_share, views=1, generator=generator)
         before = loss_under(self.memory, text)
@@ -154,7 +156,7 @@ class Memorizer:
 
     @contextmanager
     def _written(self, ids: Tensor, what: str) -> Iterator[float]:
-        """Open the memory on `ids` [L]; yields the seconds that the write took. Mask tokens are not learned."""
+        """Open a memory of `ids` [L]; yield the seconds that the write took. Mask tokens are not learned."""
         device = next(self.memory.model.parameters()).device
         batch = ids[None].to(device)
         labels = batch.masked_fill(batch == self.memory.mask_token_id, IGNORE_INDEX)

@@ -1,9 +1,9 @@
-"""The main job, offline: train small models with and without memory, measure them, and write a report.
+"""The demo: train small models with and without memory, offline, measure them, and write a report.
 
-First, recall from memory alone. Then, with everything in attention's reach, two models learn key-value
-recall from scratch: standard MDLM, and MemDLM as published (memory written from the response in training, from the
-prompt at inference). Each is measured without and with inference-time memory, at the training length and beyond.
-Whatever comes out is reported.
+The first part is recall from memory alone. In the second part attention reaches everything, and two models learn
+key-value recall from scratch: standard MDLM, and MemDLM as published (memory written from the response in training,
+from the prompt at inference). Each is measured without and with inference-time memory, at the training length and
+beyond. All results are reported.
 """
 
 import os
@@ -53,11 +53,11 @@ from memdlm.workflows.studies.recall_study import (
 
 NOTES = (
     "Memory on: before each conversation is answered, its prompt is written into fast weights with the published "
-    "hyper-parameters. Memory off: the same model, nothing written.",
-    "The published recipe writes memory, in training, from the labels that the loss then scores; its training loss "
+    "hyper-parameters. Memory off: the same model, with nothing written.",
+    "In training, the published recipe writes memory from the labels that the loss then scores. Its training loss "
     "with memory is therefore not comparable with any loss without memory. Compare models by the loss without memory "
     "and by accuracy.",
-    "These are toy models on synthetic text. They show that everything runs and what it does here; they say nothing "
+    "These are toy models on synthetic text. They show that everything runs, and what it does here. They say nothing "
     "about models of a useful size.",
 )
 
@@ -68,7 +68,7 @@ DEMO = Kind(name="demo", words="a demo", part=INTERRUPTED)
 
 @dataclass(kw_only=True)
 class Rows:
-    """What was measured of a panel so far."""
+    """The results of a panel so far."""
 
     models: list[Any] = field(default_factory=list)
     accuracy: list[Accuracy] = field(default_factory=list)
@@ -79,9 +79,10 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
     """Train, measure and report; returns the report that was written to `out`.
 
     Leaves `report.html`, `report.json`, five PNGs and `checkpoints/<model>-seed<n>/` (folders for
-    `memdlm.load_model`), all at once in the end: an earlier demo stays until then. On Ctrl-C what is finished is
-    written (beside an earlier demo, into `out/interrupted`), then KeyboardInterrupt goes on. Raises DataError when
-    `out` is, or lies under, a file, ConfigError when it holds anything but a demo, or a demo and `overwrite` is off.
+    `memdlm.load_model`), all at once at the end: an earlier demo stays until then. On Ctrl-C the finished results
+    are written (into `out/interrupted` if there is an earlier demo), and KeyboardInterrupt is raised again. Raises
+    DataError when `out` is a file or lies below one, ConfigError when it holds anything but a demo, or a demo while
+    `overwrite` is off.
     """
     with output_folder(out, DEMO, overwrite=overwrite, option="out") as output:
         earlier = (output.place / "report.json").exists()
@@ -93,7 +94,7 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
                 if not (growing / "report.json").exists():
                     raise
                 folder = out / INTERRUPTED if earlier else out
-                display.say(f"Interrupted. What was finished is in {folder / 'report.html'}.")
+                display.say(f"Interrupted. The finished results are in {folder / 'report.html'}.")
                 if earlier:
                     _keep(growing, output)
                     raise
@@ -103,7 +104,7 @@ def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overw
 
 
 def _keep(growing: Path, output: Output) -> None:
-    """Move what was finished into the earlier demo, which stays."""
+    """Move the finished results into a folder of the earlier demo, which stays."""
     with Output(output.place / INTERRUPTED, DEMO).replaced() as folder:
         for path in [each for each in growing.iterdir() if each.name != MARKER]:
             os.replace(path, folder / path.name)
@@ -131,7 +132,7 @@ def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str
                 _fill(found, panel, each, out, display)
     except KeyboardInterrupt:
         if rows[0].models:
-            notes.append("Interrupted: what was finished until then is shown.")
+            notes.append("Interrupted: only the results finished before are shown.")
             finish()
         raise
     return finish()
@@ -146,7 +147,7 @@ def _make_data(plan: DemoPlan, display: Display) -> RecallData:
 
 
 def _fill(rows: Rows, panel: Panel, data: RecallData, out: Path, display: Display) -> None:
-    """Train and measure every model on every seed; a model's rows are added when all of them are there."""
+    """Train and measure every model with every seed; a model's rows are added when all of them are measured."""
     for seed in panel.seeds:
         for name, arm in panel.arms.items():
             found = measure_arm(
@@ -219,7 +220,7 @@ def _report(
 
 
 def _seconds(panel: Panel, data: RecallData, device: torch.device) -> float:
-    """Time one training pass, and count how many of them the panel costs."""
+    """Estimate a panel's seconds: time one training pass, and multiply by the number of passes."""
     plan = panel.plan
     batch = Collator(data.tokenizer.pad_token_id)(data.train[: plan.batch_size])
     model, input_ids, spent = new_model(plan, data, seed=0).to(device), batch["input_ids"].to(device), []
@@ -242,7 +243,7 @@ def _minutes(seconds: float) -> str:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Compute on one thread: models this small lose time on more, and one thread always adds in the same order."""
+    """Compute on one thread: more threads slow such small models, and one thread always sums in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

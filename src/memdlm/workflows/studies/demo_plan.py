@@ -1,4 +1,4 @@
-"""What the demo measures, whole and quick: two panels of models, their sizes, and where it runs."""
+"""The plan of the demo, full or quick: two panels of models, their sizes, and the device."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from memdlm.report.model import Task
 from memdlm.workflows.studies.plans import MAIN, RecallPlan, arms, open_book
 
 LEAK = ("MDLM", "published")
-"""Whose training losses the first panel draws."""
+"""Models whose training losses the first panel shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +22,11 @@ class Arm:
     """One model of a panel."""
 
     memory: MemoryConfig | None
-    """What it is trained with; None: without."""
+    """The memory it is trained with; None: without memory."""
     folder: str
     """Name of its checkpoints, without the seed."""
     step_cost: float
-    """Training passes that a step costs (network, optimizer and Trainer), measured."""
+    """Measured cost of a training step (network, optimizer and Trainer), in training passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,10 @@ class Panel:
     description: str
     name: str
     answer_cost: float
-    """Training passes that a denoising step costs, per conversation of the training length; other measures included."""
+    """Cost of a denoising step per conversation of the training length, in training passes; includes other measures."""
 
     def task(self) -> Task:
-        """Return what a report says of the task."""
+        """Return the task as a report describes it."""
         task = self.plan.task
         return Task(
             name=self.name,
@@ -59,7 +59,7 @@ class Panel:
 
 
 def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
-    """What a memory holds when attention cannot reach the prompt any more: four ways to train it."""
+    """Return the panel about recall when attention cannot reach the prompt: four ways to train a memory."""
     task, memories = _key_values(plan), arms(plan)
     return Panel(
         plan=plan,
@@ -71,8 +71,8 @@ def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
         name="recall from memory alone",
         description=f"{task.num_pairs} facts of the form 'fact k3 v17' lie scattered in filler words. Then "
         f"{task.num_questions} questions name a key; the answer is its value, one of {task.num_values}. Attention "
-        f"reaches {plan.window} tokens to either side, so when a question is answered its fact is gone: only what "
-        "was written into fast weights before can tell it. Memory on: the prompt is written as the model was "
+        f"reaches {plan.window} tokens to either side, so when a question is answered its fact is out of reach: only "
+        "the fast weights written before can hold it. Memory on: the prompt is written as the model was "
         "trained to write it (standard MDLM and the published recipe: as published for inference). Memory "
         "off: nothing is written.",
         answer_cost=0.01,
@@ -80,15 +80,15 @@ def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
 
 
 def entropy_floor(plan: RecallPlan) -> float:
-    """Return the least loss per token of a model that does not see the facts."""
-    # An answer is a value, uniform over all, and the end of the turn, which is certain.
+    """Return the lowest loss per token, in nats, of a model that does not see the facts."""
+    # An answer is a value, uniform over all values, and the end of the turn, which is certain.
     return math.log(_key_values(plan).num_values) / 2
 
 
 def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
-    """Two models with everything in attention's reach: standard MDLM, and MemDLM as published."""
+    """Return the panel in which attention reaches everything: standard MDLM, and MemDLM as published."""
     task = _key_values(plan)
-    # The published memory, with what training makes of the options that it leaves open.
+    # The published memory, with the values that training sets for its unset options.
     memory = MemoryConfig.paper(per_sample=False, sync_inner=True, loss_weight_type="scheduler", loss_norm_type="token")
     return Panel(
         plan=plan,
@@ -106,7 +106,7 @@ def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
 
 def _key_values(plan: RecallPlan) -> KeyValueRecall:
     if not isinstance(plan.task, KeyValueRecall):
-        raise AssertionError("a panel tells of keys and values")
+        raise AssertionError("a panel needs a task of keys and values")
     return plan.task
 
 
@@ -117,11 +117,11 @@ class DemoPlan:
     seeds: tuple[int, ...] = (0, 1)
     num_recall_seeds: int = 2
     recall: RecallPlan = field(default_factory=lambda: RecallPlan(num_eval=32))
-    """The first panel, with half the conversations of the study per figure."""
+    """The first panel, with half of the study's conversations per length."""
     open_book: RecallPlan = field(default_factory=open_book)
     is_quick: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Of all models."""
+    """Device of all models."""
 
     @classmethod
     def full(cls, seed: int) -> "DemoPlan":
@@ -156,7 +156,7 @@ class DemoPlan:
         )
 
     def panels(self) -> tuple[Panel, Panel]:
-        """Return what is compared, in order."""
+        """Return the two panels, in order."""
         return recall_panel(self.recall, self.seeds[: self.num_recall_seeds]), open_book_panel(
             self.open_book, self.seeds
         )
@@ -165,17 +165,17 @@ class DemoPlan:
 def plan_for(seed: int, *, quick: bool, device: str = "cpu") -> DemoPlan:
     """Return the plan that the command line asks for.
 
-    Raises ConfigError for a negative seed, and for another card than the first, which training would take all the same;
-    MachineError for a device that is not there.
+    Raises ConfigError for a negative seed, and for any card but the first (training would use the first anyway).
+    Raises MachineError for a device that does not exist.
     """
     if seed < 0:
         raise ConfigError(f"--seed must be at least 0, got {seed}.")
     place = choose_device(device)
     if place.type == "mps" and mps_problem(torch.float32) is not None:
-        raise MachineError("--device mps: not all that the demo needs runs on it. Name cpu, or leave it out.")
+        raise MachineError("--device mps: it does not support all that the demo needs. Name cpu, or leave it out.")
     if place.type not in ("cpu", "cuda", "mps") or place.index:
         raise ConfigError(
-            f"--device {device}: the demo's training takes the CPU or the first CUDA card. Name cpu or cuda, and "
+            f"--device {device}: the demo trains on the CPU or the first CUDA card. Name cpu or cuda, and "
             "choose a card with CUDA_VISIBLE_DEVICES."
         )
     plan = DemoPlan.quick(seed) if quick else DemoPlan.full(seed)

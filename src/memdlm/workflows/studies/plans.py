@@ -1,7 +1,7 @@
-"""What a study compares: task, network, budget and what is measured, and the arms that differ in their memory.
+"""What a study compares: a plan (task, network, budget, measures), and arms that differ in their memory.
 
-Can a model recall, from its memory alone, what attention cannot reach? In the default plan facts lie in a context that
-a sliding window keeps out of the questions' reach, so fast weights are the only channel between the two.
+The question: can a model recall, from its memory alone, what attention cannot reach? In the default plan a sliding
+window keeps the facts out of the questions' reach, so fast weights are the only channel between the two.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ UNWEIGHTED: dict[str, Any] = {"loss_weight_type": "uniform"}
 
 @dataclass(frozen=True, kw_only=True)
 class RecallPlan:
-    """Task, network, budget and what is measured, the same for all arms."""
+    """Task, network, budget and measures, the same for all arms."""
 
     task: Task = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
     train_length: int = 36
@@ -31,7 +31,7 @@ class RecallPlan:
     """Context lengths of the evaluation, as multiples of the training length."""
     num_train: int = 3200
     num_eval: int = 64
-    """Conversations per length."""
+    """Number of evaluated conversations per length."""
     steps: int = 200
     schedule: tuple[tuple[float, int], ...] = ((0.9, 1), (0.1, 4))
     """Shares of the training and the length of their contexts, as a multiple of the training length. The last ones are
@@ -40,25 +40,25 @@ class RecallPlan:
     learning_rate: float = 5e-3
     rank: int = 16
     strides: int = 2
-    """Enough where a value stands next to its key."""
+    """Strides of our memory; 2 suffice if a value is next to its key."""
     window: int | None = 4
     context: str = "kept"
-    """`dropped`: the network sees questions alone, in training too; the context is written as a text of its own."""
+    """`dropped`: the network sees only the questions, also in training; the context is written as a separate text."""
     network: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the network's configuration."""
     answer_words: int = 1
     training: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the training arguments, such as `use_cpu` and `bf16`."""
     num_evals: int = 0
-    """Evaluations of the loss during training."""
+    """Number of loss evaluations during training."""
     inference: MemoryConfig | None = None
     """The memory that all arms are measured with; None: each with its own."""
     measures_bias: bool = False
-    """Whether exposure bias is measured as well, on half the conversations of the greatest length."""
+    """Whether exposure bias is measured, too, on half of the conversations of the greatest length."""
     draws: Mapping[str, str] = field(
         default_factory=lambda: {name: f"recall {name}" for name in ("train", "validation", "held out")}
     )
-    """Names of the draws of conversations: other names, other conversations."""
+    """Names from which conversations are drawn; other names give other conversations."""
 
     def __post_init__(self) -> None:
         if not all(share > 0 for share, _ in self.schedule) or not math.isclose(sum(s for s, _ in self.schedule), 1):
@@ -75,21 +75,22 @@ class RecallPlan:
 
     @property
     def lengths(self) -> list[int]:
-        """Evaluated context lengths, in words."""
+        """Return the evaluated context lengths, in words."""
         return [self.train_length * times for times in self.times]
 
     @property
     def answer_steps(self) -> int:
-        """Denoising steps in which all answers of a conversation are decoded."""
+        """Return the number of denoising steps for all answers of a conversation."""
         return self.task.num_questions * self.answer_words
 
 
 def closed_book(**changes: Any) -> RecallPlan:
     """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
 
-    Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. The last
-    steps are longer still: what is written is all that a model has, so a gate that leaks a little costs more.
+    This is harder to learn than with a window: models spend longer in a phase in which they know the values that
+    occurred, but not their keys. All masked tokens weigh the same in the loss, which ends this phase sooner than the
+    bound's weight 1/t. The last steps have longer contexts than with a window: the memory is all that the model has, so
+    a gate that is not quite shut costs more.
     """
     options: dict[str, Any] = {
         "context": "dropped",
@@ -103,7 +104,7 @@ def closed_book(**changes: Any) -> RecallPlan:
 
 
 def open_book(**changes: Any) -> RecallPlan:
-    """Return the plan with everything in attention's reach, and exposure bias measured."""
+    """Return the plan in which attention reaches everything and exposure bias is measured."""
     options: dict[str, Any] = {
         "task": KeyValueRecall(num_keys=24),
         "train_length": 40,
@@ -133,14 +134,14 @@ def open_book(**changes: Any) -> RecallPlan:
 
 
 def arms(plan: RecallPlan) -> dict[str, MemoryConfig | None]:
-    """Return the main comparison and its ablations: the memory that each is trained with."""
+    """Return the arms of the main comparison and its ablations, with the memory that each is trained with."""
     shape: dict[str, Any] = {"inner_rank": plan.rank, "inner_alpha": 2.0 * plan.rank}
     source = "prompt" if plan.context == "kept" else "context"
     ours = MemoryConfig.recall(strides=plan.strides, write_source=source, **shape)
     nested: dict[str, Any] = {"masking_strategy": "pmc", "strides": 2, "num_inner_steps": 2}
     return {
         "MDLM": None,
-        # Published batches are small; with as many texts as here one memory for all of them holds next to nothing.
+        # Published batches are small; one memory for as many texts as here would hold next to nothing.
         "published": MemoryConfig.paper(per_sample=True, **shape),
         "first order": dataclasses.replace(ours, outer_gradient="first_order", write_gate="none"),
         OURS: ours,

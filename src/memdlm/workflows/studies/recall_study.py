@@ -1,4 +1,4 @@
-"""Training and measuring one model (an arm) of what a plan compares, for the demo and for `benchmarks/study`."""
+"""Train and measure one model (an arm) of a plan, for the demo and for `benchmarks/study`."""
 
 import dataclasses
 import tempfile
@@ -31,7 +31,7 @@ from memdlm.workflows.studies.plans import RecallPlan
 
 CURVES = ("step", "loss", "nll", "nll_memory")
 Bar = Callable[[str, str, int], AbstractContextManager[Advance]]
-"""Shows one phase of a job, as `Display.bar` does: its name, what is done, and how much of it there is."""
+"""Shows one phase of a job, as `Display.bar` does: (phase, description, total)."""
 
 
 def no_bar(phase: str, description: str, total: int) -> AbstractContextManager[Advance]:
@@ -41,7 +41,7 @@ def no_bar(phase: str, description: str, total: int) -> AbstractContextManager[A
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecallData:
-    """What all arms and seeds share."""
+    """The data that all arms and seeds share."""
 
     tokenizer: PreTrainedTokenizerBase
     train: list[dict[str, list[int]]]
@@ -89,7 +89,7 @@ class Trained:
 
     model: PreTrainedModel
     memory: ParametricMemory
-    """What a user of the model would write with."""
+    """The memory that a user of the model would write with."""
     rates: dict[str, list[float]]
     """Learned inner learning rates: per tensor, one per step."""
     history: Sequence[Mapping[str, float]]
@@ -99,8 +99,8 @@ class Trained:
 
     @property
     def curve(self) -> dict[str, list[float]]:
-        """`step`, `loss`, `nll` and, where it was trained with memory, `nll_memory`: nats per maskable token."""
-        # With memory, a short run logs the loss without it on some of its logged steps only.
+        """Return `step`, `loss`, `nll` and, if trained with memory, `nll_memory`, in nats per maskable token."""
+        # With memory on, a short run logs the loss without memory only on some of its logged steps.
         entries = [entry for entry in self.history if "nll" in entry]
         found = {name: [entry[name] for entry in entries if name in entry] for name in CURVES}
         return {name: values for name, values in found.items() if values}
@@ -114,11 +114,11 @@ class ArmResult:
     accuracy: list[dict[str, Any]]
     """By `length` and `memory` (on or off): `accuracy` and the number of `questions`."""
     bias: dict[bool, ExposureBias]
-    """By memory, off and on; empty where the plan does not measure it."""
+    """Exposure bias by memory, off and on; empty if the plan does not measure it."""
 
 
 def run_arm(plan: RecallPlan, data: RecallData, config: MemoryConfig | None, seed: int) -> dict[str, Any]:
-    """Train one model and measure it: accuracy per length with memory on and off, and how it was reached.
+    """Train one model and measure it: accuracy per length with memory on and off, training curves, and costs.
 
     `config` is the memory it is trained with; None trains without, and measures with the published memory.
     """
@@ -148,7 +148,7 @@ def measure_arm(
     bar: Bar = no_bar,
     folder: Path | None = None,
 ) -> ArmResult:
-    """Train one model, keep it in `folder` if one is named, and measure what the plan says with memory on and off."""
+    """Train one model, save it in `folder` if given, and take the plan's measures with memory on and off."""
     with bar("train", f"{name}: training", plan.steps) as advance:
         trained = train_arm(plan, data, config, seed, advance)
     if folder is not None:
@@ -172,7 +172,7 @@ def train_arm(
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Train one model with the memory `config` (None: without); `on_step` is told how many steps are done."""
+    """Train one model with the memory `config` (None: without); `on_step` is called with the number of steps done."""
     start, cpu = time.perf_counter(), time.process_time()
     trainer = trained(plan, data, config, seed, on_step)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
@@ -194,7 +194,7 @@ def accuracies(
     seed: int,
     on_samples: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Measure a model at every length with memory on and off; `on_samples` is told how many conversations are done."""
+    """Measure a model at every length, memory on and off; `on_samples` gets the number of conversations done."""
     rows, done = [], 0
     for length, samples in data.by_length.items():
         for is_on in (True, False):
@@ -240,9 +240,9 @@ def trained(
     on_step: Callable[[int], None] = lambda step: None,
     model: PreTrainedModel | None = None,
 ) -> MemDLMTrainer:
-    """Train one model, a new one unless it is given; `save_final(folder)` of the result keeps it and its memory.
+    """Train `model`, or a new model; `save_final(folder)` of the result saves the model and its memory.
 
-    A `model` that was loaded from such a folder goes on with the start and the rates that lie there.
+    A `model` loaded from such a folder continues with the learned start and rates saved there.
     """
     memory: dict[str, Any] = {}
     if config is not None:
@@ -291,9 +291,9 @@ def inference_memory(
     trained: ParametricMemory | None,
     config: MemoryConfig | None = None,
 ) -> ParametricMemory:
-    """Return what a user of the trained model would write with: a learned memory, or the published one, per row.
+    """Return the memory that a user of the trained model would write with: the learned or the published one, per row.
 
-    With a `config`, that is what is written with, whatever was trained.
+    A `config` overrides this, whatever was trained.
     """
     if config is not None:
         return ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id)
@@ -312,10 +312,10 @@ def inference_memory(
 
 @torch.no_grad()
 def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict[str, Any]:
-    """Return, for what is written of one conversation, every word's loss before and after.
+    """Return the loss of every written word of one conversation, before and after the write.
 
-    `is_value` marks what the questions ask for. Each word is masked alone, its neighbours in sight, so the two differ
-    by what the memory holds.
+    `is_value` marks the words that the questions ask for. Each word is masked alone, with its neighbours visible, so
+    the two losses differ by what the memory holds.
     """
     tokenizer, model = data.tokenizer, trained.model
     sample = data.by_length[plan.train_length][:1]
@@ -362,7 +362,7 @@ def new_model(plan: RecallPlan, data: RecallData, seed: int) -> PreTrainedModel:
 
 
 def on_one_device(arguments: TrainingArguments) -> TrainingArguments:
-    """Let a small job use the first card alone where a process sees several; returns `arguments`."""
-    # transformers would split every batch between all of them. There is no public switch.
+    """Let a small job use only the first card if a process sees several; returns `arguments`."""
+    # transformers would split every batch between all cards, and has no public switch for it.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
