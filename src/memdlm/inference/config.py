@@ -124,7 +124,7 @@ class GenerationConfig(SoftMaskOptions):
     )
     cache_refresh: int | None = option(
         None,
-        "With cache=approximate: recompute everything after this many steps, and at new blocks; unset: only at new blocks.",
+        "With cache=approximate: recompute everything after this many steps, and at new blocks; unset: at new blocks.",
         minimum=1,
         maximum=MOST,
     )

@@ -124,8 +124,8 @@ class WriteConfig(_Options):
     )
     chunk_update: str = option(
         "sequential",
-        "sequential: each chunk takes its own gradient steps; accumulated: the gradients of all chunks are added up for "
-        "common steps, almost as if the text were written in one piece.",
+        "sequential: each chunk takes its own gradient steps; accumulated: the gradients of all chunks are added up "
+        "for common steps, almost as if the text were written in one piece.",
         choices=CHUNK_UPDATES,
         adjustable=True,
     )
