@@ -38,7 +38,7 @@ UPDATES: dict[str, dict[str, Any]] = {
 DISTURBED = 16
 """Multiple of the training length at which the filler is disturbed."""
 LONG = 64
-"""Beyond this multiple a quarter of the conversations is asked."""
+"""Beyond this multiple a quarter of the conversations is asked, and chunks are not tried."""
 
 
 def disturbed(sample: Sample, index: int, values: list[str]) -> Sample:
@@ -72,8 +72,6 @@ def ways(
     whole, vocabulary = trained.memory, plan.task.vocabulary()
     for times in plan.times:
         samples = data.by_length[times * plan.train_length]
-        if times > LONG:
-            samples = samples[: max(1, len(samples) // 4)]
         yield "one piece", times, whole, samples
         if plan.context == "dropped" and 1 < times <= LONG:
             for chunk in (each for each in CHUNKS if each < times * plan.train_length):
@@ -121,7 +119,7 @@ def main() -> None:
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
     for name in arguments.plans:
-        plan = PLANS[name](times=tuple(arguments.times), num_eval=arguments.conversations)
+        plan = PLANS[name](times=tuple(arguments.times), num_eval=arguments.conversations, few_from=4 * LONG)
         if arguments.validation:
             draws = {**plan.draws, "held out": "study validation"}
             plan = dataclasses.replace(plan, draws=draws)

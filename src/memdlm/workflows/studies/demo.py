@@ -231,7 +231,8 @@ def _seconds(panel: Panel, data: RecallData, device: torch.device) -> float:
             torch.accelerator.synchronize(device)
         spent.append(time.perf_counter() - start)
     training = plan.steps * sum(arm.step_cost for arm in panel.arms.values())
-    answering = len(panel.arms) * plan.num_eval * sum(plan.times) * plan.answer_steps * panel.answer_cost
+    words = sum(times * plan.conversations(times) for times in plan.times)
+    answering = len(panel.arms) * words * plan.answer_steps * panel.answer_cost
     return sorted(spent)[len(spent) // 2] * len(panel.seeds) * (training + answering)
 
 

@@ -116,8 +116,8 @@ class DemoPlan:
 
     seeds: tuple[int, ...] = (0, 1)
     num_recall_seeds: int = 2
-    recall: RecallPlan = field(default_factory=lambda: RecallPlan(num_eval=32))
-    """The first panel, with half of the study's conversations per length."""
+    recall: RecallPlan = field(default_factory=lambda: RecallPlan(times=(1, 4, 16, 64), num_eval=32, few_from=64))
+    """The first panel, with half of the study's conversations per length, and a length that the study leaves out."""
     open_book: RecallPlan = field(default_factory=open_book)
     is_quick: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

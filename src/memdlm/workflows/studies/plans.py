@@ -32,6 +32,8 @@ class RecallPlan:
     num_train: int = 3200
     num_eval: int = 64
     """Number of evaluated conversations per length."""
+    few_from: int | None = None
+    """From this multiple of the training length on, a quarter of the conversations is evaluated, for time's sake."""
     steps: int = 200
     schedule: tuple[tuple[float, int], ...] = ((0.9, 1), (0.1, 4))
     """Shares of the training and the length of their contexts, as a multiple of the training length. The last ones are
@@ -72,6 +74,11 @@ class RecallPlan:
         ]
         steps = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         return [(count, times * self.train_length) for count, (_, times) in zip(steps, self.schedule, strict=True)]
+
+    def conversations(self, times: int) -> int:
+        """Return how many conversations of `times` the training length are evaluated."""
+        is_few = self.few_from is not None and times >= self.few_from
+        return max(1, self.num_eval // 4) if is_few else self.num_eval
 
     @property
     def lengths(self) -> list[int]:

@@ -79,7 +79,10 @@ def recall_data(plan: RecallPlan) -> RecallData:
         tokenizer=tokenizer,
         train=train,
         validation=encoded(drawn(plan.num_eval, plan.train_length, "validation")) if plan.num_evals else None,
-        by_length={length: drawn(plan.num_eval, length, "held out") for length in plan.lengths},
+        by_length={
+            times * plan.train_length: drawn(plan.conversations(times), times * plan.train_length, "held out")
+            for times in plan.times
+        },
     )
 
 
@@ -156,7 +159,7 @@ def measure_arm(
         data.tokenizer.save_pretrained(folder)
         if trained.memory.learned is not None:
             trained.memory.learned.save(folder)
-    with bar("evaluate", f"{name}: answering", 2 * len(plan.times) * plan.num_eval) as advance:
+    with bar("evaluate", f"{name}: answering", 2 * sum(map(len, data.by_length.values()))) as advance:
         accuracy = accuracies(plan, data, trained, seed, advance)
     bias: dict[bool, ExposureBias] = {}
     if plan.measures_bias:
