@@ -118,7 +118,13 @@ class Study:
         self, name: str, setting: Setting, seed: int, *, arm: str | None = None, network: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the row of a trained arm; it is trained if the file has none."""
-        key = {"stage": self.stage, "plan": self.plan, "arm": name, "seed": seed, "setting": dataclasses.asdict(setting)}
+        key = {
+            "stage": self.stage,
+            "plan": self.plan,
+            "arm": name,
+            "seed": seed,
+            "setting": dataclasses.asdict(setting),
+        }
         there = self.rows.where(**key)
         if there:
             return there[0]
@@ -186,7 +192,7 @@ def chosen(rows: Rows, plan: str, arm: str) -> Setting:
 
 
 def at_an_end(rows: Rows, plan: str, arm: str, setting: Setting) -> list[str]:
-    """Return the settings whose chosen value is the greatest or smallest that was tried: a better one may lie beyond."""
+    """Return the settings chosen at the greatest or smallest value that was tried: a better one may lie beyond."""
     ends = []
     for name, value in dataclasses.asdict(setting).items():
         tried = {row["setting"][name] for row in rows.where(stage="search", plan=plan, arm=arm)}
@@ -211,29 +217,38 @@ def wide(study: Study, setting: Setting, least: int) -> dict[str, Any]:
 
 def test(study: Study, names: Sequence[str], seed: int) -> None:
     """Run the chosen settings; what is to be equal to ours is made so from this seed's own rows."""
-    rows, settings = study.rows, {arm: chosen(study.rows, study.plan, arm) for arm in MAIN}
-    pair = {"stage": "test", "plan": study.plan, "seed": seed}
-    ours, plain = ({**pair, "arm": arm, "setting": dataclasses.asdict(settings[arm])} for arm in (OURS, PLAIN))
-    if LONG in names and not rows.where(**pair, arm=LONG):
-        # Seconds of two runs say nothing about each other.
-        runs = {row["run"] for row in (*rows.where(**ours), *rows.where(**plain))}
-        if runs - {study.run} and (len(runs) > 1 or not (rows.where(**ours) and rows.where(**plain))):
-            rows.drop(**ours)
-            rows.drop(**plain)
+    # The equal ones read rows of these two.
+    needed = {*names, *((OURS, PLAIN) if {WIDE, LONG} & {*names} else ())}
+    settings = {arm: chosen(study.rows, study.plan, arm) for arm in MAIN if arm in needed}
+    if LONG in names:
+        of_one_run(study, {arm: settings[arm] for arm in (OURS, PLAIN)}, seed)
     for name in names:
         if name in settings:
             study.measured(name, settings[name], seed)
-            continue
-        if rows.where(**pair, arm=name):
-            continue
-        own, base = study.measured(OURS, settings[OURS], seed), study.measured(PLAIN, settings[PLAIN], seed)
-        setting, network = settings[PLAIN], None
-        if name == WIDE:
-            network = wide(study, setting, own["parameters"])
-        else:
-            ratio = own["cpu_seconds"] / base["cpu_seconds"]
-            setting = dataclasses.replace(setting, steps=max(1, round(setting.steps * ratio)))
-        study.measured(name, setting, seed, arm=PLAIN, network=network)
+        elif not study.rows.where(stage="test", plan=study.plan, arm=name, seed=seed):
+            ours, plain = (study.measured(arm, settings[arm], seed) for arm in (OURS, PLAIN))
+            setting, network = settings[PLAIN], None
+            if name == WIDE:
+                network = wide(study, setting, ours["parameters"])
+            else:
+                ratio = ours["cpu_seconds"] / plain["cpu_seconds"]
+                setting = dataclasses.replace(setting, steps=max(1, round(setting.steps * ratio)))
+            study.measured(name, setting, seed, arm=PLAIN, network=network)
+
+
+def of_one_run(study: Study, settings: dict[str, Setting], seed: int) -> None:
+    """Before compute is made equal, forget the rows of these arms unless one run has measured all of them.
+
+    Seconds of two runs say nothing about each other.
+    """
+    key = {"stage": "test", "plan": study.plan, "seed": seed}
+    if study.rows.where(**key, arm=LONG):
+        return
+    own = [{**key, "arm": arm, "setting": dataclasses.asdict(setting)} for arm, setting in settings.items()]
+    found = [row for each in own for row in study.rows.where(**each)]
+    if len(found) < len(own) or len({row["run"] for row in found}) > 1:
+        for each in own:
+            study.rows.drop(**each)
 
 
 def warm_up() -> None:

@@ -6,11 +6,13 @@
 The task of the plan whose document is gone: 8 facts, each asked alone. An MDLM of the same size, trained with the text
 in sight and no window, answers with the text in its context; with the text's keys and values kept; and, the document
 gone, after a fresh LoRA was trained on it by the masked loss (rank and targets of the memory, or all linear layers).
-Ours is written once and asked, and asked again from its file. Per way and length: accuracy (the answer's word; exact
-also wants the end mark behind it), CPU seconds to write a document, to read it in a new process and per question, and
-bytes kept, as medians over documents and questions of one run. `--search` chooses the learning rates of that MDLM and of
-LoRA (for each number of steps) on validation seeds and conversations; its rows stay in the file. Rows are written as
-they are measured; those that the file already has are not run again. `--smoke` runs everything in a tiny size.
+Ours is written once and asked, and asked again from its file. LoRA is asked unmerged, as a memory is.
+
+Per way and length: accuracy (the answer's word; exact also wants the end mark behind it), CPU seconds to write a
+document, to read it in a new process and per question, and bytes kept, as medians over documents and questions of one
+run. `--search` chooses the learning rates of that MDLM and of LoRA (for each number of steps) on validation seeds and
+conversations; its rows stay in the file. Rows are written as they are measured; those that the file already has are not
+run again. `--smoke` runs everything in a tiny size; its figures say nothing.
 """
 
 import argparse
@@ -134,7 +136,12 @@ def chosen(rows: Rows, **what: Any) -> float:
 
 
 def ways(
-    bench: Bench, document: Document, text: PreTrainedModel, ours: Trained, rates: dict[str, dict[int, float]], seed: int
+    bench: Bench,
+    document: Document,
+    text: PreTrainedModel,
+    ours: Trained,
+    rates: dict[str, dict[int, float]],
+    seed: int,
 ) -> Iterator[Written]:
     """One document in all ways, one after the other: what the machine does meanwhile harms all of them alike."""
     mask = ours.memory.mask_token_id

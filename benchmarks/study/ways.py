@@ -171,9 +171,7 @@ def tuned(
             clock = Clock()
             even = (torch.arange(COPIES) + torch.rand(COPIES, generator=generator)) / COPIES
             draws = torch.rand(ids.shape, generator=generator)
-            noised = corrupt(
-                ids, is_maskable, draw_times(even, 1e-3), draws, schedule=schedule, mask_token_id=mask
-            )
+            noised = corrupt(ids, is_maskable, draw_times(even, 1e-3), draws, schedule=schedule, mask_token_id=mask)
             found = masked_loss(ModelDenoiser(own), ids, noised, is_maskable, schedule=schedule, norm="token")
             assert found.loss is not None
             optimizer.zero_grad()
@@ -195,9 +193,7 @@ def written(memory: ParametricMemory, document: Document, seed: int) -> Iterator
             clock = Clock()
             memory.save(folder)
             saving = clock.seconds()
-        yield Written(
-            way="memory", write_seconds=seconds, read_seconds=0.0, num_bytes=size, answers=answers
-        )
+        yield Written(way="memory", write_seconds=seconds, read_seconds=0.0, num_bytes=size, answers=answers)
         clock = Clock()
         fresh = ParametricMemory(model, memory.config, mask_token_id=mask)
         fresh.learned = memory.learned
