@@ -259,7 +259,9 @@ def markdown(rows: Rows) -> str:
             ratio = statistics.median(each["question_seconds"] / first["question_seconds"] for each, first in pairs)
             starts = statistics.median(pays_from(*pair) for pair in pairs)
             size = statistics.median(each["bytes"] for each, _ in pairs)
-            shown = "" if way == FIRST else ("never" if math.isinf(starts) else f"{starts:.0f}")
+            # Where nothing was written there is nothing to pay.
+            is_free = all(each["write_seconds"] == 0 for each, _ in pairs)
+            shown = "" if is_free else ("never" if math.isinf(starts) else f"{starts:.0f}")
             out.append(f"| {times} | {way} | {' | '.join([*scores, *costs])} | {ratio:.2f} | {shown} | {size:.0f} |")
     return "\n".join(out)
 
