@@ -22,7 +22,7 @@ def memory_of(model, **options):
     return ParametricMemory(model, MemoryConfig.recall(**SHAPE, **options), mask_token_id=MASK)
 
 
-def opened(memory, seed=0, scale=0.3):
+def opened(memory, seed=0, scale=0.2):
     """Give the gate weights: some tokens are written more than others."""
     with torch.no_grad():
         for index, parameter in enumerate(memory.learned.gate.parameters()):
@@ -48,6 +48,19 @@ def test_a_gate_is_one_at_first_and_between_nothing_and_double():
     assert found.max() == 2
     assert ((found > 0) & (found < 2)).any()
     assert_close(gate(states * 7), found, msg="only the direction of a state counts")
+
+
+def test_a_step_of_its_optimizer_reaches_as_far_at_any_width():
+    """Adam moves every weight by its learning rate, so w . h would grow with the width."""
+    reach = []
+    for width in (48, 768, 4096):
+        gate, state = WriteGate(width), torch.randn(1, width, generator=rng())
+        optimizer = torch.optim.Adam(gate.parameters(), lr=0.01)
+        (-gate(state)).sum().backward()
+        optimizer.step()
+        reach.append(float(gate(state) - 1))
+    assert min(reach) > 0.1
+    assert max(reach) < 1.5 * min(reach)
 
 
 @every_family
@@ -120,7 +133,8 @@ def test_padding_and_chunks_meet_the_same_gates(family):
     with torch.no_grad():
         whole = written(memory, generator=generators[0])
         assert_close(written(memory, padded, mask, generators[1])[0], whole[0], rtol=1e-4, atol=1e-5)
-        chunked = ParametricMemory(memory.model, dataclasses.replace(memory.config, chunk_length=4), mask_token_id=MASK)
+        config = dataclasses.replace(memory.config, chunk_length=4, chunk_update="sequential")
+        chunked = ParametricMemory(memory.model, config, mask_token_id=MASK)
         chunked.learned = memory.learned
         # Chunk by chunk by hand: each chunk's gate sees that chunk alone.
         losses = written(chunked)[1]

@@ -11,11 +11,14 @@ from memdlm.types import Features, Values
 
 STRETCH = 1.2
 """How far the gate reaches beyond its ends before it is cut there, so that it can be closed for good."""
+WIDTH = 48
+"""The width of a state at which `mem_write_gate_lr` was chosen. One step of Adam moves w . h in proportion to the
+width: at 4096 it would shut or open every gate for good, if w . h were not divided by the width."""
 
 
 @final
 class WriteGate(nn.Module):
-    """g = 1 + 1.2 * tanh(a / 2), cut to [0, 2], with a = w . h / rms(h) + b: the weight of a token in the inner loss.
+    """The weight of a token in the inner loss: g = 1 + 1.2 tanh(a / 2), cut to [0, 2], a = (48 / D) w . h / rms(h) + b.
 
     h is the input of the first adapted block at the token's masked position. It has seen the neighbours and not the
     token, nor does it depend on the fast weights, so that a gate is a constant of the inner gradient. All gates are 1
@@ -35,7 +38,7 @@ class WriteGate(nn.Module):
         """Return [N] weights, in float32 at least, for the states `hidden` [N, D]."""
         wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        a = wide @ self.weight.to(wide) + self.bias.to(wide)
+        a = wide @ self.weight.to(wide) * (WIDTH / wide.shape[-1]) + self.bias.to(wide)
         return (1 + STRETCH * torch.tanh(a / 2)).clamp(0, 2)
 
 
