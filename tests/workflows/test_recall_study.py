@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memdlm.data.synthetic import KeyValueRecall
+from memdlm.errors import ConfigError
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
@@ -26,6 +27,21 @@ def test_every_arm_runs_and_is_measured_with_memory_on_and_off(make):
         assert sum(is_value) >= 2
         if name == OURS:
             assert before != after
+
+
+def test_a_schedule_says_how_long_the_contexts_of_each_step_are():
+    task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
+    small = {"task": task, "train_length": 8, "times": (1,), "num_train": 8, "num_eval": 2, "batch_size": 4, "rank": 2}
+    plan = closed_book(steps=10, schedule=((0.5, 1), (0.3, 2), (0.2, 4)), **small)
+    assert plan.stages() == [(5, 8), (3, 16), (2, 32)]
+    lengths = [len(row["context_ids"]) for row in recall_data(plan).train]
+    assert lengths == [8] * 20 + [16] * 12 + [32] * 8
+    assert RecallPlan().stages() == [(180, 36), (20, 144)]
+    assert closed_book().stages() == [(350, 36), (40, 144), (10, 576)]
+    assert closed_book(steps=3).stages() == [(3, 36), (0, 144), (0, 576)]
+    for wrong in (((0.5, 1),), ((1.2, 1), (-0.2, 4)), ()):
+        with pytest.raises(ConfigError, match="shares must be above 0 and sum to 1"):
+            RecallPlan(schedule=wrong)
 
 
 @pytest.fixture

@@ -88,9 +88,16 @@ def closed_book(**changes: Any) -> RecallPlan:
     """Return the plan with the context dropped after the write, and attention without limits: `memorize`, then `ask`.
 
     Harder to begin with than a window: models stay longer where they know which values occurred, but not whose they
-    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t.
+    are. Every masked token counts alike in its loss, which gets them out sooner than the bound's weight 1/t. The last
+    steps are longer still: what is written is all that a model has, so a gate that leaks a little costs more.
     """
-    options: dict[str, Any] = {"context": "dropped", "window": None, "training": UNWEIGHTED, "steps": 400}
+    options: dict[str, Any] = {
+        "context": "dropped",
+        "window": None,
+        "training": UNWEIGHTED,
+        "steps": 400,
+        "schedule": ((0.875, 1), (0.1, 4), (0.025, 16)),
+    }
     steps = int(changes.get("steps", options["steps"]))
     return RecallPlan(**(options | {"num_train": 16 * steps} | changes))
 
