@@ -13,9 +13,9 @@ Rows that the file already has are not run again.
 
 **Stride.** A view of the strided strategy hides every n-th token. A value is several tokens here, and the words that
 tell whose it is stand up to 20 tokens before its last one. No affordable stride exceeds that distance: a write's views
-have n times the document's tokens. With a stride of 6 a view hides one token in six beside the one to be
-written: at most one of a name of up to six tokens. The five tokens on either side are all in sight. So a name keeps most of itself,
-which is enough to tell it from the others of its document. 12 costs twice as much, and was not compared.
+have n times the document's tokens. With a stride of 6 a view hides one token in six: at most one of a name of up to six
+tokens, and none of the five on either side. So a name keeps most of itself, which is enough to tell it from the others
+of its document. A stride of 12 costs twice as much, and was not compared.
 """
 
 from pages import Corpus, Page, Stage

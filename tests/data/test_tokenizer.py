@@ -36,8 +36,4 @@ def test_its_control_tokens_are_those_of_the_other_tokenizer(tokenizer):
     assert tokenizer.unk_token is None
     assert tokenizer.mask_token_id == 1
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-    first = ChatEncoder(tokenizer, train_turns="all").encode(
-        [{"messages": [{"role": "user", "content": "the lamp"}, {"role": "assistant", "content": "kitchen"}]}]
-    )[0]
-    assert first.input_ids[0] == 2
-    assert 3 in first.labels
+    assert tokenizer.chat_template is None

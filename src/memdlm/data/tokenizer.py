@@ -27,14 +27,15 @@ def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return _wrapped(tokenizer, unk_token=UNKNOWN)
+    return _wrapped(tokenizer, unk_token=UNKNOWN, chat_template=TEMPLATE)
 
 
 def build_byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer of `size` ids, trained on `texts`; rare words become several tokens.
 
     Any text can be spelled, so there is no unknown word. Every text begins as if a space stood before it: a word is the
-    same tokens wherever it stands. Special tokens, padding and template are those of `build_word_tokenizer`.
+    same tokens wherever it stands. Special tokens and padding are those of `build_word_tokenizer`. There is no chat
+    template: what stands between words is part of them here.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -59,6 +60,5 @@ def _wrapped(tokenizer: Tokenizer, **more: str) -> PreTrainedTokenizerFast:
         additional_special_tokens=[USER, EOT],
         padding_side="right",
         clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE,
         **more,
     )
