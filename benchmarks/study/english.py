@@ -6,10 +6,10 @@
     python benchmarks/study/english.py --smoke      # everything once, tiny: no result
 
 Documents are of `small_english.py`: five kinds of facts among filler sentences, names and objects of the test in no
-training document. `--minutes` is the time of a seed: 70 % go to the network with memory, 30 % to the control, which has
-the text in sight and whose steps cost a fraction. A training on time plans its steps from a few that it times; when the
-time is over before, it stops there. Rows say how many steps were reached, and with `--steps` a row can be repeated.
-Rows that the file already has are not run again.
+training document. `--minutes` is the time of a seed, on a CPU counted in CPU time: 70 % go to the network with memory,
+30 % to the control, which has the text in sight and whose steps cost a fraction. The steps are planned from a few that
+are timed; when the time is over before, the training stops there. Rows say how many steps were reached, and with
+`--steps` as many can be asked for. Rows that the file already has are not run again.
 
 **Stride.** A view of the strided strategy hides every n-th token. A value is several tokens here, and the words that
 tell whose it is stand up to 20 tokens before its last one. No affordable stride exceeds that distance: a write's views
