@@ -78,6 +78,9 @@ def profiled(row: Row) -> str:
 
 
 def studied(row: Row) -> str:
+    if "measured" in row:
+        exact = ", ".join(f"{way}: {each['exact']:.3f}" for way, each in row["measured"].items())
+        return f"{exact} ({row['steps']} steps)"
     return ", ".join(f"{each['length']}: {each['accuracy']:.3f}" for each in row["accuracy"] if each["memory"])
 
 
@@ -88,7 +91,11 @@ SECTIONS: dict[str, tuple[str, str, Show]] = {
     "steps": ("Training steps", "With memory over without, taking turns.", step),
     "decoding": ("Decoding", "LLaDA2.x's shape, beside the published loop.", decoded),
     "profile": ("What bounds a slow write", "", profiled),
-    "study": ("Recall study", "Accuracy with memory, by length.", studied),
+    "study": (
+        "Recall study",
+        "Accuracy with memory, by length; of English, exact match by what is asked with.",
+        studied,
+    ),
 }
 
 

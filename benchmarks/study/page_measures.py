@@ -1,0 +1,112 @@
+"""How well a network answers questions about pages: exact match, and the loss of the answers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from pages import Asked, Reader, answer_spans_of
+from transformers import PreTrainedModel
+
+from memdlm.data.chat import Encoded
+from memdlm.diffusion.sampling import TokenSampler, denoise_canvas
+from memdlm.evaluation.prompts import PaddedBatch, pad_texts
+from memdlm.memory.parametric import ParametricMemory
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.randomness import derive
+from memdlm.types import IGNORE_INDEX
+
+MEMORY, IN_SIGHT = "memory", "text in sight"
+NO_MEMORY = "without memory"
+OTHERS = "memory of a wrong document"
+
+
+def measured_ways(
+    reader: Reader,
+    model: PreTrainedModel,
+    memory: ParametricMemory | None,
+    asked: Sequence[Asked],
+    *,
+    seed: int,
+    decodes: bool,
+) -> dict[str, dict[str, Any]]:
+    """Measure a model with its text in sight; or with memory, without, and with that of the next document."""
+    if memory is None:
+        ways: dict[str, tuple[Any, int]] = {IN_SIGHT: (None, 0)}
+    else:
+        ways = {MEMORY: (memory, 0), NO_MEMORY: (None, 0), OTHERS: (memory, 1)}
+    was_training = model.training
+    model.eval()
+    found = {
+        name: measured(reader, model, asked, memory=used, shift=shift, seed=seed, decodes=decodes)
+        for name, (used, shift) in ways.items()
+    }
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
+def measured(
+    reader: Reader,
+    model: PreTrainedModel,
+    asked: Sequence[Asked],
+    *,
+    memory: ParametricMemory | None,
+    shift: int,
+    seed: int,
+    decodes: bool,
+    batch: int = 32,
+) -> dict[str, Any]:
+    """Return exact match and loss of the answers; the memory of page i holds the text of page i + `shift`.
+
+    `loss`: nats per token of an answer and its end, all slots masked. `one_shot`: exact match of the likeliest tokens
+    then. `exact`: exact match after decoding, the surest tokens first, as many at a step as there are questions.
+    """
+    tokenizer, device = reader.corpus.tokenizer, model.device
+    pad, mask = tokenizer.pad_token_id, tokenizer.mask_token_id
+    written = [asked[(index + shift) % len(asked)].context for index in range(len(asked))]
+    right: dict[str, Counter[str]] = {"one_shot": Counter(), "exact": Counter()}
+    lost, tokens, kinds = 0.0, 0, Counter(kind for each in asked for kind in each.kinds)
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        shown = pad_texts([each.shown for each in part], pad, device)
+        texts = [Encoded(ids, [IGNORE_INDEX] * len(ids), len(ids)) for ids in written[start : start + batch]]
+        writes: Any = nullcontext()
+        if memory is not None:
+            writes = memory.write(*pad_texts(texts, pad, device).prompt(), derive("reading", seed, start))
+        with writes:
+            logits = model(
+                input_ids=shown.ids.masked_fill(shown.is_target, mask), attention_mask=shown.attention_mask.long()
+            ).logits.float()
+            filled = {"one_shot": logits.argmax(-1).cpu()}
+            if decodes:
+                filled["exact"] = _decoded(model, shown, mask, reader.corpus.slot).cpu()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), shown.ids, reduction="none").cpu()
+        for row, each in enumerate(part):
+            for kind, (first, last) in zip(each.kinds, answer_spans_of(each, reader.corpus.slot), strict=True):
+                golden = each.shown.input_ids[first:last]
+                end = golden.index(reader.end) + 1
+                lost, tokens = lost + float(losses[row, first : first + end].sum()), tokens + end
+                for name, ids in filled.items():
+                    right[name][kind] += reader.said(ids[row, first:last].tolist()) == reader.said(golden)
+    total = sum(kinds.values())
+    found: dict[str, Any] = {"loss": lost / tokens, "questions": total, "one_shot": right["one_shot"].total() / total}
+    if decodes:
+        found["exact"] = right["exact"].total() / total
+        found["kinds"] = {kind: right["exact"][kind] / count for kind, count in sorted(kinds.items())}
+    return found
+
+
+def _decoded(model: PreTrainedModel, batch: PaddedBatch, mask_token_id: int, steps: int) -> torch.Tensor:
+    ids = batch.ids.masked_fill(batch.is_target, mask_token_id)
+    for step in denoise_canvas(
+        ModelDenoiser(model, attention_mask=batch.attention_mask),
+        ids,
+        batch.is_target,
+        [batch.is_target],
+        steps_per_block=steps,
+        sampler=TokenSampler(mask_token_id=mask_token_id),
+    ):
+        ids = step.ids
+    return ids

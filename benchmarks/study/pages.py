@@ -1,0 +1,115 @@
+"""Pages: texts with questions about them, and how they become tokens.
+
+Every answer has a slot of equally many tokens, filled up with the end-of-turn token, so that its length is not given
+away.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from transformers import PreTrainedTokenizerBase
+
+from memdlm.data.chat import ChatEncoder, Encoded
+from memdlm.data.tokenizer import EOT, USER
+from memdlm.evaluation.prompts import answer_spans
+from memdlm.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about a text. `kind` groups questions in the results."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A text, and questions about it."""
+
+    text: str
+    questions: Sequence[Question]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A share of the training, and what its pages are like."""
+
+    share: float
+    facts: int
+    filler: int = 0
+    cloze: float = 0.0
+    """Share of the questions that are put in the text's own words."""
+
+
+class Corpus(ABC):
+    """Pages of three parts (train, validation, test) that share no name and no headword."""
+
+    name: ClassVar[str]
+    tokenizer: PreTrainedTokenizerBase
+    stages: Sequence[Stage]
+    """Of the training, in order. The last one is what is measured, without cloze questions."""
+    slot: int
+    """Tokens of an answer, its end included."""
+    strides: int
+
+    @abstractmethod
+    def page(self, part: str, index: int, stage: Stage) -> Page:
+        """Return page `index` of a part; the same one at every call."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A page as tokens."""
+
+    shown: Encoded
+    """The questions, their slots being targets; behind the text where it is in sight."""
+    context: list[int]
+    kinds: list[str]
+
+
+@final
+class Reader:
+    """Turns pages into tokens."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus, self.encoder = corpus, ChatEncoder(corpus.tokenizer)
+        self.user, self.end = (corpus.tokenizer.convert_tokens_to_ids(each) for each in (USER, EOT))
+
+    def ask(self, page: Page, *, in_sight: bool) -> Asked:
+        """Leave out questions whose answer does not fit into its slot."""
+        context, kinds = self.encoder.text(page.text), []
+        ids = list(context) if in_sight else []
+        labels = [IGNORE_INDEX] * len(ids)
+        for question in page.questions:
+            answer = self.encoder.text(question.answer)
+            if len(answer) >= self.corpus.slot:
+                continue
+            asked = [self.user, *self.encoder.text(question.text)]
+            answer += [self.end] * (self.corpus.slot - len(answer))
+            ids += asked + answer
+            labels += [IGNORE_INDEX] * len(asked) + answer
+            kinds.append(question.kind)
+        return Asked(shown=Encoded(ids, labels, 0), context=context, kinds=kinds)
+
+    def said(self, slot: list[int]) -> str:
+        """Return the text of a slot, up to its end; without an end, all of it."""
+        end = slot.index(self.end) if self.end in slot else len(slot)
+        return str(self.corpus.tokenizer.decode(slot[:end]))
+
+    def pages(self, part: str, count: int, *, in_sight: bool) -> list[Asked]:
+        """Return the first pages of a part, as the last stage has them, asked in other words."""
+        stage = dataclasses.replace(self.corpus.stages[-1], cloze=0.0)
+        return [self.ask(self.corpus.page(part, index, stage), in_sight=in_sight) for index in range(count)]
+
+
+def answer_spans_of(asked: Asked, slot: int) -> list[tuple[int, int]]:
+    """Return where the slots are."""
+    spans = answer_spans(asked.shown.labels)
+    assert all(last - first == slot for first, last in spans)
+    return spans

@@ -1,0 +1,242 @@
+"""What the two studies of English share: networks by size, and training on a budget.
+
+The network sees the questions of a page alone; its text is written into fast weights (`mem_write_source=context`). The
+control is a network of the same size that has the text in sight.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from page_measures import IN_SIGHT, MEMORY, measured_ways
+from pages import Corpus, Reader, Stage
+from transformers import PrinterCallback, TrainerCallback
+
+from memdlm.data.collate import Collator
+from memdlm.memory.config import MemoryConfig
+from memdlm.models.hub.loading import build_model
+from memdlm.models.networks.small import SmallDLMConfig
+from memdlm.training.arguments import TrainingArguments
+from memdlm.training.trainer import MemDLMTrainer
+from memdlm.workflows.studies.recall_study import on_one_device
+
+ARMS = (MEMORY, IN_SIGHT)
+CURVE_POINTS = 10
+TRIAL_STEPS = 5
+"""Steps that are timed for every stage, to learn how many the budget holds; their models are thrown away."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """A network, and how it is trained."""
+
+    network: dict[str, Any]
+    learning_rate: float
+    batch: int
+    rank: int
+
+
+def _network(width: int, layers: int, heads: int, inner: int, spread: float) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "initializer_range": spread,
+    }
+
+
+SIZES = {
+    "smoke": Size(network=_network(24, 2, 2, 32, 0.1), learning_rate=3e-3, batch=4, rank=4),
+    "1M": Size(network=_network(128, 3, 4, 352, 0.06), learning_rate=3e-3, batch=16, rank=32),
+    "5M": Size(network=_network(256, 5, 8, 704, 0.05), learning_rate=2e-3, batch=16, rank=32),
+    "20M": Size(network=_network(448, 8, 8, 1216, 0.04), learning_rate=1e-3, batch=16, rank=48),
+    "100M": Size(network=_network(768, 14, 12, 2048, 0.03), learning_rate=6e-4, batch=64, rank=64),
+}
+"""Parameters outside the vocabulary: 0.6, 4.0, 19.5 and 99 million."""
+
+
+@final
+class Rows:
+    """Training rows, made when they are asked for: no document is seen twice, and every seed has its own."""
+
+    def __init__(self, reader: Reader, wanted: "Run", steps: int, stages: Sequence[Stage]) -> None:
+        self.reader, self.in_sight, self.batch = reader, wanted.in_sight, SIZES[wanted.size].batch
+        self.first = wanted.seed * 10**8
+        self.stages = [
+            stage for stage, count in zip(stages, shared_out(steps, stages), strict=True) for _ in range(count)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.stages) * self.batch
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return one row as the collator takes it."""
+        page = self.reader.corpus.page("train", self.first + index, self.stages[index // self.batch])
+        asked = self.reader.ask(page, in_sight=self.in_sight)
+        row = {"input_ids": asked.shown.input_ids, "labels": asked.shown.labels}
+        return row if self.in_sight else row | {"context_ids": asked.context}
+
+
+def shared_out(steps: int, stages: Sequence[Stage]) -> list[int]:
+    """Return the steps of every stage."""
+    ends = [round(sum(each.share for each in stages[: number + 1]) * steps) for number in range(len(stages))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def memory_config(corpus: Corpus, size: Size) -> MemoryConfig:
+    """Return a memory that learns to be written, of a text that is gone when questions come."""
+    return MemoryConfig.recall(
+        write_source="context", strides=corpus.strides, inner_rank=size.rank, inner_alpha=2.0 * size.rank
+    )
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+class Budget(TrainerCallback):
+    """Notes when every step ended, measures now and then, and ends the training when its seconds are used up."""
+
+    def __init__(self, clock: Callable[[], float], seconds: float | None, every: int, look: Callable[[int], None]):
+        self.clock, self.seconds, self.every, self.look = clock, seconds, every, look
+        self.start = clock()
+        self.ends: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock, and look at the untrained model."""
+        self.start = self.clock()
+        self.look(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look every so many steps; stop when the time is over."""
+        self.ends.append(self.clock() - self.start)
+        if self.seconds is not None and self.ends[-1] >= self.seconds:
+            control.should_training_stop = True
+        elif state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.look(state.global_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One network to be trained: everything that its figures depend on."""
+
+    corpus: Corpus
+    size: str
+    arm: str
+    seed: int
+    device: str = "cpu"
+    pages: int = 128
+    """Pages that are measured at the end; a quarter of them at every point of the curve."""
+    part: str = "test"
+
+    @property
+    def in_sight(self) -> bool:
+        return self.arm == IN_SIGHT
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What the budget is read from: on the CPU its own seconds, whoever else computes on the machine."""
+        return time.perf_counter if self.device.startswith("cuda") else time.process_time
+
+    def trainer(self, rows: Rows, steps: int) -> MemDLMTrainer:
+        """Build the network and what trains it."""
+        size, tokenizer = SIZES[self.size], self.corpus.tokenizer
+        config = SmallDLMConfig(
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **size.network,
+        )
+        memory: dict[str, Any] = {}
+        if not self.in_sight:
+            memory = {f"mem_{name}": value for name, value in asdict(memory_config(self.corpus, size)).items()}
+        on_gpu = self.device.startswith("cuda")
+        arguments = TrainingArguments(
+            output_dir=tempfile.gettempdir(),
+            max_steps=steps,
+            per_device_train_batch_size=size.batch,
+            learning_rate=size.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=min(200, steps // 10),
+            weight_decay=0.05,
+            adam_beta2=0.95,
+            logging_steps=max(1, steps // 20),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            loss_weight_type="uniform",
+            stratified_times=True,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
+            dataloader_num_workers=8 if on_gpu else 0,
+            dataloader_pin_memory=on_gpu,
+            seed=self.seed,
+            mem_enabled=not self.in_sight,
+            **memory,
+        )
+        trainer = MemDLMTrainer(
+            build_model(config, seed=self.seed),
+            on_one_device(arguments),
+            train_dataset=rows,
+            data_collator=Collator(tokenizer.pad_token_id, supervise_padding="none"),
+            processing_class=tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def steps_in(self, seconds: float) -> int:
+        """Return how many steps fit into `seconds`, from a trial of every stage."""
+        reader, per_step = Reader(self.corpus), 0.0
+        for stage in self.corpus.stages:
+            trial = dataclasses.replace(stage, share=1.0)
+            trainer = self.trainer(Rows(reader, self, TRIAL_STEPS, [trial]), TRIAL_STEPS)
+            budget = Budget(self.clock, None, TRIAL_STEPS, lambda step: None)
+            trainer.add_callback(budget)
+            trainer.train()
+            ends = budget.ends
+            # The first step warms up; the quickest of the others is the least disturbed one.
+            per_step += stage.share * min(late - early for early, late in itertools.pairwise(ends))
+        return max(CURVE_POINTS, int(seconds / per_step))
+
+
+def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) -> dict[str, Any]:
+    """Train one network within `seconds`, or for `steps`, and measure it; returns the row."""
+    reader = Reader(wanted.corpus)
+    planned = steps or wanted.steps_in(0.9 * (seconds or 0.0))
+    validation = reader.pages("validation", max(1, wanted.pages // 4), in_sight=wanted.in_sight)
+    trainer = wanted.trainer(Rows(reader, wanted, planned, wanted.corpus.stages), planned)
+    model, curve = trainer.model, []
+
+    def look(step: int) -> None:
+        if step > 0:
+            ways = measured_ways(reader, model, trainer.memory, validation, seed=wanted.seed, decodes=False)
+            curve.append({"step": step, "ways": ways})
+            shown = ", ".join(f"{name} {way['one_shot']:.3f} / {way['loss']:.2f}" for name, way in ways.items())
+            print(f"  {wanted.arm}, step {step} of {planned}: {shown}", flush=True)
+
+    budget = Budget(wanted.clock, seconds, max(1, planned // CURVE_POINTS), look)
+    trainer.add_callback(budget)
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.train()
+    look(trainer.state.global_step)
+    row = {
+        "parameters": model.num_parameters(),
+        "steps_planned": planned,
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
+        "curve": curve,
+        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    asked = reader.pages(wanted.part, wanted.pages, in_sight=wanted.in_sight)
+    row["measured"] = measured_ways(reader, model, trainer.memory, asked, seed=wanted.seed, decodes=True)
+    row["settings"] = asdict(SIZES[wanted.size])
+    row["stages"] = [asdict(stage) for stage in wanted.corpus.stages]
+    row["config"] = None if trainer.memory is None else asdict(trainer.memory.config)
+    return row

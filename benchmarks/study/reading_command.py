@@ -1,0 +1,94 @@
+"""The command line of the two studies of English, their JSON, and their table."""
+
+import argparse
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from page_measures import MEMORY
+from pages import Corpus
+from reading import ARMS, SIZES, Run, run
+
+SHARES = {arm: 0.7 if arm == MEMORY else 0.3 for arm in ARMS}
+"""Of a seed's minutes: a step with memory costs several of one without."""
+RESULTS = Path("benchmarks/study/results")
+
+
+def parsed(name: str, doc: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--size", default="1M", choices=[size for size in SIZES if size != "smoke"])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--minutes", type=float, default=60.0, help="of a seed's training, all arms together")
+    parser.add_argument("--steps", type=int, help="instead of a time; of every arm")
+    parser.add_argument("--pages", type=int, default=128, help="documents that are asked about")
+    parser.add_argument("--validation", action="store_true", help="other documents, for choices")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
+    return parser.parse_args()
+
+
+def main(make: Callable[..., Corpus], doc: str) -> None:
+    """Train and measure what the command line asks for, on the corpus that `make` makes."""
+    options = parsed(make.name, doc)
+    if not options.device.startswith("cuda"):
+        torch.set_num_threads(1)
+    if options.smoke:
+        options.size, options.steps, options.pages = "smoke", 4, 4
+    corpus = make(is_tiny=options.smoke)
+    found: dict[str, Any] = {"rows": []}
+    if options.out.exists() and not options.smoke:
+        found = json.loads(options.out.read_text())
+    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    part = "validation" if options.validation else "test"
+    for seed in options.seed:
+        for arm in options.arms:
+            budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes * SHARES[arm]}
+            key = {"size": options.size, "seed": seed, "arm": arm, "part": part, "pages": options.pages, **budget}
+            if any(key.items() <= row.items() for row in found["rows"]):
+                continue
+            wanted = Run(
+                corpus=corpus,
+                size=options.size,
+                arm=arm,
+                seed=seed,
+                device=options.device,
+                pages=options.pages,
+                part=part,
+            )
+            seconds = None if options.steps else 60 * budget["minutes"]
+            found["rows"].append(
+                key | {"device": device_name(options.device)} | run(wanted, seconds=seconds, steps=options.steps)
+            )
+            if not options.smoke:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(markdown(found["rows"]))
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return a table: one line per network and way of asking, then how its kinds of questions fare."""
+    out = [
+        "| size | seed | part | asked with | exact match | one shot | nats per token | steps | CPU s |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        for way, each in row["measured"].items():
+            figures = f"{each['exact']:.3f} | {each['one_shot']:.3f} | {each['loss']:.3f}"
+            about = f"{row['size']} | {row['seed']} | {row['part']}"
+            out.append(f"| {about} | {way} | {figures} | {row['steps']} | {row['cpu_seconds']:.0f} |")
+    out += ["", "| size | seed | asked with | exact match by kind |", "|---" * 4 + "|"]
+    for row in rows:
+        for way, each in row["measured"].items():
+            kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in each["kinds"].items())
+            out.append(f"| {row['size']} | {row['seed']} | {way} | {kinds} |")
+    return "\n".join(out)

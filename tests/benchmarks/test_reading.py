@@ -1,0 +1,176 @@
+"""The studies of English: what they ask can be told from the text alone, and every script runs, tiny."""
+
+import gzip
+import os
+import re
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "study"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def words_in(page):
+    return set(re.findall("[A-Za-z]+", page.text))
+
+
+@pytest.mark.parametrize("cloze", [0.0, 1.0])
+def test_every_answer_stands_in_the_text_and_no_question_gives_it_away(cloze):
+    from small_english import page
+
+    for index in range(100):
+        found = page("test", index, facts=6, filler=3, cloze=cloze)
+        assert len(found.questions) == 6
+        for question in found.questions:
+            assert question.answer in found.text
+            assert f" {question.answer}" not in question.text
+        assert found == page("test", index, facts=6, filler=3, cloze=cloze)
+
+
+def test_names_and_objects_of_the_test_are_in_no_training_document():
+    from small_english import PARTS, words_of
+
+    for name in ("first_names", "surnames", "nouns", "events"):
+        parts = [set(getattr(words_of(part), name)) for part in PARTS]
+        assert len(set.union(*parts)) == sum(map(len, parts))
+    assert len(words_of("train").first_names) > 2000
+
+
+def test_all_kinds_of_questions_are_asked_in_other_words():
+    from small_english import KINDS, page
+
+    asked = [question for index in range(60) for question in page("train", index, facts=4, filler=0).questions]
+    assert {question.kind for question in asked} == set(KINDS)
+    for kind in KINDS:
+        beginnings = {question.text.split()[0] for question in asked if question.kind == kind}
+        assert len(beginnings) > 1
+
+
+def test_a_slot_does_not_tell_how_long_its_answer_is():
+    from english import English
+    from pages import Reader, answer_spans_of
+
+    corpus = English(is_tiny=True)
+    reader = Reader(corpus)
+    for hidden, shown in zip(
+        reader.pages("test", 5, in_sight=False), reader.pages("test", 5, in_sight=True), strict=True
+    ):
+        assert shown.shown.input_ids == hidden.context + hidden.shown.input_ids
+        spans = answer_spans_of(hidden, corpus.slot)
+        assert len(spans) == len(hidden.kinds)
+        for first, last in spans:
+            assert hidden.shown.input_ids[last - 1] == reader.end
+            assert reader.said(hidden.shown.input_ids[first:last]).strip() in corpus.tokenizer.decode(hidden.context)
+
+
+def test_steps_are_shared_out_among_the_stages():
+    from pages import Stage
+    from reading import shared_out
+
+    stages = [Stage(share=share, facts=1) for share in (0.3, 0.3, 0.4)]
+    assert shared_out(10, stages) == [3, 3, 4]
+    assert sum(shared_out(7, stages)) == 7
+
+
+def test_a_budget_ends_a_training():
+    from types import SimpleNamespace
+
+    from reading import Budget
+
+    times, looked = iter([0.0, 1.0, 2.0, 3.5]), []
+    budget = Budget(lambda: next(times), 3.0, 2, looked.append)
+    control, state = SimpleNamespace(should_training_stop=False), SimpleNamespace(global_step=0, max_steps=10)
+    for step in (1, 2, 3):
+        assert not control.should_training_stop
+        state.global_step = step
+        budget.on_step_end(None, state, control)
+    assert control.should_training_stop
+    assert looked == [2]
+    assert budget.ends == [1.0, 2.0, 3.5]
+
+
+# The dictionary -----------------------------------------------------------------------------------------------------
+
+ENTRIES = (
+    'Anvil \\An"vil\\ (a), n. [OE. anvelt; cf. L.\n   incus.]\n'
+    "   1. An iron block on which metals are\n      hammered. [1913 W]\n",
+    "Sail \\Sail\\, v.\n   (Naut.) To move upon water by the wind; also, to glide.\n",
+    "Long \\Long\\, a.\n   " + " ".join(["far"] * 30) + ".\n",
+    "Clean \\Clean\\, a.\n   Being clean and nothing else.\n",
+    "Another thing\n   Without a head that is spoken.\n",
+)
+DIGITS = string.ascii_uppercase + string.ascii_lowercase + "0123456789+/"
+
+
+def digits(number):
+    return (digits(number // 64) if number >= 64 else "") + DIGITS[number % 64]
+
+
+def test_short_definitions_are_found_in_files_of_dictd(tmp_path):
+    import dictionary
+
+    text, lines = "\n" * 100, []
+    for entry in ENTRIES:
+        lines.append(f"{entry.split()[0]}\t{digits(len(text))}\t{digits(len(entry))}\n")
+        text += entry
+    (tmp_path / "gcide.dict.dz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "gcide.index").write_text("".join(lines))
+    assert list(dictionary.entries(tmp_path)) == [
+        ("anvil", "an iron block on which metals are hammered"),
+        ("sail", "to move upon water by the wind"),
+    ]
+
+
+def test_a_missing_dictionary_says_what_installs_it(tmp_path):
+    import dictionary
+
+    with pytest.raises(SystemExit, match="apt-get install dict-gcide"):
+        dictionary.installed(tmp_path)
+
+
+def test_headwords_of_the_test_are_in_no_training_entry(monkeypatch):
+    import dictionary
+
+    words = [f"word{letter}" for letter in string.ascii_lowercase]
+    made = [(word, f"not {other} at all") for word, other in zip(words, [*words[1:], words[0]], strict=True)]
+    monkeypatch.setattr(dictionary, "entries", lambda: iter(made))
+    parts = dictionary.shared_out()
+    held_out = {word for part in ("validation", "test") for word, _ in parts[part]}
+    assert len(held_out) == 4
+    assert all(not held_out & {word, *meaning.split()} for word, meaning in parts["train"])
+
+
+# Whole scripts ------------------------------------------------------------------------------------------------------
+
+
+def smoked(script):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(FOLDER / script), "--smoke"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+@pytest.mark.slow
+def test_english_runs_from_beginning_to_end():
+    said = smoked("english.py")
+    for way in ("memory", "without memory", "memory of a wrong document", "text in sight"):
+        assert f"| smoke | 0 | test | {way} | " in said
+
+
+@pytest.mark.slow
+def test_the_dictionary_runs_from_beginning_to_end():
+    import dictionary
+
+    if not dictionary.is_installed():
+        pytest.skip("dict-gcide is not installed")
+    assert "| smoke | 0 | test | memory of a wrong document | " in smoked("dictionary.py")
