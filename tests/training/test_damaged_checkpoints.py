@@ -209,6 +209,32 @@ def test_a_run_goes_on_without_a_state_that_is_named(part, damage, bases, checkp
     assert not is_same(seen[0], fresh), "the weights are the checkpoint's all the same"
 
 
+PARTS = {"start": "mem_learn_start", "rates": "mem_learn_lr", "gate": "mem_write_gate"}
+
+
+@pytest.mark.parametrize("part", list(PARTS))
+def test_each_learned_part_alone_is_a_state_that_a_run_goes_on_from(part, tmp_path):
+    off = {"mem_learn_start": False, "mem_learn_lr": False, "mem_learned_rates_lr": 0.03, "mem_write_gate": "none"}
+    options = off | {PARTS[part]: "learned" if part == "gate" else True, "max_steps": 2}
+
+    def run(folder, **more):
+        trainer = trainer_of(new_model(tmp_path, "llada", "full"), tmp_path / folder, "learned", **options)
+        before = state(trainer)
+        assert left_out("memory", trainer.args) == {"memory"}, "it can be begun anew"
+        trainer.train(**more)
+        return before, state(trainer)
+
+    before, whole = run("whole")
+    learned = [name for name in whole if name.startswith("memory.")]
+    assert learned
+    assert not all(before[name].equal(whole[name]) for name in learned), "a run that resumes must have lost something"
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    assert is_same(run("again", resume_from_checkpoint=str(checkpoint))[1], whole)
+    (checkpoint / MEMORY_FILE).unlink()
+    with pytest.raises(CheckpointError, match=MEMORY_FILE.partition(".")[0]):
+        run("refused", resume_from_checkpoint=str(checkpoint))
+
+
 def test_what_resume_without_cannot_do_is_refused(bases, checkpoint):
     arguments = trainer_of(new_model(bases, "lladamoe", "full"), checkpoint.parent).args
     assert left_out(None, arguments) == frozenset()

@@ -38,7 +38,7 @@ def parts_of(arguments: TrainingArguments) -> tuple[str, ...]:
     parts = [OPTIMIZER, SCHEDULER, RNG]
     if arguments.fp16 and not arguments.deepspeed:
         parts.append(SCALER)
-    if arguments.memory is not None and (arguments.memory.learn_start or arguments.memory.learn_lr):
+    if arguments.memory is not None and arguments.memory.is_learned:
         parts.append(MEMORY)
     return tuple(parts)
 
