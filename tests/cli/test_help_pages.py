@@ -12,7 +12,7 @@ import pytest
 
 from memdlm.cli import help_pages
 from memdlm.cli.main import COMMANDS, main
-from memdlm.cli.parsing import _OneLine
+from memdlm.cli.parsers import OneLine
 
 WRITE = "run: python tests/cli/test_help_pages.py"
 
@@ -27,7 +27,7 @@ def parser_of(command, patch):
         raise Caught(self)
 
     with patch.context() as here:
-        here.setattr(_OneLine, "print_help", caught)
+        here.setattr(OneLine, "print_help", caught)
         try:
             importlib.import_module(f"memdlm.cli.{command.replace('-', '_')}").main(["--help"])
         except Caught as found:
@@ -41,7 +41,7 @@ def test_pages_are_those_of_the_parsers(command, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     parser = parser_of(command, monkeypatch)
     stored = json.loads(help_pages.PAGES.read_text())
-    made = json.loads(json.dumps(help_pages.describe(command, parser)))
+    made = json.loads(json.dumps(help_pages.describe(parser)))
     assert help_pages.laid_out(made) == parser.format_help()
     if stored[command]["made_with"] == help_pages.installed(command):
         assert stored[command] == made, WRITE
@@ -80,5 +80,5 @@ def test_options_of_another_transformers_are_asked_of_the_parser(monkeypatch, ca
 
 
 if __name__ == "__main__":
-    found = {each: help_pages.describe(each, parser_of(each, pytest.MonkeyPatch())) for each in COMMANDS}
+    found = {each: help_pages.describe(parser_of(each, pytest.MonkeyPatch())) for each in COMMANDS}
     help_pages.PAGES.write_text(json.dumps(found, indent=1) + "\n")
