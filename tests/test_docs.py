@@ -109,7 +109,7 @@ def workshop(tmp_path_factory):
     split = {"train": datasets.Dataset.from_list(rows[:26]), "test": datasets.Dataset.from_list(rows[26:])}
     for name in DATASETS:
         datasets.DatasetDict(split).save_to_disk(folder / "datasets" / name)
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(ROOT / "src" / "memdlm" / "recipes", folder / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train = ["train", "--model", f"{DEMO}/memdlm-seed0", "--dataset_args", "chat.jsonl", *SMALLER["train"]]

@@ -149,3 +149,10 @@ def test_accelerate_reads_every_launch_configuration(path):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
     if path.stem == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("value", [5e-5, 2e-5, 1e-4])
+def test_a_resolved_option_is_there_whatever_transformers_has_as_its_default(value, tmp_path):
+    plan = parse({"model": "x", "dataset_args": "y", "output_dir": str(tmp_path), "learning_rate": value})
+    for printed in (resolved(plan), resolved(plan, as_asked=True)):
+        assert parse(printed).arguments.learning_rate == value

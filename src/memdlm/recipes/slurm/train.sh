@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One training run on N nodes:
-#   sbatch --nodes 2 recipes/slurm/train.sh recipes/llada_moe_8gpu_memdlm.yaml [--any_option value]
-# ACCELERATE_CONFIG chooses the launcher's configuration (default: recipes/accelerate/ddp.yaml). Every node needs the
-# repository, the data and output_dir under the same path. A job that is requeued goes on from its newest checkpoint.
+#   sbatch --nodes 2 recipes/slurm/train.sh llada_moe_8gpu_memdlm [--any_option value]
+# ACCELERATE_CONFIG chooses the launcher's configuration (default: ddp.yaml of memdlm's recipes). Every node needs the
+# environment, the data and output_dir under the same path. A job that is requeued goes on from its newest checkpoint.
 #SBATCH --job-name=memdlm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -14,11 +14,11 @@
 set -euo pipefail
 
 if [ "$#" -eq 0 ]; then
-  echo "usage: sbatch [--nodes N] recipes/slurm/train.sh RECIPE.yaml [--option value ...]" >&2
+  echo "usage: sbatch [--nodes N] recipes/slurm/train.sh RECIPE [--option value ...]" >&2
   exit 2
 fi
 
-config=${ACCELERATE_CONFIG:-recipes/accelerate/ddp.yaml}
+config=${ACCELERATE_CONFIG:-$(python -m memdlm recipes --folder)/accelerate/ddp.yaml}
 gpus=${SLURM_GPUS_ON_NODE:-8}
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))

@@ -69,7 +69,10 @@ def resolved(plan: RunPlan, *, as_asked: bool = False) -> dict[str, Any]:
         found |= dataclasses.asdict(part)
     arguments = plan.arguments
     usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
-    own = {field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)
+    # Those that memdlm declares anew have other defaults: leaving one out would mean another value.
+    own = ({field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)) | set(
+        vars(TrainingArguments)["__annotations__"]
+    )
     for field in dataclasses.fields(TrainingArguments):
         value = arguments.asked[field.name] if as_asked and field.init else getattr(arguments, field.name)
         if field.name in own:
