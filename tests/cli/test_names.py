@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memdlm.cli import names, recipes
 from memdlm.cli.main import main
@@ -54,6 +56,28 @@ def test_a_published_name_does_what_ours_does(spelling):
     assert names.translated([spelling, "m", "--cfg=2", "x"], flags) == ["--model", "m", "--cfg_scale=2", "x"]
     assert names.translated([f"{spelling}=m"], flags) == ["--model=m"]
     assert names.translated(["--", spelling, "m"], flags) == ["--", spelling, "m"]
+
+
+@given(st.lists(st.sampled_from(["--model", "--seed=3", "m", "-x", "--", "", "--unknown", "--cfg_scale", "a=b"])))
+def test_words_that_are_no_published_names_stay_as_they_are(words):
+    assert names.translated(words, ["--model", "--seed", "--cfg_scale"]) == words
+
+
+@given(st.sampled_from(sorted(names.ALIASES)), st.sampled_from(["0.5", "false", "x"]), st.booleans())
+def test_every_published_name_becomes_one_of_our_flags_with_one_value(name, value, is_joined):
+    flags = [f"--{ours}" for ours in names.ALIASES[name].ours]
+    words = [f"--{name}={value}"] if is_joined else [f"--{name}", value]
+    try:
+        found = names.translated(["w", *words, "z"], flags)
+    except ConfigError:
+        found = []
+    if not found:
+        assert name in ("group_by_length", "warmup_ratio")
+        return
+    assert (found[0], found[-1]) == ("w", "z")
+    told = "=".join(found[1:-1]).split("=")
+    assert len(told) == 2
+    assert told[0] in flags
 
 
 def test_a_command_that_has_the_published_name_itself_keeps_it():
