@@ -258,8 +258,8 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
         ),
         "merge": (["--adapter", "inputs/adapter_alone", "--output", "out"], ["base", "dtype", "device", "overwrite"]),
         "report": (["inputs/run"], ["output"]),
-        "recipes": (["llada_moe_1gpu_memdlm"], ["folder", "debug"]),
-        "completion": (["bash"], ["debug"]),
+        "recipes": (["llada_moe_1gpu_memdlm"], ["folder", "name"]),
+        "completion": (["bash"], ["shell"]),
     }
 
 
