@@ -107,7 +107,7 @@ def command_tables(name: str) -> str:
     rows = []
     for action in parser._actions:
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
-        if "--help" in flags or any(flag[2:] in shared for flag in flags):
+        if {"--help", "--help-all"} & set(flags) or any(flag[2:] in shared for flag in flags):
             continue
         word = f"`{flags[0]}`" if flags else f"`{action.dest.upper()}`"
         help_text = re.sub(r" One of: [^.]+\.$", "", _help(action))

@@ -85,7 +85,7 @@ FITTING: dict[str, list[str]] = {}
 ENDED: Counter[str] = Counter()
 IS_OUTPUT = ("output", "output_dir", "output_path", "trace", "out", "use_cache")
 IS_PATH = ("model", "adapter", "dataset_args", "eval_dataset_args", "file", "memory", "questions", "base", "model2")
-IS_PATH += ("preprocessed_dir", "tokenizer", "resume", "base_model_name_or_path")
+IS_PATH += ("adapter2", "preprocessed_dir", "tokenizer", "resume", "base_model_name_or_path")
 
 
 def confine(folder: Path) -> None:
@@ -258,6 +258,8 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
         ),
         "merge": (["--adapter", "inputs/adapter_alone", "--output", "out"], ["base", "dtype", "device", "overwrite"]),
         "report": (["inputs/run"], ["output"]),
+        "recipes": (["llada_moe_1gpu_memdlm"], ["folder", "name"]),
+        "completion": (["bash"], ["shell"]),
     }
 
 

@@ -5,6 +5,7 @@ which flags make a command small, and `NOT_RUN` what cannot be run here, why, an
 """
 
 import ast
+import contextlib
 import importlib
 import io
 import json
@@ -20,6 +21,7 @@ import pytest
 
 from memdlm.cli import eval as evaluation
 from memdlm.cli.main import COMMANDS, main
+from memdlm.cli.names import NOT_HERE
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.models import SmallDLMConfig, build_model
@@ -109,7 +111,7 @@ def workshop(tmp_path_factory):
     split = {"train": datasets.Dataset.from_list(rows[:26]), "test": datasets.Dataset.from_list(rows[26:])}
     for name in DATASETS:
         datasets.DatasetDict(split).save_to_disk(folder / "datasets" / name)
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(ROOT / "src" / "memdlm" / "recipes", folder / "recipes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train = ["train", "--model", f"{DEMO}/memdlm-seed0", "--dataset_args", "chat.jsonl", *SMALLER["train"]]
@@ -246,6 +248,10 @@ def follow(line):
             NOT_RUN[part][1](words[: words.index("&&")] if "&&" in words else words)
             return
     assert words[0] == "memdlm", f"no rule for {line!r}"
+    if ">" in words:
+        with open(words[-1], "w") as file, contextlib.redirect_stdout(file):
+            run(words[1 : words.index(">")])
+        return
     run(words[1:])
 
 
@@ -291,7 +297,7 @@ def test_a_slow_command_runs(line, page_folder):
 
 def test_what_is_named_exists():
     """Memory options, and the tests of this repository."""
-    options = evaluation._parser().format_help()
+    options = evaluation._parser().format_help(everything=True)
     tests = {
         node.name
         for file in (ROOT / "tests").rglob("test_*.py")
@@ -300,7 +306,9 @@ def test_what_is_named_exists():
     }
     for path in PAGES:
         text = path.read_text()
-        assert all(f"--{flag} " in options for flag in re.findall(r"`(?:--)?(mem_\w+)", text)), path
+        assert all(
+            f"--{flag} " in options for flag in re.findall(r"`(?:--)?(mem_\w+)", text) if flag not in NOT_HERE
+        ), path
         assert set(re.findall(r"`(test_\w+)`", text)) <= tests, path
 
 

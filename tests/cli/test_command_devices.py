@@ -20,7 +20,7 @@ from memdlm.workflows.studies import demo
 
 TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
 TINY_SUITE = json.dumps({"max_seq_lengths": [12], "num_samples": 1, "task_options": {"kv": {"num_pairs": 2}}})
-WITHOUT_MODEL = ("info", "preprocess", "report")
+WITHOUT_MODEL = ("info", "preprocess", "report", "recipes", "completion")
 """Commands that load no weights, which `test_the_others_load_no_weights` holds them to."""
 
 
@@ -254,6 +254,8 @@ def test_the_others_load_no_weights(command, inputs, tmp_path, monkeypatch):
             *("--output_dir", str(tmp_path / "data")),
         ],
         "report": [str(run), "--output", str(tmp_path / "report.html")],
+        "recipes": [],
+        "completion": ["bash"],
     }[command]
     monkeypatch.setattr(loading, "_read", mock.Mock(side_effect=AssertionError("weights were read")))
     assert main([command, *words]) == 0

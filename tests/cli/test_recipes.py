@@ -6,7 +6,7 @@ import pytest
 
 import memdlm.workflows.runs.train as workflow
 from memdlm.cli.main import main
-from memdlm.cli.recipes import read_recipe, typed_recipe
+from memdlm.cli.recipe_files import read_recipe, typed_recipe
 from memdlm.cli.train import OPTIONS
 from memdlm.errors import ConfigError
 from memdlm.training import TrainingArguments

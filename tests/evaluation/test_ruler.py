@@ -23,7 +23,7 @@ lm_eval = pytest.importorskip("lm_eval")
 wonderwords = pytest.importorskip("wonderwords")
 pytestmark = pytest.mark.slow
 SOURCE = Path(__file__).parents[2] / "src"
-LAUNCH = SOURCE.parent / "recipes" / "accelerate" / "cpu.yaml"
+LAUNCH = SOURCE / "memdlm" / "recipes" / "accelerate" / "cpu.yaml"
 RUN = "import sys; from memdlm.cli.eval import stock; sys.exit(stock())"
 
 

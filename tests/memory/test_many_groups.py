@@ -51,7 +51,7 @@ def test_fifteen_hundred_groups_equal_the_loop():
 def shipped():
     """(recipe, experts of its network, rows of a batch) of all recipes for mixtures of experts."""
     published = {"llada21": LLaDA2MoeConfig().num_experts, "llada_moe": LLaDAMoEConfig().num_experts}
-    for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
+    for path in sorted((Path(__file__).parents[2] / "src" / "memdlm" / "recipes").glob("*.yaml")):
         for family, num_experts in published.items():
             if path.name.startswith(family):
                 options = yaml.safe_load(path.read_text())

@@ -26,7 +26,12 @@ def test_the_cpu_configuration_starts_two_processes_that_train_the_joined_batch(
         flags += ["--per_device_train_batch_size", str(rows), "--learning_rate", "1e-2", "--save_strategy", "no"]
         flags += ["--dtype", "float64", "--supervise_padding", "none", "--report_to", "none", "--use_cpu", "True"]
         flags += ["--mem_enabled", "True", "--mem_inner_layer_fraction", "0.5", "--mem_inner_rank", "4"]
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml")]
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(ROOT / "src/memdlm/recipes/accelerate/cpu.yaml"),
+        ]
         start = [sys.executable, *(launch if processes > 1 else []), "-m", "memdlm", "train", *flags]
         done = subprocess.run(
             start,

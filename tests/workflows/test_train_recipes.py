@@ -9,7 +9,7 @@ import yaml
 
 from memdlm.cli.main import main
 from memdlm.cli.parsing import DataclassParser
-from memdlm.cli.recipes import read_recipe
+from memdlm.cli.recipe_files import read_recipe
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig
@@ -19,7 +19,7 @@ from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions
 from memdlm.workflows.runs.plan import RunPlan, resolved
 from tiny import CONFIGS
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "src" / "memdlm" / "recipes"
 WHOLE = sorted(RECIPES.glob("*.yaml"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
 NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall)")
@@ -94,7 +94,7 @@ def test_a_dry_run_counts_without_loading_weights(tiny_run, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", recipe, *tiny_run, "--dry_run", "--output_dir", str(out)]) == 0
     printed = capsys.readouterr().out
-    numbers = dict(re.findall(r"^([a-z -]+?) {2,}([\d,.]+)$", printed, re.MULTILINE))
+    numbers = dict(re.findall(r"^# ([a-z -]+?) {2,}([\d,.]+)$", printed, re.MULTILINE))
     assert numbers["parameters"] == f"{total:,}"
     assert numbers["trained"] == f"{trained:,}"
     # 20 rows in pairs, 5 epochs, a tenth of the steps to warm up.
@@ -149,3 +149,10 @@ def test_accelerate_reads_every_launch_configuration(path):
         assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
     if path.stem == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
+
+
+@pytest.mark.parametrize("value", [5e-5, 2e-5, 1e-4])
+def test_a_resolved_option_is_there_whatever_transformers_has_as_its_default(value, tmp_path):
+    plan = parse({"model": "x", "dataset_args": "y", "output_dir": str(tmp_path), "learning_rate": value})
+    for printed in (resolved(plan), resolved(plan, as_asked=True)):
+        assert parse(printed).arguments.learning_rate == value

@@ -22,6 +22,7 @@ _TRAINER_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
 def guarded(program: str, argv: list[str], run: Callable[[list[str]], int]) -> int:
     """Run a command on `argv`; turn what it raises into one line on standard error and an exit status."""
     _open_streams()
+    _quiet_libraries()
     arguments, is_debug = _without_debug(argv)
     name = " ".join([program, *arguments[:1]]) if program == "memdlm" else program
     try:
@@ -98,6 +99,21 @@ def _open_streams() -> None:
         if mode == "w" and isinstance(stream, io.TextIOWrapper):
             # A character that the terminal's encoding lacks is shown as its number.
             stream.reconfigure(errors="backslashreplace")
+
+
+def _quiet_libraries() -> None:
+    """Silence what is not about the user's run, before any of these libraries is imported."""
+    # bitsandbytes warns on import about a kernel that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_news)
+    if not sys.stderr.isatty():
+        # A bar in a file or a pipe is noise. tqdm draws those of transformers, datasets and lm-eval.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record says something: the Trainer gives a model its own tokenizer's ids, and warns that it did."""
+    return not str(record.msg).startswith("The tokenizer has new PAD/BOS/EOS tokens")
 
 
 def _null_at(number: int) -> int:

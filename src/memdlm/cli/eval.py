@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memdlm.cli.border import guarded
+from memdlm.cli.names import instead
 from memdlm.cli.parsing import Parser
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.evaluation.harness_options import HarnessOptions, generation_fields
@@ -101,4 +102,5 @@ def _check_rest(parser: Parser, theirs: Sequence[str], rest: Sequence[str]) -> N
     for each in rest:
         flag = each.split("=")[0]
         if flag.startswith("--") and flag not in (*theirs, _EXTRA):
-            raise ConfigError(f"option {flag!r} is not known.{did_you_mean(flag, [*ours, *theirs, _EXTRA])}")
+            hint = instead(flag) or did_you_mean(flag, [*ours, *theirs, _EXTRA])
+            raise ConfigError(f"option {flag!r} is not known.{hint}")

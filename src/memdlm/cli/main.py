@@ -1,12 +1,11 @@
 """The `memdlm` command: find the sub-command and run it."""
 
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 
 from memdlm.cli.border import guarded
-from memdlm.cli.help_pages import page
+from memdlm.cli.help_pages import ALL, page
 from memdlm.cli.output import say
 from memdlm.errors import ConfigError, unknown
 from memdlm.version import __version__
@@ -15,6 +14,7 @@ COMMANDS = {
     "demo": "train small models with and without memory, compare them and write a report, offline",
     "info": "describe a model and where its fast weights would sit; or a memory; or a folder of memories",
     "preprocess": "tokenize a dataset once, for many training runs",
+    "recipes": "list the recipes that train takes by name, or print one",
     "train": "train a model from recipe files, flags, or both",
     "generate": "decode a response to a prompt, with or without memory",
     "infill": "fill the mask tokens of a text",
@@ -25,6 +25,7 @@ COMMANDS = {
     "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
     "report": "put training runs, evaluations and demos side by side on one page",
+    "completion": "print a script that completes commands and options in a shell",
 }
 """Sub-commands; each is a module of this package with `main(argv) -> int`."""
 
@@ -39,18 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if arguments[:1] == ["help"] and arguments[1:]:
+        # memdlm help train
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", ALL, "help"):
         say(usage())
         return 0
     if arguments[0] == "--version":
         say(f"memdlm {__version__}")
         return 0
-    # bitsandbytes warns on import about a kernel that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     name = arguments[0]
     if name not in COMMANDS:
         raise ConfigError(unknown("command", name, COMMANDS))
-    shown = page(name) if arguments[1:] in (["-h"], ["--help"]) else None
+    asked = arguments[1:] in (["-h"], ["--help"], [ALL])
+    shown = page(name, everything=arguments[1:] == [ALL]) if asked else None
     if shown is not None:
         say(shown.removesuffix("\n"))
         # argparse also exits after it has shown a help page.
@@ -69,6 +72,6 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "memdlm COMMAND --help lists a command's options.",
+            "memdlm help COMMAND shows a command's first options; memdlm COMMAND --help-all shows all of them.",
         ]
     )

@@ -1,70 +1,58 @@
-"""Parsers that report mistakes as ConfigError: one line that names the flag, the value and the way out."""
+"""The parser whose flags are the fields of dataclasses."""
 
 import argparse
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
+from memdlm.cli.parsers import OneLine, Parser
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.options import flag_class, from_flags, is_config
 
+__all__ = ["DataclassParser", "Parser"]
+
+TITLES = {
+    "LoRAOptions": "adapter",
+    "BiasOptions": "exposure-bias",
+    "DecodingOptions": "model",
+    "GenerationConfig": "decoding",
+    "TrainingArguments": "training",
+}
+"""Titles of groups on help pages, where the class's own name would not do."""
 SWITCH_VALUES = {"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"}
 """What HfArgumentParser takes as the value of a switch, in any case."""
 
 
-class _OneLine(argparse.ArgumentParser):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.given: dict[str, Any] = {}
-        """By name, the values that flags gave in the last parse; defaults are not included."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as usual, and note the given flags in `given`."""
-        self.given = {}
-        return super().parse_known_args(args, namespace)
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # argparse calls this once for every flag on the command line, however the flag is spelled.
-        value = super()._get_values(action, arg_strings)
-        if action.option_strings:
-            told = action.const if action.nargs == 0 else value
-            if action.dest in self.given and self.given[action.dest] != told and not is_collecting(action):
-                self.error(
-                    f"{action.option_strings[0]} is given twice, {self.given[action.dest]!r} and {told!r}: only one "
-                    "would count. Leave one out"
-                )
-            self.given[action.dest] = told
-        return value
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ConfigError instead of printing the whole usage."""
-        match = re.match(r"unrecognized arguments: (\S+)", message)
-        if match:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            message = f"option {match[1]!r} is not known.{did_you_mean(match[1].split('=')[0], flags)}"
-        end = "" if message.endswith("?") else "."
-        raise ConfigError(f"{message.rstrip('.')}{end} {self.prog} --help lists the options.")
-
-
-def is_collecting(action: argparse.Action) -> bool:
-    """Whether a flag may be repeated because its values are collected."""
-    return not isinstance(action, (argparse._StoreAction, argparse._StoreConstAction))
-
-
-class Parser(_OneLine):
-    """A plain argument parser."""
-
-
-class DataclassParser(_OneLine, HfArgumentParser):
+class DataclassParser(OneLine, HfArgumentParser):
     """Flags from dataclasses; values of a recipe file become the defaults that flags override."""
 
     def __init__(self, dataclass_types: Sequence[type], **kwargs: Any) -> None:
         self._configs = tuple(dataclass_types)
         types = [flag_class(each) if is_config(each) else each for each in self._configs]
         super().__init__(types, **kwargs)
+        self._group_by_class()
+
+    def _group_by_class(self) -> None:
+        """Put the options of each class into a group of the help page, but not those of the command itself.
+
+        Parsing does not change.
+        """
+        inherited = "transformers.TrainingArguments"
+        for config in self._configs:
+            title = TITLES.get(config.__name__) or re.sub(r"(Options|Config|Flags)$", "", config.__name__).lower()
+            foreign = _foreign_fields(config)
+            for field in dataclasses.fields(config):
+                if title == self.prog.partition(" ")[2]:
+                    break
+                name = "memory" if field.name.startswith("mem_") else inherited if field.name in foreign else title
+                group = _group_titled(self, name)
+                for action in [each for each in self._optionals._group_actions if each.dest == field.name]:
+                    self._optionals._group_actions.remove(action)
+                    group._group_actions.append(action)
 
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance per dataclass; if arguments were added by hand, a namespace of those comes last.
@@ -116,3 +104,23 @@ class DataclassParser(_OneLine, HfArgumentParser):
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 raise ConfigError(f"recipe: {key}: {value!r} is not valid: {error}") from error
         return value
+
+
+def _group_titled(parser: argparse.ArgumentParser, title: str) -> Any:
+    return next((group for group in parser._action_groups if group.title == title), None) or (
+        parser.add_argument_group(title)
+    )
+
+
+def _foreign_fields(config: type) -> set[str]:
+    """Return the fields of `config` that transformers declares and that memdlm does not declare anew."""
+    theirs = next((base for base in config.__mro__ if base.__module__.split(".")[0] == "transformers"), None)
+    if theirs is None:
+        return set()
+    own = {
+        name
+        for base in config.__mro__
+        if base.__module__.split(".")[0] == "memdlm"
+        for name in vars(base).get("__annotations__", {})
+    }
+    return {field.name for field in dataclasses.fields(theirs)} - own

@@ -1,12 +1,13 @@
-"""`memdlm train [RECIPE.yaml ...] [--option value ...]`: parse, build, run."""
+"""`memdlm train [RECIPE ...] [--option value ...]`: parse, build, run."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.cli.recipes import read_recipe, typed_recipe
+from memdlm.cli.recipe_files import read_recipe, typed_recipe
+from memdlm.cli.recipes import find
+from memdlm.errors import ConfigError
 from memdlm.models.lora.adapters import LoRAOptions
 from memdlm.training.arguments import TrainingArguments
 from memdlm.workflows.display import Display
@@ -22,15 +23,20 @@ def main(argv: Sequence[str]) -> int:
     parser = DataclassParser(
         OPTIONS,
         prog="memdlm train",
-        usage="memdlm train [RECIPE.yaml ...] [--option value ...]",
-        description="Train a model. A recipe is a flat YAML file of the options below. Later recipes override "
-        "earlier ones, and flags override recipes.",
+        usage="memdlm train [RECIPE ...] [--option value ...]",
+        description="Train a model. A recipe is a flat YAML file of options. Later recipes override earlier ones, and "
+        "flags override recipes.",
+    )
+    parser.add_argument(
+        "recipe", nargs="*", metavar="RECIPE", help="name of a recipe (memdlm recipes lists them), or a YAML file"
     )
     count = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     recipe: dict[str, Any] = {}
-    for path in argv[:count]:
-        recipe |= typed_recipe(read_recipe(Path(path)), Path(path), OPTIONS)
-    model, lora, data, run, arguments = parser.parse(recipe, argv[count:])
+    for path in map(find, argv[:count]):
+        recipe |= typed_recipe(read_recipe(path), path, OPTIONS)
+    model, lora, data, run, arguments, others = parser.parse(recipe, argv[count:])
+    if others.recipe:
+        raise ConfigError(f"{others.recipe[0]!r}: recipes come before the options. memdlm train {others.recipe[0]} ...")
     if run.dry_run:
         say(describe_plan(RunPlan(model=model, lora=lora, data=data, run=run, arguments=arguments), Display()))
         return 0

@@ -73,6 +73,18 @@ class Counts:
     without_target: int = 0
     """Left out: nothing to learn, or nothing within `max_length`."""
 
+    def words(self) -> str:
+        """Return the counts in words, without those that are 0."""
+        words = [f"{self.kept} of {self.conversations} conversations are used"]
+        for number, what in (
+            (self.too_long, "too long"),
+            (self.shortened, "cut at their end"),
+            (self.without_target, "with nothing to learn"),
+        ):
+            if number:
+                words.append(f"{number} {what}")
+        return ", ".join(words)
+
 
 @final
 class TokenRows(Sequence[dict[str, list[int]]]):

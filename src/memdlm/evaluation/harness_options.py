@@ -17,7 +17,12 @@ from memdlm.options import names_of, option, validate
 
 Arguments: TypeAlias = Mapping[str, Any]
 
-ALIASES = {"cfg": "cfg_scale", "max_gen_toks": "max_new_tokens"}
+ALIASES = {
+    "cfg": "cfg_scale",
+    "max_gen_toks": "max_new_tokens",
+    "adapter_model_name_or_path": "adapter",
+    "model_name_or_path": "pretrained",
+}
 """Names that the published harness and lm-eval have for our options."""
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names that tasks have for the length of a response, in order of precedence."""
@@ -103,7 +108,13 @@ def parse_arguments(arguments: Arguments) -> Settings:
     Raises ConfigError for an unknown key (with the nearest known one), a value of the wrong kind, a memory option
     while `mem_enabled` is off, and a memory shared by the rows of a batch or by ranks (results would depend on both).
     """
-    given = {ALIASES.get(key, key): value for key, value in arguments.items()}
+    given: dict[str, Any] = {}
+    for key, value in arguments.items():
+        name = ALIASES.get(key, key)
+        if name in given:
+            both = [each for each in arguments if ALIASES.get(each, each) == name]
+            raise ConfigError(f"{' and '.join(both)} are names of the same model argument: give one of them.")
+        given[name] = value
     for key in given:
         if key not in option_names():
             raise ConfigError(unknown("model argument", key, option_names()))

@@ -109,6 +109,19 @@ def _refuse_missing(trackers: Collection[str]) -> None:
             )
 
 
+def _take_deprecated_names(arguments: Any) -> None:
+    """Give `gradient_checkpointing` its new name where transformers has one, which would warn about the old name.
+
+    Recipes keep the old name: it works with every version that memdlm takes, and the new one does not.
+    """
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if getattr(arguments, new, False) is None:
+            setattr(arguments, new, getattr(arguments, old))
+
+
 @dataclass
 class TrainingArguments(_Flags):
     """`transformers.TrainingArguments` plus the options of `DiffusionConfig` and, prefixed `mem_`, of `MemoryConfig`.
@@ -143,6 +156,10 @@ class TrainingArguments(_Flags):
     )
 
     def __post_init__(self) -> None:
+        # transformers replaces values by what they mean on this machine; a recipe for another one needs those given.
+        self.asked = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """By option, the value before transformers and this machine had a say."""
+        _take_deprecated_names(self)
         # Without this, transformers refuses bf16 where the CPU is the only device.
         if trains_on_the_cpu():
             self.use_cpu = True

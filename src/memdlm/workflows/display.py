@@ -31,7 +31,10 @@ class Display:
 
     @contextmanager
     def bar(self, phase: str, description: str, total: int) -> Iterator[Advance]:
-        """Show a bar for the length of the block; its time counts towards `phase`."""
+        """Show a bar for the length of the block; its time counts towards `phase`.
+
+        Where there is no terminal, there is no bar, only the line at its end.
+        """
         columns = (
             TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=28),
@@ -42,14 +45,15 @@ class Display:
         )
         start = time.perf_counter()
         try:
-            with Progress(*columns, console=self.console, transient=self.console.is_terminal) as progress:
+            with Progress(
+                *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+            ) as progress:
                 task = progress.add_task(printable(description), total=total)
                 yield lambda done: progress.update(task, completed=done)
         finally:
             spent = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-        if self.console.is_terminal:
-            self.say(f"{description:<34} {spent:6.1f} s")
+        self.say(f"{description:<34} {spent:6.1f} s")
 
 
 class StepBar(TrainerCallback):

@@ -36,7 +36,7 @@ def load_data(
     """Load the data of a run. All errors in the data are found here, before any weights are loaded.
 
     Raises DataError for data that is missing, malformed, made for another tokenizer or without anything to learn,
-    and ConfigError when evaluation is on but there is nothing to evaluate on.
+    and ConfigError when evaluation is on but there is nothing to evaluate on, unless `eval_optional` is on.
     """
     splits, manifest = _encoded(options, tokenizer, evaluates=evaluates, display=display)
     if TRAIN not in splits:
@@ -53,14 +53,21 @@ def load_data(
         held_out = found[name] if name is not None else next(iter(found.values()))
         manifest = {**manifest, "evaluation": more}
     if evaluates and held_out is None:
-        raise ConfigError(
-            "eval_strategy is on, but there is nothing to evaluate on: name eval_dataset_args, cut a test split as in "
-            "name[train:900,test:100], or set eval_strategy to no."
-        )
+        _without_evaluation(options, display)
     train, counts = _fitting(splits[TRAIN], options, TRAIN)
     evaluation, eval_counts = (None, None) if held_out is None else _fitting(held_out, options, TEST)
     all_counts = {TRAIN: counts} if eval_counts is None else {TRAIN: counts, TEST: eval_counts}
     return RunData(train=train, evaluation=evaluation, counts=all_counts, manifest=manifest)
+
+
+def _without_evaluation(options: DataOptions, display: Display) -> None:
+    """Say that nothing is evaluated, or raise ConfigError if evaluation must be possible."""
+    remedy = "name eval_dataset_args, or cut a test split as in name[train:900,test:100]"
+    if not options.eval_optional:
+        raise ConfigError(
+            f"eval_strategy is on, but there is nothing to evaluate on: {remedy}, or set eval_strategy to no."
+        )
+    display.say(f"nothing is evaluated: {options.dataset_args} has no split for it. To evaluate, {remedy}.")
 
 
 def _encoded(

@@ -44,7 +44,11 @@ class BiasOptions:
         "How the data's column names map to ours, as in question=prompt,answer=response; NAME= leaves a column out.",
     )
     split: str | None = option(None, "Split to decode; unset: validation or test if there is one, else the first.")
+    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter on top of the model.")
     model2: str | None = option(None, "A second model to compare with; its tokenizer must be the same.")
+    adapter2: str | None = option(
+        None, "Folder or hub name of an outer LoRA adapter on top of the second model; without model2: of the first."
+    )
     output: str = option("runs/exposure_bias", f"Folder of {JSON_NAME} and {PICTURE_NAME}.")
     overwrite: bool = option(False, "Replace an earlier measurement in output.")
     steps: int = option(48, "Denoising steps per response.", minimum=1, maximum=2**16)
@@ -56,13 +60,21 @@ class BiasOptions:
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
     load_in_4bit: bool = option(False, "Quantise the models to 4 bits (nf4) while loading.")
+    attn_implementation: str | None = option(None, "Attention implementation: sdpa or eager; unset: sdpa.")
     mem_enabled: bool = option(False, "Measure every model with memory, too; its prompts are written first.")
 
     def __post_init__(self) -> None:
         validate(self)
         parse_column_map(self.column_map)
-        if self.model2 == self.model:
+        if self.models[1:] == self.models[:1]:
             raise ConfigError(f"model2 is the same as model, {self.model!r}; name another, or leave it out.")
+
+    @property
+    def models(self) -> list[tuple[str, str | None]]:
+        """Return the measured models: name, and adapter on top."""
+        second = (self.model2 or self.model, self.adapter2)
+        has_second = self.model2 is not None or self.adapter2 is not None
+        return [(self.model, self.adapter), *([second] if has_second else [])]
 
 
 def measure_exposure_bias(
@@ -81,13 +93,14 @@ def measure_exposure_bias(
 def _measured(
     options: BiasOptions, memory: MemoryConfig | None, output: Output, say: Callable[[str], None], command: str
 ) -> Part:
-    models = [name for name in (options.model, options.model2) if name is not None]
     split, conversations = _conversations(options)
     texts = _texts(options, conversations, options.model)
-    if options.model2 is not None and _ids(_texts(options, conversations, options.model2)) != _ids(texts):
+    if options.model2 not in (None, options.model) and _ids(
+        _texts(options, conversations, str(options.model2))
+    ) != _ids(texts):
         raise DataError(f"model2 {options.model2!r} has another tokenizer: its losses per token are not comparable.")
     say_once = functools.cache(say)
-    rows = [row for name in models for row in _measure(options, name, texts, memory, say, say_once)]
+    rows = [row for each in options.models for row in _measure(options, each, texts, memory, say, say_once)]
     data: dict[str, Any] = {
         "kind": "exposure_bias",
         "version": __version__,
@@ -111,15 +124,24 @@ def _measured(
 
 def _measure(
     options: BiasOptions,
-    name: str,
+    named: tuple[str, str | None],
     texts: Sequence[Encoded],
     config: MemoryConfig | None,
     say: Callable[[str], None],
     say_once: Callable[[str], None],
 ) -> list[Bias]:
-    model = load_model(name, dtype=options.dtype, device=options.device, load_in_4bit=options.load_in_4bit)
+    name, adapter = named
+    model = load_model(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        load_in_4bit=options.load_in_4bit,
+        adapter=adapter,
+        attn_implementation=options.attn_implementation,
+    )
     say_once(line_of(model))
     tokenizer = load_tokenizer(name)
+    label = name if adapter is None else f"{name} with {adapter}"
     size = options.batch_size
     batches = [
         pad_texts(texts[start : start + size], tokenizer.pad_token_id, model.device)
@@ -130,7 +152,7 @@ def _measure(
         memories.append(ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id))
     rows = []
     for memory in memories:
-        say(f"{name}, memory {'off' if memory is None else 'on'}: {len(texts)} conversations, {options.steps} steps")
+        say(f"{label}, memory {'off' if memory is None else 'on'}: {len(texts)} conversations, {options.steps} steps")
         measured = exposure_bias(
             model,
             batches,
@@ -139,7 +161,7 @@ def _measure(
             seed=options.seed,
             memory=memory,
         )
-        rows.append(Bias(model=name, seed=options.seed, memory=memory is not None, **asdict(measured)))
+        rows.append(Bias(model=label, seed=options.seed, memory=memory is not None, **asdict(measured)))
     return rows
 
 

@@ -73,6 +73,9 @@ class DataOptions(EncodingOptions):
     eval_dataset_args: str | None = option(
         None, "Datasets to evaluate on; unset: the validation or test split of dataset_args, if evaluation is on."
     )
+    eval_optional: bool = option(
+        False, "Train without evaluation if evaluation is on and there is no data for it; this is then said."
+    )
     load_preprocessed_data: bool = option(False, "Train on what memdlm preprocess wrote for these datasets.")
     preprocessed_dir: str = option("data", "Folder in which preprocessed data is looked for.")
     num_proc: int = option(1, "Number of processes that tokenize.", minimum=1, maximum=1024)

@@ -58,23 +58,27 @@ class Sizes:
     """Number of parameters of one memory; 0 without memory."""
 
 
-def resolved(plan: RunPlan) -> dict[str, Any]:
+def resolved(plan: RunPlan, *, as_asked: bool = False) -> dict[str, Any]:
     """Return the run's options as a flat recipe: all of ours, and those of transformers that are not at their defaults.
 
-    Options of an adapter that is not trained and of a memory that is off are left out.
+    Options of an adapter that is not trained and of a memory that is off are left out. Transformers' options are what
+    they became on this machine; `as_asked`: what they were given as, so that the recipe fits another machine too.
     """
     found: dict[str, Any] = {}
     for part in (plan.model, *((plan.lora,) if plan.model.lora else ()), plan.data, plan.run):
         found |= dataclasses.asdict(part)
     arguments = plan.arguments
     usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
-    own = {field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)
+    # Those that memdlm declares anew have other defaults: leaving one out would mean another value.
+    own = ({field.name for field in dataclasses.fields(TrainingArguments)} - set(usual)) | set(
+        vars(TrainingArguments)["__annotations__"]
+    )
     for field in dataclasses.fields(TrainingArguments):
-        value = getattr(arguments, field.name)
+        value = arguments.asked[field.name] if as_asked and field.init else getattr(arguments, field.name)
         if field.name in own:
             if not field.name.startswith("mem_") or arguments.mem_enabled or field.name == "mem_enabled":
                 found[field.name] = value
-        elif field.init and value != usual[field.name] and field.name not in NOT_OPTIONS:
+        elif field.init and not _is_same(value, usual[field.name]) and field.name not in NOT_OPTIONS:
             found[field.name] = value
     found.pop("dry_run")
     return {name: _plain(value) for name, value in found.items()}
@@ -87,6 +91,11 @@ NOT_OPTIONS = {"accelerator_config", "deepspeed_plugin", "distributed_state", "l
 def default_of(field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a dataclass's field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether an option has its default; flags turn a "no" into False where an option takes both."""
+    return bool(value == default or (value is False and default == "no"))
 
 
 def _plain(value: Any) -> Any:
@@ -163,23 +172,26 @@ def step_counts(arguments: TrainingArguments, rows: int) -> dict[str, int]:
 
 
 def describe_plan(plan: RunPlan, display: Display) -> str:
-    """Return everything about a run as text; nothing is written and no weights are loaded.
+    """Return everything about a run as a recipe with comments; nothing is written and no weights are loaded.
 
     A model or dataset on the hub that cannot be reached is reported as unknown. Errors in local models, local datasets
     or options are raised.
     """
     refuse_idle(plan.model, plan.lora)
     refuse_unread_context(plan.data, plan.arguments.memory)
-    lines = ["# configuration", yaml.safe_dump(resolved(plan), sort_keys=False, allow_unicode=True).rstrip(), ""]
+    options = yaml.safe_dump(resolved(plan, as_asked=True), sort_keys=False, allow_unicode=True).rstrip()
+    facts = _facts(plan, display)
+    return "\n".join(["# configuration", options, "", *(f"# {line}".rstrip() for line in facts)])
+
+
+def _facts(plan: RunPlan, display: Display) -> list[str]:
     try:
         model = model_skeleton(plan.model.path)
     except CheckpointError as error:
         if not _is_on_the_hub(plan.model.path):
             raise
-        lines += [f"# model: unknown here ({_one_line(error)})", *_about_steps_without_model(plan)]
-    else:
-        lines += [*_about_model(plan, model), *_about_steps(plan, display)]
-    return "\n".join(lines)
+        return [f"model: unknown here ({_one_line(error)})", *_about_steps_without_model(plan)]
+    return [*_about_model(plan, model), *_about_steps(plan, display)]
 
 
 def _about_model(plan: RunPlan, model: PreTrainedModel) -> list[str]:
@@ -187,12 +199,12 @@ def _about_model(plan: RunPlan, model: PreTrainedModel) -> list[str]:
     estimate = memory_estimate(plan, model, sizes)
     trained = "those of the adapter" if plan.model.adapter else f"{sizes.trained:,}"
     return [
-        f"# model: {type(model).__name__}",
+        f"model: {type(model).__name__}",
         f"parameters          {sizes.total:,}",
         f"trained             {trained}",
         f"fast weights        {sizes.fast:,}",
         "",
-        "# memory per device, estimated, in GiB",
+        "memory per device, estimated, in GiB",
         *(f"{name:<19} {value / GIB:.2f}" for name, value in estimate.items()),
         f"{'sum':<19} {sum(estimate.values()) / GIB:.2f}",
         "",
@@ -205,15 +217,15 @@ def _about_steps(plan: RunPlan, display: Display) -> list[str]:
         data = load_data(plan.data, tokenizer, evaluates=plan.arguments.eval_strategy != "no", display=display)
     except DataError as error:
         return _unknown_steps(plan, error)
-    counts = [f"{split:<19} {dataclasses.asdict(found)}" for split, found in data.counts.items()]
+    counts = [f"{split:<19} {found.words()}" for split, found in data.counts.items()]
     steps = step_counts(plan.arguments, len(data.train))
-    return ["# steps", *(f"{name:<19} {value:,}" for name, value in steps.items()), *counts]
+    return ["steps", *(f"{name:<19} {value:,}" for name, value in steps.items()), *counts]
 
 
 def _about_steps_without_model(plan: RunPlan) -> list[str]:
     """Return the lines about conversations; how many of them fit is unknown without a tokenizer."""
     if plan.data.load_preprocessed_data:
-        return ["# steps: unknown here (without the tokenizer, preprocessed data cannot be checked)"]
+        return ["steps: unknown here (without the tokenizer, preprocessed data cannot be checked)"]
     try:
         splits = load_conversations(plan.data.dataset_args, plan.data.columns)
     except DataError as error:
@@ -221,7 +233,7 @@ def _about_steps_without_model(plan: RunPlan) -> list[str]:
     steps = step_counts(plan.arguments, len(splits[TRAIN])) if TRAIN in splits else {}
     found = [f"{split:<19} {len(conversations):,} conversations" for split, conversations in splits.items()]
     counts = [f"{name:<19} {value:,}" for name, value in steps.items()]
-    return ["# steps, at most (without the tokenizer, it is unknown which conversations fit)", *counts, *found]
+    return ["steps, at most (without the tokenizer, it is unknown which conversations fit)", *counts, *found]
 
 
 def _unknown_steps(plan: RunPlan, error: DataError) -> list[str]:
@@ -230,7 +242,7 @@ def _unknown_steps(plan: RunPlan, error: DataError) -> list[str]:
     if not any(_is_on_the_hub(str(part.path)) for part in parts):
         raise error
     steps = plan.arguments.max_steps
-    return [f"# steps: {steps if steps > 0 else 'unknown here'} ({_one_line(error)})"]
+    return [f"steps: {steps if steps > 0 else 'unknown here'} ({_one_line(error)})"]
 
 
 def _is_on_the_hub(name: str) -> bool:

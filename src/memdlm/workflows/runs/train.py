@@ -5,10 +5,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import IntervalStrategy, PreTrainedModel
 
 from memdlm.data.collate import Collator
-from memdlm.data.encoding import Counts
 from memdlm.errors import ConfigError
 from memdlm.files import make_folder, writing
 from memdlm.models.hub.devices import AUTO, job_line
@@ -26,6 +25,7 @@ from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions,
 from memdlm.workflows.runs.plan import RunPlan
 from memdlm.workflows.runs.resuming import check_same_data, check_same_run
 from memdlm.workflows.runs.run_file import write_run_file
+from memdlm.workflows.training_table import training_table
 
 
 def run_training(
@@ -76,7 +76,9 @@ def _run(
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
     for split, counts in data.counts.items():
-        display.say(f"{split}: {describe(counts)}")
+        display.say(f"{split}: {counts.words()}")
+    if data.evaluation is None and arguments.eval_strategy != IntervalStrategy.NO:
+        evaluate_nothing(arguments)
     if checkpoint is not None:
         changed += check_same_data(data.manifest, plan, checkpoint, display)
     trainer = MemDLMTrainer(
@@ -94,11 +96,23 @@ def _run(
     if checkpoint is not None:
         display.say(f"resuming from {checkpoint}")
     without = left_out(run.resume_without, arguments)
-    trainer.train(None if checkpoint is None else str(checkpoint), resume_without=without)
+    with training_table(trainer, display, has_memory=arguments.memory is not None):
+        trainer.train(None if checkpoint is None else str(checkpoint), resume_without=without)
     trainer.save_final(out)
     # `memdlm report` reads the log in this state, also when no checkpoints were saved.
     trainer.save_state()
     return out
+
+
+def evaluate_nothing(arguments: TrainingArguments) -> None:
+    """Turn evaluation off; raises ConfigError if the run was to keep its best checkpoint, which needs evaluation."""
+    if arguments.load_best_model_at_end:
+        raise ConfigError(
+            "load_best_model_at_end=True, but there is nothing to evaluate on: name eval_dataset_args, or set it to "
+            "False."
+        )
+    arguments.eval_strategy = IntervalStrategy.NO
+    arguments.eval_on_start = arguments.do_eval = False
 
 
 def name_for_trackers(arguments: TrainingArguments) -> None:
@@ -178,16 +192,3 @@ def make_model(
     # An adapter may be loaded from any folder, so that a local base needs its absolute path.
     base = str(Path(options.path).absolute()) if Path(options.path).exists() else options.path
     return add_outer_lora(model, lora, seed=seed, base=base)
-
-
-def describe(counts: Counts) -> str:
-    """Return the counts of a split in words, without those that are 0."""
-    words = [f"{counts.kept} of {counts.conversations} conversations are used"]
-    for number, what in (
-        (counts.too_long, "too long"),
-        (counts.shortened, "cut at their end"),
-        (counts.without_target, "with nothing to learn"),
-    ):
-        if number:
-            words.append(f"{number} {what}")
-    return ", ".join(words)

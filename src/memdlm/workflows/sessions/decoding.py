@@ -42,6 +42,7 @@ class ModelOptions:
     dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
     device: str = option(AUTO, DEVICE_HELP)
     load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
+    attn_implementation: str | None = option(None, "Attention implementation: sdpa or eager; unset: sdpa.")
 
     def __post_init__(self) -> None:
         validate(self)
@@ -78,6 +79,7 @@ def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreT
         device=options.device,
         load_in_4bit=options.load_in_4bit,
         adapter=options.adapter,
+        attn_implementation=options.attn_implementation,
     )
     tokenizer = load_tokenizer(name)
     display.say(line_of(model))
