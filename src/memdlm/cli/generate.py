@@ -8,7 +8,7 @@ from memdlm.cli.output import note, say
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import Tally, decode, load
+from memdlm.workflows.sessions.decoding import OwnWords, Tally, decode, load
 
 
 def main(argv: Sequence[str]) -> int:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="put each prompt through the chat template")
     options, config, memory, (given,) = parse(parser, argv)
     decoder = load(options, memory, config, Display())
+    OwnWords(decoder.tokenizer, note).check(given.prompts, "prompts")
     if not options.mem_enabled:
         decoder = replace(decoder, memory=None)
     prompts = [[{"role": "user", "content": text}] if given.chat else text for text in given.prompts]

@@ -10,7 +10,7 @@ from memdlm.models import Full
 from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import Tally, decode, load
+from memdlm.workflows.sessions.decoding import OwnWords, Tally, decode, load
 
 NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
 """Decoding options that only count for responses."""
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     texts = given.texts
     if given.blank is not None:
         texts = [text.replace(given.blank, decoder.tokenizer.mask_token) for text in texts]
+    OwnWords(decoder.tokenizer, note).check(texts, "texts")
     generator = [derive("memdlm infill", options.seed, index) for index in range(len(texts))]
     job = decoder.prepare(texts, generator, infills=True)
     tally = Tally()

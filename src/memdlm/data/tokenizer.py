@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 EOS, MASK, USER, EOT, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|user|>", "<|eot|>", "<unk>"
@@ -16,17 +16,16 @@ TEMPLATE = (
 )
 
 
-def build_word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(words: Iterable[str], *, spells: bool = False) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one id per word: special tokens first, then `words` sorted, duplicates removed.
 
-    EOS pads, on the right; unknown words become <unk>. In the chat template <|user|> starts a question and <|eot|> ends
-    an answer. No token separates the two, so that an answer follows its question's last words as a fact's value follows
-    its key.
+    EOS pads, on the right. Other words become <unk>; with `spells`, they are spelled instead: a space, then their
+    UTF-8 bytes, with 256 more ids behind those of the words, so that names and numbers survive. Runs of white space
+    become one space. In the chat template <|user|> starts a question and <|eot|> ends an answer. No token separates the
+    two, so that an answer follows its question's last words as a fact's value follows its key.
     """
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *sorted(set(words) - set(SPECIAL))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    known = sorted(set(words) - set(SPECIAL))
+    tokenizer = _spelling(known) if spells else _words_alone(known)
     return _wrapped(tokenizer, unk_token=UNKNOWN, chat_template=TEMPLATE)
 
 
@@ -62,3 +61,39 @@ def _wrapped(tokenizer: Tokenizer, **more: str) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **more,
     )
+
+
+def _words_alone(known: list[str]) -> Tokenizer:
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *known])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    return tokenizer
+
+
+def _spelling(known: list[str]) -> Tokenizer:
+    # Every token of a word starts with a space, so a word of one letter is never taken for the letter of another word.
+    names = [*SPECIAL, *(f" {word}" for word in known), *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    # Without merges, a word is either looked up whole (ignore_merges) or cut into bytes.
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN, byte_fallback=True, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="always", split=False),
+        ]
+    )
+    special_token = Regex("^(?=" + "|".join(map(_quoted, SPECIAL)) + ")")
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(special_token, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def _quoted(token: str) -> str:
+    return token.replace("|", r"\|")

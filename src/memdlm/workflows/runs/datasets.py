@@ -1,6 +1,6 @@
 """Load the rows for a run: from preprocessed folders, or tokenized now."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from memdlm.data.encoding import Counts, TokenRows, encode_all, fit
 from memdlm.data.manifest import tokenizer_state
 from memdlm.data.preprocess import load_preprocessed
 from memdlm.data.sources import evaluation_split, load_conversations, source_state, unused
+from memdlm.data.vocabulary import looked_at, unknown_in_conversations
 from memdlm.errors import ConfigError, DataError
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.options import DataOptions
@@ -80,7 +81,7 @@ def _encoded(
         )
         return _used(found, options, evaluates, display), manifests
     splits = _used(load_conversations(options.dataset_args, options.columns), options, evaluates, display)
-    for line in unused(splits.values()):
+    for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     encoded = {}
     for split, conversations in splits.items():
@@ -89,6 +90,17 @@ def _encoded(
                 conversations, tokenizer, options.encoding, num_proc=options.num_proc, advance=advance
             )
     return encoded, {"sources": source_state(options.dataset_args), "tokenizer": tokenizer_state(tokenizer)}
+
+
+def own_words(
+    splits: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, context_column: str | None
+) -> Iterator[str]:
+    """Yield a warning for every split with many words that the tokenizer does not have."""
+    for split, conversations in splits.items():
+        found = unknown_in_conversations(tokenizer, conversations, context_column)
+        if found.are_many:
+            count = len(conversations)
+            yield found.line(f"{split}, {len(looked_at(count))} of {count} conversations")
 
 
 def _used(splits: dict[str, Any], options: DataOptions, evaluates: bool | None, display: Display) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from memdlm.files import name_under_base
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import option
 from memdlm.workflows.display import Display
+from memdlm.workflows.runs.datasets import own_words
 from memdlm.workflows.runs.options import BASE_MODELS
 
 
@@ -33,7 +34,7 @@ def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str,
     """Write the preprocessed folder and return its manifest; an interrupted run continues where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args, options.columns)
-    for line in unused(splits.values()):
+    for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     with display.bar("tokenizing", "tokenizing", sum(map(len, splits.values()))) as advance:
         return preprocess(

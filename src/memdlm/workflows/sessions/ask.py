@@ -20,7 +20,7 @@ from memdlm.options import option
 from memdlm.randomness import derive
 from memdlm.templates import check_text
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import ModelOptions, Tally, decode, load_parts
+from memdlm.workflows.sessions.decoding import ModelOptions, OwnWords, Tally, decode, load_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,8 @@ class Asker:
     """A model with one memory open, and the cost of its answers so far."""
 
     decoder: Decoder
+    words: OwnWords
+    """Warns of unknown words in questions."""
     context: str | None = None
     """Text shown in front of every question; None for nothing."""
     chat: bool = True
@@ -69,6 +71,7 @@ class Asker:
 
     def answer(self, questions: Sequence[str], console: Console) -> list[str]:
         """Answer a batch of questions, each on its own. The memory must be open."""
+        self.words.check(questions, "question" if len(questions) == 1 else f"{len(questions)} questions")
         job = self.decoder.prepare(
             [self._prompt(question) for question in questions],
             [derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
@@ -96,8 +99,9 @@ def asker(options: AskOptions, config: GenerationConfig, display: Display) -> It
     model, tokenizer = load_parts(options, display)
     memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
     decoder = Decoder(model, tokenizer, config)
+    words = OwnWords(tokenizer, display.say)
     with memory.recall(saved):
-        yield Asker(decoder if context is None else decoder.caching(memory), context, options.chat, options.seed)
+        yield Asker(decoder if context is None else decoder.caching(memory), words, context, options.chat, options.seed)
 
 
 def _context(options: AskOptions, saved: SavedMemory) -> str:
@@ -144,6 +148,8 @@ def answered(
     asker: Asker, rows: Sequence[dict[str, Any]], batch_size: int, console: Console
 ) -> Iterator[dict[str, Any]]:
     """Yield each row with its `response` and, if it has an `answer`, whether both have the same words."""
+    # One warning about all questions, not one per batch.
+    asker.words.check([row["question"] for row in rows], f"{len(rows)} questions")
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         for row, response in zip(part, asker.answer([row["question"] for row in part], console), strict=True):

@@ -17,7 +17,7 @@ from memdlm.options import option, validate
 from memdlm.outputs import output_file
 from memdlm.randomness import derive
 from memdlm.terminal import printable
-from memdlm.workflows.sessions.decoding import Tally, decode
+from memdlm.workflows.sessions.decoding import OwnWords, Tally, decode
 
 Message = dict[str, str]
 SAVED_BY, SAVER = "saved_by", "memdlm chat"
@@ -53,9 +53,11 @@ class Chat:
     answers: int = 0
     saved: set[Path] = field(default_factory=set)
     """Files that this conversation was saved to; saving may overwrite these."""
+    words: OwnWords = field(init=False)
 
     def __post_init__(self) -> None:
         self.decoder = self.decoder.caching(self.decoder.memory)
+        self.words = OwnWords(self.decoder.tokenizer, lambda line: self._say(f"({line})"))
 
     def hold(self, lines: Iterator[str]) -> None:
         """Answer `lines` until they end or one of them is /exit, then print the cost."""
@@ -79,6 +81,7 @@ class Chat:
 
     def answer(self, text: str) -> str:
         """Answer one message; both become part of the history."""
+        self.words.check([text], "message")
         self.turns.append({"role": "user", "content": text})
         messages = self._fitting()
         decoder = self.decoder if self.remembers else dataclasses.replace(self.decoder, memory=None)

@@ -1,11 +1,12 @@
 """Load a model and a memory from command-line options, and decode with live output."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import final
 
 from rich.console import Console
 from rich.live import Live
@@ -13,6 +14,7 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from memdlm.data.vocabulary import unknown_words
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
 from memdlm.inference import Decoder, Generation, GenerationConfig, Job
@@ -95,6 +97,24 @@ def load(options: DecodingOptions, memory: MemoryConfig | None, config: Generati
     model, tokenizer = load_parts(options, display)
     written = ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
     return Decoder(model, tokenizer, config, memory=written)
+
+
+@final
+@dataclass(slots=True)
+class OwnWords:
+    """Warns of words that the tokenizer does not have, once per word."""
+
+    tokenizer: PreTrainedTokenizerBase
+    say: Callable[[str], None]
+    named: set[str] = field(default_factory=set)
+    """Words that a warning was about."""
+
+    def check(self, texts: Sequence[str], what: str) -> None:
+        """Warn if the texts, called `what`, have many unknown words, and some that no warning was about."""
+        found = unknown_words(self.tokenizer, texts)
+        if found.are_many and not self.named.issuperset(found.words):
+            self.say(found.line(what))
+            self.named.update(found.words)
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from memdlm.templates import message_ids
 from memdlm.types import IGNORE_INDEX
 from memdlm.version import __version__
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import ModelOptions, load_parts
+from memdlm.workflows.sessions.decoding import ModelOptions, OwnWords, load_parts
 
 GATES = ("none", "held_out", "written")
 RATIO, ENOUGH, MOST_VIEWS = 0.2, 512, 5
@@ -86,6 +86,7 @@ def _memorize(options: MemorizeOptions, config: MemoryConfig, display: Display, 
     document = read_document(str(options.file))
     model, tokenizer = load_parts(options, display)
     ids = document_ids(document, tokenizer, as_message=options.as_message)
+    OwnWords(tokenizer, display.say).check([document.text], f"document {str(options.file)!r}")
     places = trained_positions(model)
     if config.chunk_length is None and places is not None and len(ids) > places:
         display.say(f"{len(ids)} tokens are written in chunks of {places}, the positions the model was trained on.")

@@ -51,7 +51,7 @@ class RecallData:
 
 def recall_data(plan: RecallPlan) -> RecallData:
     """Draw the conversations of training and of every evaluated length."""
-    tokenizer = build_word_tokenizer(plan.task.words())
+    tokenizer = build_word_tokenizer(plan.task.words(), spells=plan.spells)
 
     def drawn(count: int, length: int, name: str) -> list[Sample]:
         return plan.task.records(count, length, seed=plan.draws[name])
@@ -336,7 +336,7 @@ def written_losses(plan: RecallPlan, data: RecallData, trained: Trained) -> dict
     before = losses()
     with trained.memory.write(ids, labels, is_prompt):
         after = losses()
-    words = tokenizer.convert_ids_to_tokens(ids[0].tolist())
+    words = [tokenizer.decode([token]) for token in ids[0].tolist()]
     asked = {word for answer in sample[0].answers for word in answer.split()}
     is_value = [word in asked for word in words]
     return {"words": words, "before": before, "after": after, "is_value": is_value}
