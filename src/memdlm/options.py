@@ -156,7 +156,7 @@ def _as_list(hint: Any, *, is_one: bool = False) -> Any:
     for member in _members(hint):
         if get_origin(member) is tuple:
             element = get_args(member)[0]
-            return Optional[element] if is_one else list[element]  # type: ignore[valid-type]
+            return element | None if is_one else list[element]  # type: ignore[valid-type]
     return hint
 
 

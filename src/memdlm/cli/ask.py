@@ -49,8 +49,8 @@ def ask_parser() -> DataclassParser:
     parser = DataclassParser(
         (AskOptions, GenerationConfig),
         prog="memdlm ask",
-        description="Answer questions from one memory or several. If none is given, they are read from standard input line by line. "
-        f"Presets: {', '.join(PRESETS)}.",
+        description="Answer questions from one memory or several. If none is given, they are read from standard input "
+        f"line by line. Presets: {', '.join(PRESETS)}.",
     )
     parser.add_argument("question", nargs="*", help="questions; each is answered on its own")
     return parser

@@ -44,7 +44,7 @@ def described(done: Memorized) -> str:
     if done.written is None:
         return "unchanged, not written again"
     memory, facts = done.written.memory, done.written.memory.provenance
-    others = f" (with {done.together - 1} others)" if done.together > 1 else ""
+    others = f" together with {done.together - 1} more" if done.together > 1 else ""
     line = (
         f"{facts['tokens']} tokens written in {done.written.seconds:.2f} s{others}, rank {memory.rank}, "
         f"{memory.num_parameters:,} numbers; loss on {facts['num_scored']} masked tokens "

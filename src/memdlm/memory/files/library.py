@@ -3,7 +3,6 @@
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,27 @@ from memdlm.outputs import discard, find, output_folder
 
 def find_memory(path: str | Path) -> Path:
     """Return `path` if a memory lies there; raises MemoryFileError that names what lies near it."""
-    path = Path(path)
-    with suppress(OSError, ValueError):  # no name of a file at all, such as one that is too long
+    path, where = Path(path), f"memory {str(path)!r:.200}"
+    try:
         find(path, MEMORY)
-        if is_memory(path):
-            return path
-        near = [each.name for each in path.parent.iterdir() if is_memory(each)] if path.parent.is_dir() else []
-        if path.is_dir():
-            raise MemoryFileError(f"memory {str(path)!r}: this folder is no memory.{_inside(path)}")
-        raise MemoryFileError(f"memory {str(path)!r}: there is no such folder.{did_you_mean(path.name, near)}")
-    raise MemoryFileError(f"memory {str(path)!r:.200}: there is no such folder.")
+        is_there, is_folder = is_memory(path), path.is_dir()
+        near = sorted(each.name for each in path.parent.iterdir() if is_memory(each)) if path.parent.is_dir() else []
+    except (OSError, ValueError) as error:  # no name of a file at all, such as one that is too long
+        raise MemoryFileError(f"{where}: there is no such folder.") from error
+    if is_there:
+        return path
+    if is_folder:
+        raise MemoryFileError(f"{where}: this folder is no memory.{_inside(path)}")
+    raise MemoryFileError(f"{where}: there is no such folder.{did_you_mean(path.name, near)}")
 
 
 def _inside(folder: Path) -> str:
-    names = sorted(each.path for each in list_memories(folder))
+    names = sorted(each.path for each in list_memories(folder)) if _is_readable(folder) else []
     return f" It holds {', '.join(names[:4])}." if names else ""
 
 
 def find_memories(path: str | Path) -> list[Path]:
-    """Return the memory at `path`, or the memories in that folder, by name; raises MemoryFileError if there are none."""
+    """Return the memory at `path`, or the memories in that folder, by name. Raises MemoryFileError for none."""
     if _is_readable(Path(path)) and not is_memory(path) and holds_memories(path):
         return sorted(each for each in Path(path).iterdir() if is_memory(each) and not each.name.startswith("."))
     return [find_memory(path)]

@@ -1,6 +1,5 @@
 """Which documents are written, into which memories, and which of these need not be written again."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

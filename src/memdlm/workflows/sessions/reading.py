@@ -45,9 +45,7 @@ def saved_memories(paths: Sequence[str]) -> dict[str, SavedMemory]:
     return found
 
 
-def readers_of(
-    memories: dict[str, SavedMemory], model: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> list[Reader]:
+def readers_of(memories: dict[str, SavedMemory], model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[Reader]:
     """Return what reads `memories` in `model`; raises MemoryFileError for one that was written for another."""
     # One per set of options: each takes the fingerprint of the whole model.
     known: dict[MemoryConfig, ParametricMemory] = {}
@@ -55,9 +53,7 @@ def readers_of(
     for path, saved in memories.items():
         config = saved.reading_config
         if config not in known:
-            known[config] = ParametricMemory(
-                model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer
-            )
+            known[config] = ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
         known[config].check_fits(saved, f"memory {path!r}")
         readers.append(Reader(path, saved, known[config]))
     return readers
