@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Generic, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, Optional, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from memdlm.errors import ConfigError, unknown
 
@@ -32,14 +32,17 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     adjustable: bool = False,
+    repeated: Literal["append", "extend"] | None = None,
 ) -> Any:
     """Declare a field: its default, its one-line help, and what values it may take.
 
     `above` and `below` are exclusive bounds, `minimum` and `maximum` inclusive ones. The value of an
-    `adjustable` option may differ between training and later use.
+    `adjustable` option may differ between training and later use. The flag of a `repeated` option, whose values are a
+    tuple, may stand several times: with one value each (append), or with several (extend).
     """
     limits = {"choices": choices, "above": above, "minimum": minimum, "maximum": maximum, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, "limits": limits, "adjustable": adjustable})
+    facts = {"help": help, "limits": limits, "adjustable": adjustable, "repeated": repeated}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 def names_of(config_class: type) -> list[str]:
@@ -133,22 +136,27 @@ def as_flags(config_class: type, prefix: str = "") -> list[tuple[str, Any, Any]]
         choices = field.metadata["limits"]["choices"]
         if choices is not None:
             help_text += f" One of: {', '.join(choices)}."
-        metadata = {"help": help_text.replace("%", "%%")}
+        repeated = field.metadata.get("repeated")
+        metadata = {"help": help_text.replace("%", "%%"), **({} if repeated is None else {"action": repeated})}
         flags.append(
             (
                 prefix + field.name,
-                _as_list(hints[field.name]),
+                _as_list(hints[field.name], is_one=repeated == "append"),
                 dataclasses.field(default=field.default, metadata=metadata),
             )
         )
     return flags
 
 
-def _as_list(hint: Any) -> Any:
-    """Return list[X] for tuple[X, ...] (or None): a flag with several values is a list to the parser."""
+def _as_list(hint: Any, *, is_one: bool = False) -> Any:
+    """Return list[X] for tuple[X, ...] (or None): a flag with several values is a list to the parser.
+
+    A flag that `is_one` value each time it stands there is an X to the parser, which collects them.
+    """
     for member in _members(hint):
         if get_origin(member) is tuple:
-            return list[get_args(member)[0]]  # type: ignore[misc]
+            element = get_args(member)[0]
+            return element | None if is_one else list[element]  # type: ignore[valid-type]
     return hint
 
 

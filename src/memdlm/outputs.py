@@ -118,6 +118,20 @@ def output_folder(
 
 
 @contextmanager
+def shared_folder(path: str | Path, *, option: str = "output") -> Iterator[Path]:
+    """Lock a folder in which outputs are put beside whatever is there; no other process can inside the block.
+
+    Raises ConfigError when `path` is no folder, or another process is writing there.
+    """
+    place = resolved(path)
+    with writing(path):
+        if place.exists() and not place.is_dir():
+            raise ConfigError(f"{option}: {str(path)!r} is {kind_of_file(place.stat().st_mode)}; name a folder.")
+    with locked(_lock_of(place), path):
+        yield place
+
+
+@contextmanager
 def output_file(
     path: str | Path,
     is_ours: Callable[[Path], bool],

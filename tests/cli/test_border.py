@@ -163,9 +163,9 @@ def test_an_encoding_that_lacks_a_character_shows_its_number():
     ("argv", "said"),
     [
         (["generate", "--model", MODEL, "--seed", "1", "--seed", "2", "w1"], "--seed is given twice, 1 and 2"),
-        (["memorize", "--model", MODEL, "--file", "a", "--file", "b", "--output", "o"], "--file is given twice"),
+        (["memorize", "--model", MODEL, "--file", "a", "--output", "o", "--output", "p"], "--output is given twice"),
         (["merge", "--adapter", "a", "--output", "o", "--output=p"], "--output is given twice, 'o' and 'p'"),
-        (["chat", "--model", MODEL, "--memory", "--mem_enabled", "False"], "--mem_enabled is given twice"),
+        (["chat", "--model", MODEL, "--mem_enabled", "True", "--mem_enabled", "False"], "--mem_enabled is given twice"),
         (["info", "m", "--mem_inner_rank", "2", "--mem_inner_ran", "3"], "--mem_inner_rank is given twice, 2 and 3"),
         (["generate", "--model", MODEL, "--suppress_tokens", "1", "--suppress-tokens", "2", "--", "w1"], "given twice"),
         (
@@ -173,7 +173,7 @@ def test_an_encoding_that_lacks_a_character_shows_its_number():
             "mem_inner_lr=0.1 has no effect without memory",
         ),
         (["chat", "--model", MODEL, "--mem_strides", "3"], "mem_strides=3 has no effect without memory"),
-        (["generate", "--model", MODEL, "--memory", "--mem_outer_mix", "0.5", "w1"], "only training reads it"),
+        (["generate", "--model", MODEL, "--mem_enabled", "--mem_outer_mix", "0.5", "w1"], "only training reads it"),
         (
             ["memorize", "--model", MODEL, "--file", "a", "--output", "b", "--mem_batch_reach", "3"],
             "only training reads",

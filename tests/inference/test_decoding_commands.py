@@ -33,7 +33,7 @@ def folder(request, tmp_path_factory):
 
 def test_generate_prints_responses_and_what_they_took(folder, tmp_path, capsys):
     page = tmp_path / "out.html"
-    flags = ["--max_new_tokens", "9", "--suppress_tokens", "0", "2", "3", "4", "--memory", "--mem_inner_lr", "0.5"]
+    flags = ["--max_new_tokens", "9", "--suppress_tokens", "0", "2", "3", "4", "--mem_enabled", "--mem_inner_lr", "0.5"]
     assert main(["generate", "w01 w02", "w03", "--model", str(folder), "--trace", str(page), *flags]) == 0
     out, err = capsys.readouterr()
     assert [len(line.split()) for line in out.splitlines()] == [9, 9]
@@ -112,7 +112,7 @@ class Terminal:
 
 def test_a_conversation_in_a_terminal(folder, tmp_path):
     saved = tmp_path / "chat.json"
-    flags = ["--max_new_tokens", "8", "--suppress_tokens", "0", "2", "3", "4", "--system", "w09", "--memory"]
+    flags = ["--max_new_tokens", "8", "--suppress_tokens", "0", "2", "3", "4", "--system", "w09", "--mem_enabled"]
     terminal = Terminal(["chat", "--model", str(folder), *flags])
     try:
         terminal.until("> ")

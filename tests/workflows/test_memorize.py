@@ -16,7 +16,9 @@ from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.errors import DataError
 from memdlm.memory import LocalSGD, inspect_memory, read_memory
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.memorize import MemorizeOptions, Memorizer, document_ids
+from memdlm.workflows.sessions.documents import document_ids
+from memdlm.workflows.sessions.memorize import MemorizeOptions
+from memdlm.workflows.sessions.writing import Memorizer
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
 from memdlm.workflows.studies.recall_study import recall_data, trained
 from tiny import V, tiny
@@ -129,7 +131,7 @@ def test_a_gate_keeps_what_helps_and_refuses_what_harms(gate, doc, tmp_path, cap
     assert (facts["name"], facts["after"] < facts["before"]) == (gate, True)
     first = inspect_memory(memory)
     monkeypatch.setattr(LocalSGD, "clip", lambda self, gradients: [-10 * each for each in gradients])  # steps uphill
-    status, _ = memorize(model, doc, *more, "--overwrite")
+    status, _ = memorize(model, doc, *more, "--seed", "1", "--overwrite")
     assert status == 1
     assert "\nnot kept: the loss on" in capsys.readouterr().out
     assert inspect_memory(memory) == first, "what was kept before stays"
@@ -159,7 +161,7 @@ def test_held_out_tokens_are_never_seen_by_the_trial(model, doc, monkeypatch):
     monkeypatch.setattr(
         ParametricMemory, "write", lambda self, *args, **kwargs: (seen.append(args), write(self, *args, **kwargs))[1]
     )
-    done = Memorizer(memory, options, Display()).run(ids)
+    done = Memorizer(memory, options.rule, options.seed, Display()).run([ids])[0]
     (trial, labels), (whole, all_labels) = seen
     is_hidden = trial[0] == tokenizer.mask_token_id
     assert is_hidden.sum() == 15 == done.memory.provenance["gate"]["num_scored"]
@@ -211,9 +213,15 @@ def test_a_memory_of_another_model_is_refused_and_none_is_overwritten_unasked(mo
     load_tokenizer(model).save_pretrained(tmp_path / "other")
     assert ask(str(tmp_path / "other"), memory, "w01") == 2
     assert "it was written for other base weights" in capsys.readouterr().err
-    assert memorize(model, doc)[0] == 2
+    assert memorize(model, doc, "--seed", "1")[0] == 2
     assert "holds a memory already" in capsys.readouterr().err
-    assert memorize(model, doc, "--overwrite")[0] == 0
+    assert memorize(model, doc, "--seed", "1", "--overwrite")[0] == 0
+    doc.write_text("w01 w02")
+    assert memorize(model, doc, "--seed", "1")[0] == 2
+    assert memorize(str(tmp_path / "other"), doc, "--seed", "1", "--overwrite")[0] == 0
+    assert memorize(model, doc, "--seed", "1")[0] == 2, "what another model wrote is not unchanged"
+    assert "it was written for other base weights" in capsys.readouterr().err
+    assert memorize(model, doc, "--seed", "1", "--overwrite")[0] == 0
 
 
 @pytest.mark.slow

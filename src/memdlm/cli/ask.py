@@ -1,4 +1,4 @@
-"""`memdlm ask --model MODEL --memory doc.mem "question"`: ask a memory, once, in a batch, or line by line."""
+"""`memdlm ask --model MODEL --memory doc.mem "question"`: ask memories, once, in a batch, or line by line."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from memdlm.outputs import output_file
 from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.ask import Asker, AskOptions, answered, asker, holds_answers, read_questions
+from memdlm.workflows.sessions.ask import Answer, Asker, AskOptions, answered, asker, holds_answers, read_questions
 from memdlm.workflows.sessions.chat import typed
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             for question in given.question or typed("> " if sys.stdin.isatty() else ""):
                 if question.strip():
-                    say(ready.answer([question.strip()], PlainConsole(stderr=True))[0], flush=True)
+                    say(told(ready.answer([question.strip()], PlainConsole(stderr=True))[0]), flush=True)
         note(f"{ready.count} answers: {ready.tally.line()}")
     return 0
 
@@ -49,11 +49,19 @@ def ask_parser() -> DataclassParser:
     parser = DataclassParser(
         (AskOptions, GenerationConfig),
         prog="memdlm ask",
-        description="Answer questions from a memory. If none is given, they are read from standard input line by line. "
-        f"Presets: {', '.join(PRESETS)}.",
+        description="Answer questions from one memory or several. If none is given, they are read from standard input "
+        f"line by line. Presets: {', '.join(PRESETS)}.",
     )
     parser.add_argument("question", nargs="*", help="questions; each is answered on its own")
     return parser
+
+
+def told(answer: Answer) -> str:
+    """Return the answer and, if several memories were asked, the one that answered and how sure each was."""
+    if not answer.nats:
+        return answer.text
+    others = ", ".join(f"{path} {nats:.2f}" for path, nats in answer.nats.items() if path != answer.memory)
+    return f"{answer.text}\n  ({answer.memory}: {answer.nats[answer.memory]:.2f} nats per token; {others})"
 
 
 def _batch(

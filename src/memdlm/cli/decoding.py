@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from memdlm.cli.parsing import DataclassParser, Parser
+from memdlm.errors import ConfigError, MemoryFileError
 from memdlm.inference import PRESETS, GenerationConfig
 from memdlm.memory import MemoryConfig
+from memdlm.memory.files.library import find_memory
 from memdlm.memory.flags import PREFIX, flags_of, memory_from_flags
 from memdlm.memory.learned import saved_config
 from memdlm.models.hub.loading import MEMORY_CONFIG_FILE
@@ -21,6 +23,7 @@ def parse(
     parser: DataclassParser, argv: Sequence[str]
 ) -> tuple[DecodingOptions, GenerationConfig, MemoryConfig | None, tuple[Any, ...]]:
     """Parse flags of `decoding_parser`. Options of a preset and of a learned memory become the defaults."""
+    refuse_old_switch(argv)
     defaults = decoding_defaults(argv) | learned_defaults(argv)
     options, config, flags, *others = parser.parse(defaults, argv)
     config.refuse_idle(parser.given)
@@ -68,12 +71,24 @@ def _early(argv: Sequence[str], flag: str) -> str | None:
 
 def decoding_parser(name: str, description: str, *more: type) -> DataclassParser:
     """Return the parser of one command; `more` are further option classes."""
-    parser = DataclassParser(
+    return DataclassParser(
         (DecodingOptions, GenerationConfig, MemoryFlags, *more),
         prog=f"memdlm {name}",
         description=f"{description} Presets: {', '.join(PRESETS)}.",
     )
-    parser.add_argument(
-        "--memory", dest="mem_enabled", action="store_const", const=True, help="same as --mem_enabled True"
-    )
-    return parser
+
+
+def refuse_old_switch(argv: Sequence[str]) -> None:
+    """Raise MemoryFileError unless the value of --memory is a saved memory: it once was a switch, without a value."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--memory", nargs="?", const="", default=None)
+    found = first.parse_known_args(list(argv))[0].memory
+    if found is None:
+        return
+    way_out = f"To write each prompt into memory, as --memory did before, add {SWITCH}."
+    if not found:
+        raise ConfigError(f"--memory takes the folder of a saved memory. {way_out}")
+    try:
+        find_memory(found)
+    except MemoryFileError as error:
+        raise MemoryFileError(f"{error} {way_out}") from error

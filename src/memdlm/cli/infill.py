@@ -11,6 +11,7 @@ from memdlm.randomness import derive
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import OwnWords, Tally, decode, load
+from memdlm.workflows.sessions.reading import opened, readers_of, saved_memory
 
 NOT_READ = ("max_new_tokens", "max_length", "eos_early_stop")
 """Decoding options that only count for responses."""
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{name}={parser.given[name]!r} has no effect: an infilling is as long as its text. Leave it out."
             )
+    saved = saved_memory(options)
     decoder = load(options, memory, config, Display())
     if not options.mem_enabled:
         decoder = replace(decoder, memory=None)
@@ -42,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     generator = [derive("memdlm infill", options.seed, index) for index in range(len(texts))]
     job = decoder.prepare(texts, generator, infills=True)
     tally = Tally()
-    result = decode(job, tally, console=PlainConsole(stderr=True), trace=options.trace)
+    with opened(readers_of(saved, decoder.model, decoder.tokenizer)):
+        result = decode(job, tally, console=PlainConsole(stderr=True), trace=options.trace)
     for text in result.texts:
         say(text)
     note(tally.line())

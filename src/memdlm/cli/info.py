@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
 
+from memdlm.cli.memory import show_memories, show_memory
 from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
-from memdlm.memory.files.saved import MemorySummary, holds_memories, inspect_memory, is_memory, list_memories
+from memdlm.memory.files.saved import holds_memories, inspect_memory, is_memory, list_memories
 from memdlm.memory.flags import flags_of, memory_from_flags
 from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
@@ -31,9 +31,10 @@ def main(argv: Sequence[str]) -> int:
         found = [inspect_memory(options.model)] if is_memory(options.model) else list_memories(options.model)
         if options.json:
             say(json_text([dataclasses.asdict(each) for each in found], indent=2))
+        elif is_memory(options.model):
+            show_memory(found[0])
         else:
-            for each in found:
-                show_memory(each)
+            show_memories(found)
         return 0
     config = memory_from_flags(vars(flags), {}, is_on=True)
     summary = summarise(options.model, config, revision=options.revision)
@@ -75,34 +76,6 @@ def show(summary: ModelSummary, name: str) -> None:
     console.print(table)
     size = summary.num_fast_parameters * 4 / 2**20
     console.print(f"in all {_count(summary.num_fast_parameters)}, {size:.1f} MiB in float32")
-
-
-def show_memory(memory: MemorySummary) -> None:
-    """Print what one memory holds and where it comes from, or why it cannot be read."""
-    console = PlainConsole()
-    facts = Table(title=memory.path, title_justify="left", show_header=False)
-    if memory.problem is not None:
-        facts.add_row("unreadable", memory.problem)
-        console.print(facts)
-        return
-    left_out = f"; {memory.num_left_out} experts that add nothing are left out" if memory.num_left_out else ""
-    checked = ["base weights", *(["tokenizer"] if memory.has_tokenizer else [])]
-    facts.add_row("written for", f"{memory.model} ({memory.family})")
-    facts.add_row("checked", ", ".join([*checked, *(["learned start"] if memory.has_learned_start else [])]))
-    facts.add_row("rank", str(memory.rank))
-    facts.add_row("modules", f"{memory.num_modules} in {memory.num_layers} projections{left_out}")
-    facts.add_row("size", f"{memory.num_parameters:,} numbers, {memory.num_bytes / 2**20:.2f} MiB")
-    for name, value in memory.provenance.items():
-        facts.add_row(name, _told(value))
-    console.print(facts)
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_told(each)}" for name, each in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_told, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _count(number: int) -> str:

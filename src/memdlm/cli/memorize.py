@@ -1,9 +1,10 @@
-"""`memdlm memorize --model MODEL --file doc.txt --output doc.mem`: write a document once, keep it as a file."""
+"""`memdlm memorize --model MODEL --file doc.txt --output doc.mem`: write documents once, keep them as memories."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from memdlm.cli.decoding import MemoryFlags, learned_defaults
-from memdlm.cli.output import say
+from memdlm.cli.output import note, say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.memory.flags import memory_from_flags
 from memdlm.workflows.display import Display
@@ -11,15 +12,20 @@ from memdlm.workflows.sessions.memorize import Memorized, MemorizeOptions, memor
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the memory and say what it does; returns 1 when the gate refused it."""
+    """Write the memories and say what each does; returns 1 when the gate refused one."""
     parser = memorize_parser()
     options, flags = parser.parse(learned_defaults(argv), argv)
     memory = memory_from_flags(vars(flags), parser.given, is_on=True)
     assert memory is not None
-    done = memorize(options, memory, Display())
-    say(f"{options.output}: {described(done)}")
-    say(done.why)
-    return 0 if done.kept else 1
+    count: Counter[str] = Counter()
+    for done in memorize(options, memory, Display()):
+        count["unchanged" if done.written is None else "written" if done.kept else "not kept"] += 1
+        say(f"{done.place}: {described(done)}", flush=True)
+        if done.written is not None:
+            say(done.written.why, flush=True)
+    if count.total() > 1:
+        note(", ".join(f"{number} {what}" for what, number in count.items()))
+    return 1 if count["not kept"] else 0
 
 
 def memorize_parser() -> DataclassParser:
@@ -27,17 +33,21 @@ def memorize_parser() -> DataclassParser:
     return DataclassParser(
         (MemorizeOptions, MemoryFlags),
         prog="memdlm memorize",
-        description="Write a document into a memory and save it. The mem_* options default to those that the model's "
-        "own memory was trained with, if it has one.",
+        description="Write documents into memories and save them. A memory whose documents and options are unchanged "
+        "is not written again. The mem_* options default to those that the model's own memory was trained with, if it "
+        "has one.",
     )
 
 
 def described(done: Memorized) -> str:
     """Say in one line what was written and what it changed."""
-    facts = done.memory.provenance
+    if done.written is None:
+        return "unchanged, not written again"
+    memory, facts = done.written.memory, done.written.memory.provenance
+    others = f" together with {done.together - 1} more" if done.together > 1 else ""
     line = (
-        f"{facts['tokens']} tokens written in {done.seconds:.2f} s, rank {done.memory.rank}, "
-        f"{done.memory.num_parameters:,} numbers; loss on {facts['num_scored']} masked tokens "
+        f"{facts['tokens']} tokens written in {done.written.seconds:.2f} s{others}, rank {memory.rank}, "
+        f"{memory.num_parameters:,} numbers; loss on {facts['num_scored']} masked tokens "
         f"{facts['loss_before']:.3f} -> {facts['loss_after']:.3f} nats per token"
     )
     if "compression" in facts:

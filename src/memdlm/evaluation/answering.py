@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from memdlm.evaluation.ledger import Ledger, MeteredMemory
 from memdlm.inference.config import GenerationConfig
 from memdlm.inference.decoder import Decoder
 from memdlm.inference.shared_prompt import SharedPrompt, can_share
+from memdlm.memory.files.library import find_memory
+from memdlm.memory.files.saved import read_memory
+from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
@@ -92,6 +95,22 @@ class Answerer:
                 right_shift_logits=self.shifted,
             )
             self.memory.ledger = self.ledger
+        self._recalled = self._read(self.settings.options.memory)
+
+    def _read(self, path: str | None) -> Callable[[], AbstractContextManager[Any]]:
+        """Return what opens the saved memory at `path` while requests are answered and scored."""
+        if path is None:
+            return nullcontext
+        saved = read_memory(find_memory(path))
+        memory = ParametricMemory(
+            self.model,
+            saved.reading_config,
+            mask_token_id=self.tokenizer.mask_token_id,
+            right_shift_logits=self.shifted,
+            tokenizer=self.tokenizer,
+        )
+        memory.check_fits(saved, f"memory {path!r}")
+        return lambda: memory.recall(saved)
 
     @property
     def pattern(self) -> AttentionPattern | None:
@@ -143,17 +162,18 @@ class Answerer:
         kinds = [repr(request) for request in requests]
         order = sorted(range(len(questions)), key=lambda i: (kinds[i], -len(prompts[i]), i))
         answers = [""] * len(questions)
-        for batch in _batches(order, kinds, self.batch_size):
-            request = requests[batch[0]]
-            with self.ledger.timed():
-                result = Decoder(self.model, self.tokenizer, request.config, memory=self.memory).generate(
-                    [prompts[index] for index in batch], [self._generator(questions[index]) for index in batch]
-                )
-            self.ledger.add(result, len(batch))
-            for index, text in zip(batch, result.texts, strict=True):
-                answers[index] = cut(text, request.stops)
-                if on_done is not None:
-                    on_done(index, answers[index])
+        with self._recalled():
+            for batch in _batches(order, kinds, self.batch_size):
+                request = requests[batch[0]]
+                with self.ledger.timed():
+                    result = Decoder(self.model, self.tokenizer, request.config, memory=self.memory).generate(
+                        [prompts[index] for index in batch], [self._generator(questions[index]) for index in batch]
+                    )
+                self.ledger.add(result, len(batch))
+                for index, text in zip(batch, result.texts, strict=True):
+                    answers[index] = cut(text, request.stops)
+                    if on_done is not None:
+                        on_done(index, answers[index])
         self._say_truncated()
         return answers
 
@@ -169,12 +189,13 @@ class Answerer:
         by_text: dict[tuple[int, ...], list[int]] = {}
         for index, each in enumerate(scorings):
             by_text.setdefault(each.written, []).append(index)
-        for text, members in by_text.items():
-            with self.ledger.timed(), self._written(text):
-                for index, denoise in self._denoisers(scorings, members):
-                    found[index] = self._score(scorings[index], denoise)
-                    if on_done is not None:
-                        on_done(index, found[index])
+        with self._recalled():
+            for text, members in by_text.items():
+                with self.ledger.timed(), self._written(text):
+                    for index, denoise in self._denoisers(scorings, members):
+                        found[index] = self._score(scorings[index], denoise)
+                        if on_done is not None:
+                            on_done(index, found[index])
         self.ledger.requests += len(scorings)
         self._say_truncated()
         errors = [each.nll.stderr for each in found.values() if not math.isnan(each.nll.stderr)]

@@ -63,11 +63,19 @@ class HarnessOptions:
     is_check_greedy: bool = option(False, "Also check whether decoding would give the continuation (slow).")
     request_seed: int = option(0, "Seed of memories, samples and likelihoods; every request has a stream of its own.")
     mem_enabled: bool = option(False, "Write every prompt into memory before it is answered or scored.")
+    memory: str | None = option(
+        None, "Folder of a memory that memdlm memorize wrote; it is read for every request, and not changed."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
         if not self.pretrained:
             raise ConfigError("pretrained is missing; name the model: --model_args pretrained=NAME_OR_PATH,...")
+        if self.memory is not None and self.mem_enabled:
+            raise ConfigError(
+                f"memory={self.memory!r} and mem_enabled=True exclude each other: one memory is open at a time. Read a "
+                "saved memory, or write every prompt into a new one."
+            )
         if self.mc_num % min(self.mc_num, self.mc_batch_size):
             raise ConfigError(f"mc_num {self.mc_num} must be a multiple of mc_batch_size {self.mc_batch_size}.")
 

@@ -21,6 +21,7 @@ from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.evaluation.identity import requests_identity, settings_identity
 from memdlm.evaluation.longctx import parse_lengths
 from memdlm.files import cache_folder
+from memdlm.memory.files.library import find_memory
 from memdlm.models.hub.devices import AUTO, check_device
 from memdlm.models.lora.files import is_adapter, with_tokenizer
 
@@ -101,6 +102,8 @@ def prepare(options: argparse.Namespace) -> None:
         return
     arguments = {key: value for key, value in dict(config.model_args).items() if key not in _LM_EVAL}
     settings = parse_arguments(arguments)
+    if settings.options.memory is not None:
+        find_memory(settings.options.memory)
     check_batch_size(config.batch_size, config.max_batch_size)
     _settle_device(options)
     options.metadata = _metadata(dict(options.metadata or {}), settings.options.tokenizer, settings.options.pretrained)

@@ -41,6 +41,8 @@ def _files(settings: Settings) -> dict[str, Any]:
         if is_adapter(name):
             base = base_of_adapter(name)
             found[base] = _stamps(base, None)
+    if options.memory is not None:
+        found[options.memory] = _stamps(options.memory, None)
     return found
 
 

@@ -4,6 +4,7 @@ from memdlm.memory.adapters import ADAPTERS, Adapter, Full, LoRA
 from memdlm.memory.config import FastWeightsConfig, MemoryConfig, OuterConfig, WriteConfig
 from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.files.combining import average, compress, concatenate
+from memdlm.memory.files.library import rename_memory
 from memdlm.memory.files.saved import (
     MemorySummary,
     SavedMemory,
@@ -51,6 +52,7 @@ __all__ = [
     "is_memory",
     "list_memories",
     "read_memory",
+    "rename_memory",
     "run_inner_loop",
     "trajectory",
 ]

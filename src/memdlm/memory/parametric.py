@@ -215,10 +215,11 @@ class ParametricMemory:
         """
         check_kind(folder, (str, Path), "folder", "the name of a memory's folder")
         saved = read_memory(folder)
-        self._check_fits(saved, f"memory {str(folder)!r}")
+        self.check_fits(saved, f"memory {str(folder)!r}")
         return saved
 
-    def _check_fits(self, saved: SavedMemory, where: str = "memory") -> None:
+    def check_fits(self, saved: SavedMemory, where: str = "memory") -> None:
+        """Raise MemoryFileError, which begins with `where`, unless `saved` was written for this model and options."""
         check_fits(saved, self.fast, self.config, self._identity.fingerprint(self.learned), where)
 
     def unwritten(self) -> SavedMemory:
@@ -239,7 +240,7 @@ class ParametricMemory:
         """
         check_kind(memory, (str, Path, SavedMemory), "memory", "a memory's folder, or a SavedMemory")
         if isinstance(memory, SavedMemory):
-            self._check_fits(memory)
+            self.check_fits(memory)
         else:
             memory = self.load(memory)
         with self._opened("recall"), self.fast.holding(unpack(memory.pairs, memory.rank, self.fast), (1, None)):

@@ -106,6 +106,14 @@ def check_provenance(provenance: Mapping[str, Any]) -> None:
         "tokens": lambda value: is_whole(value, 0),
         "source": is_text,
         "source_sha256": is_text,
+        "sources": is_list_of(is_object),
+        "combined": is_list_of(is_object),
     }
     mine = {name: value for name, value in provenance.items() if name in known}
     check_fields(mine, known, "provenance", may_lack=True)
+    try:
+        for name in ("sources", "combined"):
+            for part in mine.get(name, ()):
+                check_provenance(part)
+    except RecursionError as error:
+        raise ValueError("provenance is nested too deeply") from error

@@ -1,33 +1,45 @@
-"""Answer questions from a saved memory: one write, any number of questions."""
+"""Answer questions from saved memories: one write, any number of questions."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 from rich.console import Console
+from torch import Tensor
 
 from memdlm.data.documents import read_document
 from memdlm.data.records import read_file
 from memdlm.data.synthetic import exact_match
 from memdlm.errors import ConfigError, DataError
-from memdlm.inference import Decoder, GenerationConfig
+from memdlm.inference import Decoder, GenerationConfig, score
 from memdlm.inference.prompts import Prompt
-from memdlm.memory import ParametricMemory, SavedMemory, read_memory
+from memdlm.memory import SavedMemory
+from memdlm.memory.files.library import sources_of
 from memdlm.options import option
 from memdlm.randomness import derive
 from memdlm.templates import check_text
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import ModelOptions, OwnWords, Tally, decode, load_parts
+from memdlm.workflows.sessions.documents import BETWEEN
+from memdlm.workflows.sessions.reading import Reader, opened, readers_of, saved_memories
+
+SAMPLES = 8
+"""Noised copies of an answer from which its likelihood is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(ModelOptions):
-    """What is asked, and of which memory."""
+    """What is asked, and of which memories."""
 
-    memory: str | None = option(None, "Folder of a memory that memdlm memorize wrote.")
+    memory: tuple[str, ...] | None = option(
+        None,
+        "Folder of a memory that memdlm memorize wrote, or of several memories. Give the flag again for more. Of "
+        "several, the one under which its own answer is likeliest per token answers.",
+        repeated="append",
+    )
     questions: str | None = option(
         None, "A .jsonl file with a `question` per line and, optionally, the `answer` to compare with."
     )
@@ -43,8 +55,10 @@ class AskOptions(ModelOptions):
     preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.memory, (str, list)):
+            object.__setattr__(self, "memory", (self.memory,) if isinstance(self.memory, str) else tuple(self.memory))
         super().__post_init__()
-        if self.memory is None:
+        if not self.memory:
             raise ConfigError("--memory is missing: name a folder that memdlm memorize wrote.")
         if self.file is not None and not self.keep_context:
             raise ConfigError("file has no effect without keep_context: the memory stands for the document.")
@@ -54,68 +68,136 @@ class AskOptions(ModelOptions):
             raise ConfigError("overwrite has no effect without output (a .jsonl file); answers are printed.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """One answer, and where it comes from."""
+
+    text: str
+    memory: str
+    """Path of the memory that answered."""
+    nats: dict[str, float]
+    """With several memories: by path, minus the log-likelihood of the memory's answer under it, per token."""
+
+
 @final
 @dataclass(slots=True)
 class Asker:
-    """A model with one memory open, and the cost of its answers so far."""
+    """A model with memories to read, and the cost of its answers so far."""
 
-    decoder: Decoder
+    readers: Sequence[Reader]
+    decoders: Sequence[Decoder]
+    """One per reader: what is shown in front of the questions, and so what is cached, differs."""
+    contexts: Sequence[str | None]
+    """Per reader, the text shown in front of every question; None for nothing."""
     words: OwnWords
     """Warns of unknown words in questions."""
-    context: str | None = None
-    """Text shown in front of every question; None for nothing."""
     chat: bool = True
     seed: int = 0
     tally: Tally = field(default_factory=Tally)
     count: int = 0
+    is_open: bool = False
+    """Whether the only memory is open already, for all questions."""
 
-    def answer(self, questions: Sequence[str], console: Console) -> list[str]:
-        """Answer a batch of questions, each on its own. The memory must be open."""
+    def answer(self, questions: Sequence[str], console: Console) -> list[Answer]:
+        """Answer a batch of questions, each on its own, from the memory under which its answer is likeliest.
+
+        Every memory answers. Of each answer, end token included, the Monte-Carlo bound of the likelihood is taken under
+        the memory that gave it, with the same noise for all, and divided by the number of its tokens.
+        """
         self.words.check(questions, "question" if len(questions) == 1 else f"{len(questions)} questions")
-        job = self.decoder.prepare(
-            [self._prompt(question) for question in questions],
-            [derive("memdlm ask", self.seed, self.count + index) for index in range(len(questions))],
-        )
-        result = decode(job, self.tally, console=console)
+        found = [self._under(place, questions, console) for place in range(len(self.readers))]
         self.count += len(questions)
-        return [text.strip() for text in result.texts]
+        answers = []
+        for per_memory in zip(*found, strict=True):
+            nats = {reader.path: nats for reader, (_, nats) in zip(self.readers, per_memory, strict=True)}
+            best = min(range(len(per_memory)), key=lambda place: per_memory[place][1])
+            text, path = per_memory[best][0], self.readers[best].path
+            answers.append(Answer(text=text, memory=path, nats=nats if len(nats) > 1 else {}))
+        return answers
 
-    def _prompt(self, question: str) -> Prompt:
-        text = question if self.context is None else f"{self.context}\n\n{question}"
-        if self.chat and self.decoder.tokenizer.chat_template is not None:
+    def _under(self, place: int, questions: Sequence[str], console: Console) -> list[tuple[str, float]]:
+        """Return every answer under one memory, and its nats per token (0 if there is no other memory)."""
+        decoder = self.decoders[place]
+        numbers = range(self.count, self.count + len(questions))
+        prompts = [self._prompt(question, self.contexts[place]) for question in questions]
+        job = decoder.prepare(prompts, [derive("memdlm ask", self.seed, number) for number in numbers])
+        with nullcontext() if self.is_open else self.readers[place].opened():
+            result = decode(job, self.tally, console=console)
+            texts = [text.strip() for text in result.texts]
+            if len(self.readers) == 1:
+                return [(text, 0.0) for text in texts]
+            return [
+                (text, self._nats(decoder, prompt, sequence, number))
+                for text, prompt, sequence, number in zip(texts, job.rows, result.sequences, numbers, strict=True)
+            ]
+
+    def _nats(self, decoder: Decoder, prompt: Tensor, sequence: Tensor, number: int) -> float:
+        answer = sequence[len(prompt) :]
+        found = score(
+            decoder.model,
+            prompt,
+            answer,
+            num_samples=SAMPLES,
+            batch_size=SAMPLES,
+            generator=derive("memdlm ask likelihood", self.seed, number),
+            mask_token_id=decoder.special.mask,
+            right_shift_logits=decoder.options.right_shift_logits,
+            attention_pattern=decoder.pattern,
+        )
+        return float(found) / len(answer)
+
+    def _prompt(self, question: str, context: str | None) -> Prompt:
+        text = question if context is None else f"{context}{BETWEEN}{question}"
+        if self.chat and self.decoders[0].tokenizer.chat_template is not None:
             return [{"role": "user", "content": text}]
         return text
 
 
 @contextmanager
 def asker(options: AskOptions, config: GenerationConfig, display: Display) -> Iterator[Asker]:
-    """Load the model and open the memory for the length of the block; nothing is written.
+    """Load the model and check that it can read the memories; nothing is written.
 
-    Raises MemoryFileError when the memory is damaged or was written for another model or tokenizer, DataError when
-    the document is to be shown but is missing or was changed.
+    Raises MemoryFileError when a memory is damaged or was written for another model or tokenizer, DataError when
+    a document is to be shown but is missing or was changed.
     """
-    saved = read_memory(str(options.memory))
-    context = _context(options, saved) if options.keep_context else None
+    memories = saved_memories(options.memory or ())
+    if options.file is not None and len(memories) > 1:
+        raise ConfigError("file names one document, but there are several memories; leave it out.")
+    contexts = [_context(options, saved) if options.keep_context else None for saved in memories.values()]
     model, tokenizer = load_parts(options, display)
-    memory = ParametricMemory(model, saved.reading_config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    readers = readers_of(memories, model, tokenizer)
     decoder = Decoder(model, tokenizer, config)
     words = OwnWords(tokenizer, display.say)
-    with memory.recall(saved):
-        yield Asker(decoder if context is None else decoder.caching(memory), words, context, options.chat, options.seed)
+    decoders = [decoder.caching(reader.memory) if options.keep_context else decoder for reader in readers]
+    is_one = len(readers) == 1
+    with opened(readers) if is_one else nullcontext():
+        yield Asker(readers, decoders, contexts, words, options.chat, options.seed, is_open=is_one)
 
 
 def _context(options: AskOptions, saved: SavedMemory) -> str:
-    source = options.file if options.file is not None else saved.provenance.get("source")
-    if source is None:
-        raise DataError(
-            "keep_context: the memory does not say which document it was written from; name it with --file."
-        )
-    if options.file is None and not Path(source).is_file():
-        raise DataError(f"keep_context: the document was at {source!r} and is not there; name it with --file.")
-    document = read_document(source)
-    expected = saved.provenance.get("source_sha256")
+    sources = sources_of(saved)
+    if options.file is not None:
+        if len(sources) > 1:
+            raise ConfigError(f"file names one document, but the memory was written from {len(sources)}; leave it out.")
+        return _shown(options.file, sources[0].get("source_sha256"))
+    texts = []
+    for source in sources:
+        if "source" not in source:
+            raise DataError(
+                "keep_context: the memory does not say which document it was written from; name it with --file."
+            )
+        if not Path(source["source"]).is_file():
+            raise DataError(
+                f"keep_context: the document was at {source['source']!r} and is not there; name it with --file."
+            )
+        texts.append(_shown(source["source"], source.get("source_sha256")))
+    return BETWEEN.join(texts)
+
+
+def _shown(path: str, expected: str | None) -> str:
+    document = read_document(path)
     if expected is not None and document.sha256 != expected:
-        raise DataError(f"keep_context: {source!r} is not the document that was memorised; its checksum differs.")
+        raise DataError(f"keep_context: {path!r} is not the document that was memorised; its checksum differs.")
     return document.text
 
 
@@ -147,11 +229,15 @@ def holds_answers(path: Path) -> bool:
 def answered(
     asker: Asker, rows: Sequence[dict[str, Any]], batch_size: int, console: Console
 ) -> Iterator[dict[str, Any]]:
-    """Yield each row with its `response` and, if it has an `answer`, whether both have the same words."""
+    """Yield each row with its `response` and, if it has an `answer`, whether both have the same words.
+
+    With several memories, the row also has the `memory` that answered, and the `nats` of each.
+    """
     # One warning about all questions, not one per batch.
     asker.words.check([row["question"] for row in rows], f"{len(rows)} questions")
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        for row, response in zip(part, asker.answer([row["question"] for row in part], console), strict=True):
-            compared = {"correct": exact_match(row["answer"], response)} if "answer" in row else {}
-            yield {**row, "response": response, **compared}
+        for row, found in zip(part, asker.answer([row["question"] for row in part], console), strict=True):
+            compared = {"correct": exact_match(row["answer"], found.text)} if "answer" in row else {}
+            chosen = {"memory": found.memory, "nats": found.nats} if found.nats else {}
+            yield {**row, "response": found.text, **compared, **chosen}

@@ -12,12 +12,14 @@ from rich.console import Console
 from memdlm.errors import ConfigError, DataError, MemDLMError, did_you_mean
 from memdlm.files import resolved
 from memdlm.inference import Decoder, encode_prompts
+from memdlm.memory.files.library import find_memory, sources_of
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.options import option, validate
 from memdlm.outputs import output_file
 from memdlm.randomness import derive
 from memdlm.terminal import printable
 from memdlm.workflows.sessions.decoding import OwnWords, Tally, decode
+from memdlm.workflows.sessions.reading import Reader, opened, readers_of, saved_memories
 
 Message = dict[str, str]
 SAVED_BY, SAVER = "saved_by", "memdlm chat"
@@ -53,11 +55,21 @@ class Chat:
     answers: int = 0
     saved: set[Path] = field(default_factory=set)
     """Files that this conversation was saved to; saving may overwrite these."""
+    reader: Reader | None = None
+    """The saved memory that every answer reads; None: none."""
     words: OwnWords = field(init=False)
 
     def __post_init__(self) -> None:
-        self.decoder = self.decoder.caching(self.decoder.memory)
         self.words = OwnWords(self.decoder.tokenizer, lambda line: self._say(f"({line})"))
+        self.read(self.reader)
+
+    def read(self, reader: Reader | None) -> None:
+        """Let the answers from now on read a saved memory, or none; it takes the place of what the history writes."""
+        self.reader = reader
+        self.remembers = self.remembers and reader is None
+        # What the cache holds is valid below the first block that its memory changes.
+        memory = self.decoder.memory if reader is None else reader.memory
+        self.decoder = dataclasses.replace(self.decoder, prompt_cache=None).caching(memory)
 
     def hold(self, lines: Iterator[str]) -> None:
         """Answer `lines` until they end or one of them is /exit, then print the cost."""
@@ -86,7 +98,8 @@ class Chat:
         messages = self._fitting()
         decoder = self.decoder if self.remembers else dataclasses.replace(self.decoder, memory=None)
         job = decoder.prepare([messages], [derive("memdlm chat", self.seed, self.answers)])
-        result = decode(job, self.tally, console=self.console, trace=self.trace)
+        with opened([] if self.reader is None else [self.reader]):
+            result = decode(job, self.tally, console=self.console, trace=self.trace)
         reply = result.texts[0].strip()
         self.turns.append({"role": "assistant", "content": reply})
         self.answers += 1
@@ -143,10 +156,29 @@ def _new(chat: Chat, argument: str) -> str:
 
 
 def _memory(chat: Chat, argument: str) -> str:
-    if argument not in ("on", "off"):
-        raise ConfigError(f"/memory takes on or off, got {argument!r}.")
-    chat.remembers = argument == "on"
-    return f"memory is {argument}"
+    if argument == "on":
+        chat.read(None)
+        chat.remembers = True
+        return "memory is on: the history is written before each answer"
+    if argument == "off":
+        chat.read(None)
+        chat.remembers = False
+        return "memory is off"
+    if argument:
+        memories = saved_memories([str(find_memory(argument))])
+        (reader,) = readers_of(memories, chat.decoder.model, chat.decoder.tokenizer)
+        chat.read(reader)
+    if chat.reader is not None:
+        return f"reading {told(chat.reader)}; /memory off unloads it"
+    state = "on: the history is written before each answer" if chat.remembers else "off"
+    return f"memory is {state}; /memory FOLDER reads a saved one"
+
+
+def told(reader: Reader) -> str:
+    """Describe a saved memory in a few words."""
+    sources = [Path(source["source"]).name for source in sources_of(reader.saved) if "source" in source]
+    written = f", written from {', '.join(sources)}" if sources else ""
+    return f"{reader.path}: {reader.saved.provenance.get('tokens', 0)} tokens{written}"
 
 
 def _steps(chat: Chat, argument: str) -> str:

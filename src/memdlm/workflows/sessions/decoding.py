@@ -57,9 +57,18 @@ class DecodingOptions(ModelOptions):
     """Options that generate, infill and chat share."""
 
     mem_enabled: bool = option(False, "Write each prompt into memory before it is answered.")
+    memory: str | None = option(None, "Folder of a memory that memdlm memorize wrote; it is read, and not changed.")
     seed: int = option(0, "Seed of memories and samples.")
     preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
     trace: str | None = option(None, "HTML file to write: a page that replays the denoising.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory is not None and self.mem_enabled:
+            raise ConfigError(
+                f"memory={self.memory!r} and mem_enabled=True exclude each other: one memory is open at a time. Read a "
+                "saved memory, or write each prompt into a new one."
+            )
 
 
 def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:

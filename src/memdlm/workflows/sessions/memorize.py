@@ -1,43 +1,45 @@
-"""Write a document into a memory once, and save it if the gate, if any, lets it pass."""
+"""Write documents into memories, once, and save each memory that its gate, if any, lets pass."""
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.documents import Document, plain_ids, read_document
-from memdlm.errors import ConfigError, DataError
-from memdlm.evaluation.masked_loss import loss_under, masked_text
-from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory, compress
+from memdlm.errors import ConfigError, MemoryFileError
+from memdlm.files import resolved
+from memdlm.memory import MemoryConfig, ParametricMemory, SavedMemory
 from memdlm.memory.files.saved import MEMORY
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.options import option
-from memdlm.outputs import Output, output_folder
-from memdlm.randomness import derive
-from memdlm.templates import message_ids
-from memdlm.types import IGNORE_INDEX
+from memdlm.outputs import Output, output_folder, refuse_foreign, refuse_place, shared_folder
 from memdlm.version import __version__
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import ModelOptions, OwnWords, load_parts
+from memdlm.workflows.sessions.documents import Target, earlier_memory, is_unchanged, targets_of
+from memdlm.workflows.sessions.writing import Gate, Memorizer, WrittenMemory
 
 GATES = ("none", "held_out", "written")
-RATIO, ENOUGH, MOST_VIEWS = 0.2, 512, 5
-"""Losses are measured with this share of tokens hidden, in views enough for this many predictions, at most five."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorizeOptions(ModelOptions):
     """What is written, and where it goes."""
 
-    file: str | None = option(None, "The document: .txt, .md, .html or .pdf (with pypdf).")
-    output: str | None = option(None, "Folder to write the memory to, such as doc.mem.")
-    overwrite: bool = option(False, "Replace an earlier memory in output.")
+    file: tuple[str, ...] | None = option(
+        None,
+        "Documents (.txt, .md, .html, or .pdf with pypdf), and folders, whose documents are all written. Each becomes "
+        "a memory of its own.",
+        repeated="extend",
+    )
+    output: str | None = option(
+        None, "Folder to write the memory to, such as doc.mem. With several documents: the folder that holds them."
+    )
+    joined: bool = option(False, "Write all documents, in the order given, into one memory.")
+    overwrite: bool = option(False, "Replace earlier memories whose document or options have changed.")
     as_message: bool = option(False, "Write the document as a user's message in the chat template, not as plain text.")
     gate: str = option(
         "none",
@@ -49,129 +51,199 @@ class MemorizeOptions(ModelOptions):
     compress_rank: int | None = option(
         None, "Keep the best approximation of the memory at this rank, and measure that.", minimum=1
     )
+    batch_size: int = option(
+        8,
+        "Most documents written together. One that is longer than what is written at once is written alone.",
+        minimum=1,
+        maximum=2**10,
+    )
     seed: int = option(0, "Seed of the write, and of the masks that losses are measured with.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.file, (str, list)):
+            object.__setattr__(self, "file", (self.file,) if isinstance(self.file, str) else tuple(self.file))
         super().__post_init__()
         for name in ("file", "output"):
-            if getattr(self, name) is None:
+            if not getattr(self, name):
                 raise ConfigError(f"--{name} is missing.")
         if self.gate != "held_out" and self.held_out_share != 0.1:
             raise ConfigError(f"held_out_share has no effect with gate={self.gate!r}; use gate=held_out.")
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What decides about the result, besides documents, model and memory options; noted as `written_with`."""
+        names = ("as_message", "seed", "gate", "held_out_share", "compress_rank")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def rule(self) -> Gate:
+        """When a memory is kept."""
+        return Gate(name=self.gate, held_out_share=self.held_out_share, compress_rank=self.compress_rank)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memorized:
-    """The result of memorising a document."""
+    """What became of one memory that was to be written."""
 
-    kept: bool
-    memory: SavedMemory
-    """The memory; it is in the output folder if it was kept."""
-    why: str
-    """One sentence: what was measured, and the decision."""
-    seconds: float
-    """Duration of the write itself, without loading and measuring."""
+    place: str
+    """Its folder."""
+    written: WrittenMemory | None
+    """None: its documents and options are those of the memory that was there, and nothing was written."""
+    together: int = 1
+    """Number of documents that were written in the same batch."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether a memory of the documents is in its place."""
+        return self.written is None or self.written.kept
 
 
-def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -> Memorized:
-    """Read the document, write it, measure the memory, and save it unless the gate refuses.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    target: Target
+    ids: Tensor
 
-    Raises DataError for a document that cannot be read, ConfigError when the output is taken.
+
+def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -> Iterator[Memorized]:
+    """Read the documents, write what is new or changed, measure each memory, and save it unless the gate refuses.
+
+    Yields what became of each memory as soon as it is decided: first those that are unchanged. Raises, before a model
+    is loaded, DataError for a document that cannot be read, and ConfigError when an output is taken.
     """
-    with output_folder(str(options.output), MEMORY, overwrite=options.overwrite) as output:
-        return _memorize(options, config, display, output)
+    targets, left_out = targets_of(options.file or (), str(options.output), joined=options.joined)
+    if left_out:
+        display.say(f"{len(left_out)} files are no documents and are left out: {_some(left_out)}")
+    with ExitStack() as stack:
+        hold = _held(targets, options, stack)
+        same = _unchanged(targets, options, config)
+        model, tokenizer = load_parts(options, display)
+
+        def memory_of(config: MemoryConfig) -> ParametricMemory:
+            return ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+
+        memory = memory_of(config)
+        same = _still_unchanged(memory, same, options)
+        yield from (Memorized(place=target.place, written=None) for target in same)
+        ready = [
+            _Ready(target, target.ids(tokenizer, as_message=options.as_message))
+            for target in targets
+            if target not in same
+        ]
+        words = OwnWords(tokenizer, display.say)
+        for each in ready:
+            words.check([each.target.text], f"document {each.target.documents[0].path!r}")
+        together, alone = _parted(ready, config, trained_positions(model), options.batch_size)
+        done = 0
+        for batch in together:
+            yield from _written(memory, batch, (done, len(ready)), options, display, hold)
+            done += len(batch)
+        streamed = memory
+        for each in alone:
+            places = trained_positions(model)
+            if config.chunk_length is None and places is not None:
+                display.say(
+                    f"{len(each.ids)} tokens are written in chunks of {places}, the positions the model was trained on."
+                )
+                if streamed is memory:
+                    streamed = memory_of(dataclasses.replace(config, chunk_length=places))
+            yield from _written(streamed, [each], (done, len(ready)), options, display, hold)
+            done += 1
 
 
-def _memorize(options: MemorizeOptions, config: MemoryConfig, display: Display, output: Output) -> Memorized:
-    document = read_document(str(options.file))
-    model, tokenizer = load_parts(options, display)
-    ids = document_ids(document, tokenizer, as_message=options.as_message)
-    OwnWords(tokenizer, display.say).check([document.text], f"document {str(options.file)!r}")
-    places = trained_positions(model)
-    if config.chunk_length is None and places is not None and len(ids) > places:
-        display.say(f"{len(ids)} tokens are written in chunks of {places}, the positions the model was trained on.")
-        config = dataclasses.replace(config, chunk_length=places)
-    memory = ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
-    done = Memorizer(memory, options, display).run(ids)
-    noted = done.memory.noted(
-        source=document.path,
-        source_sha256=document.sha256,
+Hold = Callable[[Target], AbstractContextManager[Output]]
+
+
+def _held(targets: Sequence[Target], options: MemorizeOptions, stack: ExitStack) -> Hold:
+    """Take the outputs before the model is loaded; return what gives a target's output.
+
+    A single one is held by itself. Of several, their folder is, so that no number of documents needs as many locks.
+    """
+    if len(targets) == 1:
+        output = stack.enter_context(output_folder(targets[0].place, MEMORY, overwrite=True))
+        return lambda target: nullcontext(output)
+    stack.enter_context(shared_folder(str(options.output)))
+    for target in targets:
+        place = resolved(target.place)
+        refuse_place(place, target.place, "output")
+        refuse_foreign(place, MEMORY, shown=target.place)
+    return lambda target: output_folder(target.place, MEMORY, overwrite=True)
+
+
+def _unchanged(targets: Sequence[Target], options: MemorizeOptions, config: MemoryConfig) -> list[Target]:
+    """Return the targets that look as if they were written already; ConfigError for others that are taken."""
+    same, taken = [], []
+    for target in targets:
+        saved = earlier_memory(target)
+        if saved is not None and is_unchanged(target, saved, config, options.said):
+            same.append(target)
+        elif any(Path(target.place).glob("*")):
+            taken.append(target.place)
+    if taken and not options.overwrite:
+        raise ConfigError(
+            f"output: {_some(taken)} holds a memory already, of another text or with other options; name a new folder, "
+            "or add --overwrite."
+        )
+    return same
+
+
+def _still_unchanged(memory: ParametricMemory, same: Sequence[Target], options: MemorizeOptions) -> list[Target]:
+    """Return those of `same` that the loaded model can read; ConfigError for others that may not be replaced."""
+    found = []
+    for target in same:
+        try:
+            memory.load(target.place)
+        except MemoryFileError as error:
+            if not options.overwrite:
+                raise ConfigError(f"output: it holds a memory already: {error} Add --overwrite.") from error
+            continue
+        found.append(target)
+    return found
+
+
+def _parted(
+    ready: Sequence[_Ready], config: MemoryConfig, places: int | None, most: int
+) -> tuple[list[list[_Ready]], list[_Ready]]:
+    """Return batches of documents that are written in one piece, of like lengths, and those that are written alone."""
+    limit = places if config.chunk_length is None else config.chunk_length
+    if config.per_sample is False:
+        most = 1  # all rows of a batch would share one memory
+    alone = [each for each in ready if limit is not None and len(each.ids) > limit]
+    fitting = sorted((each for each in ready if each not in alone), key=lambda each: len(each.ids))
+    return [fitting[start : start + most] for start in range(0, len(fitting), most)], alone
+
+
+def _written(
+    memory: ParametricMemory,
+    batch: Sequence[_Ready],
+    count: tuple[int, int],
+    options: MemorizeOptions,
+    display: Display,
+    hold: Hold,
+) -> Iterator[Memorized]:
+    """Write a batch and save what is kept; `count` is how many memories are done, and how many there are."""
+    done, total = count
+    what = "writing" if total == 1 else f"writing {done + 1} to {done + len(batch)} of {total}"
+    found = Memorizer(memory, options.rule, options.seed, display).run([each.ids for each in batch], what)
+    for each, written in zip(batch, found, strict=True):
+        noted = noted_memory(written.memory, each.target, options)
+        if written.kept:
+            with hold(each.target) as output:
+                noted.save_to(output)
+        written = dataclasses.replace(written, memory=noted)
+        yield Memorized(place=each.target.place, written=written, together=len(batch))
+
+
+def noted_memory(saved: SavedMemory, target: Target, options: MemorizeOptions) -> SavedMemory:
+    """Return the memory with its origin and the command's options in its provenance."""
+    return saved.noted(
+        **target.origin,
         as_message=options.as_message,
         seed=options.seed,
         memdlm=__version__,
+        written_with=options.said,
     )
-    if done.kept:
-        noted.save_to(output)
-    return dataclasses.replace(done, memory=noted)
 
 
-def document_ids(document: Document, tokenizer: PreTrainedTokenizerBase, *, as_message: bool) -> Tensor:
-    """Return the ids [L] that are written; raises DataError when there are none, or there is no chat template."""
-    if as_message:
-        if tokenizer.chat_template is None:
-            raise DataError("the tokenizer has no chat template; leave as_message out.")
-        ids = message_ids(tokenizer, [{"role": "user", "content": document.text}])
-    else:
-        ids = plain_ids(tokenizer, document.text)
-    if not ids:
-        raise DataError(f"document: {document.path!r} has no tokens.")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-class Memorizer:
-    """Writes one document, and measures before and after."""
-
-    def __init__(self, memory: ParametricMemory, options: MemorizeOptions, display: Display) -> None:
-        self.memory, self.options, self.display = memory, options, display
-
-    def run(self, ids: Tensor) -> Memorized:
-        """Write `ids` [L]; nothing is saved here."""
-        gate: dict[str, Any] = {"name": self.options.gate}
-        if self.options.gate == "held_out":
-            gate |= self._held_out(ids)
-        views = max(1, min(MOST_VIEWS, -(-ENOUGH // max(1, round(RATIO * len(ids))))))
-        text = masked_text(ids, ratio=RATIO, views=views, generator=derive("memorize masks", self.options.seed))
-        before = loss_under(self.memory, text)
-        with self._written(ids, "writing") as seconds:
-            written = loss_under(self.memory, text)
-            saved = self.memory.export()
-        measured: dict[str, Any] = {"loss_before": before, "loss_after": written, "num_scored": text.num_scored}
-        if self.options.compress_rank is not None:
-            saved = compress(saved, self.options.compress_rank)
-            with self.memory.recall(saved):
-                measured |= {"loss_after": loss_under(self.memory, text), "loss_before_compression": written}
-        if self.options.gate == "written":
-            gate |= {"before": before, "after": measured["loss_after"], "num_scored": text.num_scored}
-        kept = self.options.gate == "none" or gate["after"] < gate["before"]
-        saved = saved.noted(**measured, gate=gate)
-        return Memorized(kept=kept, memory=saved, why=_reason(kept, gate), seconds=seconds)
-
-    def _held_out(self, ids: Tensor) -> dict[str, Any]:
-        """Write with some tokens always masked, and return the loss on them before and after."""
-        generator = derive("memorize held out", self.options.seed)
-        text = masked_text(ids, ratio=self.options.held_out_share, views=1, generator=generator)
-        before = loss_under(self.memory, text)
-        with self._written(ids.masked_fill(text.is_masked[0], self.memory.mask_token_id), "writing on trial"):
-            after = loss_under(self.memory, text)
-        return {"before": before, "after": after, "num_scored": text.num_scored}
-
-    @contextmanager
-    def _written(self, ids: Tensor, what: str) -> Iterator[float]:
-        """Open a memory of `ids` [L]; yield the seconds that the write took. Mask tokens are not learned."""
-        device = next(self.memory.model.parameters()).device
-        batch = ids[None].to(device)
-        labels = batch.masked_fill(batch == self.memory.mask_token_id, IGNORE_INDEX)
-        generator = [derive("memorize", self.options.seed)]
-        with ExitStack() as stack:
-            start = time.perf_counter()
-            with self.display.bar(what, what, len(ids)) as advance:
-                stack.enter_context(self.memory.write(batch, labels, generator=generator, on_chunk=advance))
-            yield time.perf_counter() - start
-
-
-def _reason(kept: bool, gate: dict[str, Any]) -> str:
-    if gate["name"] == "none":
-        return "kept without a gate"
-    where = "held-out tokens" if gate["name"] == "held_out" else "tokens of the document"
-    change = f"the loss on {gate['num_scored']} masked {where} went from {gate['before']:.3f} to {gate['after']:.3f}"
-    return f"{'kept' if kept else 'not kept'}: {change} nats per token"
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
