@@ -30,7 +30,8 @@ from memdlm.inference import GenerationConfig, generate, infill
 from memdlm.memory import ParametricMemory
 from memdlm.randomness import derive
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.memorize import GATES, MemorizeOptions, Memorizer
+from memdlm.workflows.sessions.memorize import GATES
+from memdlm.workflows.sessions.writing import Gate, Memorizer
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_data, train_arm
 
@@ -71,9 +72,8 @@ def harm(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> lis
         for sample, text in zip(samples, texts, strict=True):
             opened: Any = nullcontext()
             if kind is not None:
-                options = MemorizeOptions(model="-", file="-", output="-", gate=gate, seed=seed)
                 ids = torch.tensor(plain_ids(data.tokenizer, text[kind]))
-                done = Memorizer(memory, options, Silent()).run(ids)
+                (done,) = Memorizer(memory, Gate(name=gate), seed, Silent()).run([ids])
                 kept += done.kept
                 opened = memory.recall(done.memory) if done.kept else nullcontext()
             with opened:

@@ -33,13 +33,13 @@ FIRST: dict[str, tuple[str, ...]] = {
         *("model", "adapter", "system", "max_new_tokens", "steps", "temperature", "mem_enabled", "memory", "preset"),
         "device",
     ),
-    "memorize": ("model", "adapter", "file", "output", "gate", "compress_rank", "overwrite", "device", "load_in_4bit"),
+    "memorize": ("model", "adapter", "file", "output", "joined", "gate", "compress_rank", "overwrite", "device"),
     "ask": (
         *("model", "adapter", "memory", "questions", "output", "keep_context", "max_new_tokens", "steps", "preset"),
         "device",
     ),
     "eval": (
-        *("model", "adapter", "tasks", "mem_enabled", "max_new_tokens", "steps", "block_size", "max_length", "dtype"),
+        *("model", "adapter", "tasks", "mem_enabled", "memory", "max_new_tokens", "steps", "block_size", "max_length"),
         "device",
     ),
     "exposure-bias": (
