@@ -9,6 +9,7 @@ from memdlm.cli.main import main
 from memdlm.errors import DataError
 from memdlm.report.build import write_report
 from memdlm.report.comparison import wilson
+from memdlm.report.pages import css_string
 from memdlm.report.runs import labels, model_and_seed, read_runs
 
 LENGTHS = ("1024", "4096")
@@ -214,3 +215,49 @@ def test_a_damaged_run_is_named(tmp_path, state, capsys):
     assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "r.html")]) == 2
     assert "its results are damaged" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()
+
+
+def test_curves_of_runs_that_were_not_evaluated_are_drawn_and_empty_parts_left_out(tmp_path):
+    """Several runs side by side: each has its line, its last losses, and no line for what it did not log."""
+    for name, memory in (("mdlm-seed0", False), ("mdlm-seed1", False), ("memdlm-seed0", True), ("old-seed0", None)):
+        entries = [
+            {"step": step, "loss": 1.0, **({} if memory is None else {"nll": 2.0 + step})}
+            | ({"nll_memory": 0.5} if memory else {})
+            for step in (5, 10)
+        ]
+        (tmp_path / name).mkdir()
+        state = {"log_history": [*entries, {"train_runtime": 3.5, "step": 10}], "global_step": 10}
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+        told(tmp_path / name, mem_enabled=bool(memory))
+    found = {(row.model, row.seed): row.logged for row in read_runs(sorted(tmp_path.iterdir())).models}
+    assert found["memdlm", 0].without == ((5, 7.0), (10, 12.0))
+    assert found["memdlm", 0].memory == ((5, 0.5), (10, 0.5))
+    assert found["old", 0].without == ((5, 1.0), (10, 1.0))
+    assert (found["mdlm", 1].memory, found["mdlm", 1].steps, found["mdlm", 1].seconds) == ((), 10, 3.5)
+    runs, page = [str(run) for run in sorted(tmp_path.iterdir())], tmp_path / "report.html"
+    assert main(["report", *runs, "--output", str(page)]) == 0
+    assert page.read_text().count('alt="Training loss over training steps"') == 1
+    text = words(page)
+    assert "last training loss the same with memory steps seconds" in text
+    assert "memdlm 12.00 0.50 10 3.5" in text
+    for absent in ("Accuracy", "Scores", "Exposure bias", "Cost", "last evaluation loss", "measured"):
+        assert absent not in text
+
+
+def test_a_loss_that_is_all_a_log_has_counts_as_what_training_used(tmp_path):
+    for name, memory in (("mdlm", False), ("memdlm", True)):
+        told(training(tmp_path / name, memory=memory), mem_enabled=memory)
+    rows = {row.model: row.logged for row in read_runs([tmp_path / "mdlm", tmp_path / "memdlm"]).models}
+    assert rows["mdlm"].without == rows["memdlm"].memory == ((5, 2.0),)
+    assert rows["mdlm"].memory == rows["memdlm"].without == ()
+
+
+def test_a_run_without_logs_says_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({"log_history": []}))
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 0
+    assert "None of these runs logged a loss. Train with --logging_steps." in words(tmp_path / "report.html")
+
+
+def test_heads_of_cards_cannot_leave_their_string():
+    assert css_string('a"b\\</style>;') == '"a\\22 b\\5c \\3c \\2f style\\3e \\3b "'

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from memdlm.report.model import Part, Recall
-from memdlm.report.tables import Series, accuracy_rows, bias_series, loss_series, training_series
+from memdlm.report.tables import Series, accuracy_rows, bias_series, logged_series, loss_series, training_series
 
 Draw: TypeAlias = Callable[[Axes, Any], None]
 """Draws a part on the axes; lines that belong in the legend have labels."""
@@ -227,6 +227,19 @@ def training_curves(axes: Axes, part: Part) -> None:
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="training step", ylabel="evaluation loss, nats per token")
+
+
+def logged_losses(axes: Axes, part: Part) -> None:
+    """Draw the training loss that runs logged, over steps: solid without memory, dashed with it."""
+
+    def name(series: Series) -> str:
+        return f"{series.model} + memory (not comparable)" if series.memory else series.model
+
+    series = logged_series(part)
+    if series:
+        _draw_series(axes, part, series, name)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="training step", ylabel="training loss, nats per token")
 
 
 def training_losses(axes: Axes, part: Recall) -> None:

@@ -14,6 +14,7 @@ from memdlm.report.figures import (
     WIDE,
     Draw,
     accuracy_by_length,
+    logged_losses,
     multiple,
     svg,
     training_curves,
@@ -21,7 +22,15 @@ from memdlm.report.figures import (
 )
 from memdlm.report.model import Part, Report
 from memdlm.report.records import plain
-from memdlm.report.tables import accuracy_rows, bias_rows, cost_rows, mean_losses, training_series
+from memdlm.report.tables import (
+    accuracy_rows,
+    bias_rows,
+    cost_rows,
+    logged_series,
+    mean_losses,
+    training_rows,
+    training_series,
+)
 
 RECALL = "Memorise, then answer with the prompt gone"
 """Title of the section about recall, which comes first."""
@@ -82,6 +91,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.1f} seconds"
 
 
+def css_string(value: object) -> str:
+    """Return a text as a CSS string; every character that could end it is written as its number."""
+    return '"' + "".join(each if each.isalnum() or each == " " else f"\\{ord(each):x} " for each in str(value)) + '"'
+
+
 def _picture(draw: Draw, part: Part, size: tuple[float, float]) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(svg(draw, part, size=size)).decode()
 
@@ -97,7 +111,7 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-_ENVIRONMENT.filters["percent"] = percent
+_ENVIRONMENT.filters |= {"percent": percent, "css": css_string}
 _ENVIRONMENT.globals |= {
     "generator": GENERATOR,
     "RECALL": RECALL,
@@ -112,7 +126,7 @@ _ENVIRONMENT.globals |= {
     each.__name__: each
     for each in (
         *(percent, span, duration, multiple),
-        *(accuracy_rows, bias_rows, cost_rows, mean_losses, training_series),
-        *(accuracy_by_length, training_curves, training_losses),
+        *(accuracy_rows, bias_rows, cost_rows, logged_series, mean_losses, training_rows, training_series),
+        *(accuracy_by_length, logged_losses, training_curves, training_losses),
     )
 }

@@ -6,6 +6,7 @@ last checkpoint's), `exposure_bias.json`.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,12 +52,25 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Logged:
+    """What a training run logged: losses as (step, nats per token), and its totals, None if unknown."""
+
+    without: tuple[tuple[float, float], ...] = ()
+    """Training loss without memory."""
+    memory: tuple[tuple[float, float], ...] = ()
+    """Training loss with the memory that training writes."""
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """A training run; `options` are from its run.json, empty if there is none."""
 
     model: str
     seed: int
     curve: Curve
+    logged: Logged
     config: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -173,6 +187,25 @@ def curve_of(history: Iterable[Mapping[str, Any]]) -> Curve:
     )
 
 
+def logged_of(history: Iterable[Mapping[str, Any]], *, remembers: bool) -> Logged:
+    """Read the losses of a Trainer's log. A log that has `loss` alone counts as with memory if training `remembers`."""
+    entries = list(history)
+
+    def points(name: str) -> tuple[tuple[float, float], ...]:
+        found = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        return tuple((step, value) for step, value in found if math.isfinite(value))
+
+    without, memory = points("nll"), points("nll_memory")
+    if not without and not memory:
+        without, memory = ((), points("loss")) if remembers else (points("loss"), ())
+    return Logged(
+        without=without,
+        memory=memory,
+        steps=max((entry["step"] for entry in entries if "step" in entry), default=None),
+        seconds=next((entry["train_runtime"] for entry in entries if "train_runtime" in entry), None),
+    )
+
+
 def _read(path: Path) -> Json:
     try:
         found = json.loads(path.read_text())
@@ -191,10 +224,13 @@ def _add_report(measured: Measured, path: Path, run: str, prefix: str) -> None:
         told = {"length": row.length, "accuracy": row.accuracy, "questions": row.questions}
         who: Json = {"model": prefix + row.model, "seed": row.seed, "memory": row.memory, **told}
         measured.accuracy.append(TaskAccuracy(task=name, **who))
-    measured.models += [
-        Training(model=prefix + each.model, seed=each.seed, curve=each.curve, config=each.config)
-        for each in found.models
-    ]
+    for each in found.models:
+        losses = [{"step": step, "loss": loss} for step, loss in zip(each.curve.step, each.curve.loss, strict=True)]
+        totals = {"step": each.steps, "train_runtime": each.seconds}
+        logged = logged_of([*losses, totals], remembers="memory" in each.config)
+        measured.models.append(
+            Training(model=prefix + each.model, seed=each.seed, curve=each.curve, logged=logged, config=each.config)
+        )
     measured.exposure_bias += [replace(row, model=prefix + row.model) for row in found.exposure_bias]
     machine = {"machine": plain(found.machine)}
     measured.sources.append(Source(run=run, kind="demo", command=found.command, settings=machine))
@@ -291,7 +327,10 @@ def _add_training(measured: Measured, path: Path, run: str) -> None:
     folder = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
     run_file = folder / "run.json"
     options = _read(run_file).get("options", {}) if run_file.is_file() else {}
-    measured.models.append(Training(model=model, seed=seed or 0, curve=curve_of(history), options=options))
+    logged = logged_of(history, remembers=bool(options.get("mem_enabled", False)))
+    measured.models.append(
+        Training(model=model, seed=seed or 0, curve=curve_of(history), logged=logged, options=options)
+    )
     measured.sources.append(Source(run=run, kind="training", command=str(path), settings=options))
 
 

@@ -5,7 +5,7 @@ same model, seed and length without memory. A result without such a baseline is 
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from memdlm.report.model import Bias, Part, Recall, Task, Written, check_report
 
 AnyRow = TypeVar("AnyRow", bound=Any)
+NOT_MEASURED = "not measured"
+"""A cell's note. A row in which every cell has it is left out."""
 
 
 def with_baseline(rows: Sequence[AnyRow], *keys: str) -> tuple[list[AnyRow], list[AnyRow]]:
@@ -91,7 +93,7 @@ class BiasRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRow:
-    """The cost of training a model; all fields are empty if it was not measured."""
+    """The cost of training a model."""
 
     model: str
     parameters: Sequence[int]
@@ -122,10 +124,11 @@ def accuracy_rows(part: Part) -> list[AccuracyRow]:
             note=_note(len(mine), [row.seed for row in refused if key_of(row) == key], part),
         )
 
-    return [
+    table = [
         AccuracyRow(model=model, memory=memory, cells=[cell(model, memory, length) for length in lengths])
         for model, memory in _pairs(part)
     ]
+    return [row for row in table if any(cell.note != NOT_MEASURED for cell in row.cells)]
 
 
 def bias_rows(part: Part) -> list[BiasRow]:
@@ -148,13 +151,13 @@ def bias_rows(part: Part) -> list[BiasRow]:
                 note=_note(len(mine), [row.seed for row in refused if key_of(row) == key], part),
             )
         )
-    return table
+    return [row for row in table if row.note != NOT_MEASURED]
 
 
 def cost_rows(part: Part) -> list[CostRow]:
-    """Return the cost of training every model."""
+    """Return the cost of training every model that was trained."""
     table = []
-    for model in part.model_names():
+    for model in dict.fromkeys(row.model for row in part.models):
         mine = sorted((row for row in part.models if row.model == model), key=attrgetter("seed"))
         seeds = [row.seed for row in mine]
         per_step = [1000 * row.seconds / row.steps if row.steps else None for row in mine]
@@ -190,7 +193,7 @@ def _pairs(part: Part) -> list[tuple[str, bool]]:
 def _note(num_values: int, refused_seeds: Iterable[int], part: Part) -> str:
     alone, num_seeds = ", ".join(map(str, sorted(refused_seeds))), len(set(part.seeds))
     if not num_values:
-        return "no baseline" if alone else "not measured"
+        return "no baseline" if alone else NOT_MEASURED
     if alone:
         return f"seed {alone}: no baseline"
     return f"{num_values} of {num_seeds} seeds" if num_values < num_seeds else ""
@@ -246,6 +249,51 @@ def loss_series(part: Part) -> list[Series]:
             for memory, losses in ((False, row.curve.eval_nll), (True, row.curve.eval_nll_memory))
         ),
     )
+
+
+def logged_series(part: Part) -> list[Series]:
+    """Return what training runs logged: the training loss without memory, and, as series of its own, with it."""
+    return _series(
+        part,
+        (
+            (row.model, memory, [step for step, _ in points], [loss for _, loss in points])
+            for row in part.models
+            for memory, points in ((False, row.logged.without), (True, row.logged.memory))
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRow:
+    """A model's training, one value per seed: the last logged losses in nats per token, steps, seconds."""
+
+    model: str
+    values: Mapping[str, PerSeed]
+
+
+def training_rows(part: Part) -> list[TrainingRow]:
+    """Return the table of training runs; columns that no run has are left out."""
+    columns: dict[str, Callable[[Any], float | None]] = {
+        "last training loss": lambda row: _last(row.logged.without),
+        "the same with memory": lambda row: _last(row.logged.memory),
+        "last evaluation loss": lambda row: row.curve.eval_nll[-1] if row.curve.eval_nll else None,
+        "steps": lambda row: row.logged.steps,
+        "seconds": lambda row: row.logged.seconds,
+    }
+    kept = {name: read for name, read in columns.items() if any(read(row) is not None for row in part.models)}
+    found = []
+    for model in dict.fromkeys(row.model for row in part.models):
+        mine = sorted((row for row in part.models if row.model == model), key=attrgetter("seed"))
+        values = {
+            name: PerSeed(seeds=[row.seed for row in mine], values=[read(row) for row in mine])
+            for name, read in kept.items()
+        }
+        found.append(TrainingRow(model=model, values=values))
+    return found if kept else []
+
+
+def _last(points: Sequence[tuple[float, float]]) -> float | None:
+    return points[-1][1] if points else None
 
 
 def training_series(part: Recall) -> list[Series]:
