@@ -180,6 +180,8 @@ def prepare(inputs: Path) -> None:
         assert (
             main(["memorize", "--model", "inputs/good", "--file", "inputs/text.txt", "--output", "inputs/memory"]) == 0
         )
+        words = ["memorize", "--model", "inputs/good", "--file", "inputs/text.txt", "--seed", "1"]
+        assert main([*words, "--output", "inputs/other_memory"]) == 0
     shutil.copytree(inputs / "memory", inputs / "bad_memory")
     file = next((inputs / "bad_memory").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-7])
@@ -197,6 +199,7 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
     from memdlm.workflows.runs.preprocess import PreprocessOptions
     from memdlm.workflows.sessions.ask import AskOptions
     from memdlm.workflows.sessions.chat import ChatOptions
+    from memdlm.workflows.sessions.combine import CombineOptions
     from memdlm.workflows.sessions.decoding import DecodingOptions
     from memdlm.workflows.sessions.memorize import MemorizeOptions
 
@@ -239,6 +242,10 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
             names(MemorizeOptions) + memory,
         ),
         "ask": ([*small, "--memory", "inputs/memory", "w1"], names(AskOptions) + decoding),
+        "memory": (
+            ["combine", "inputs/memory", "inputs/other_memory", "--output", "out"],
+            [name for name in names(CombineOptions) if name != "model"],
+        ),
         "info": (["inputs/good"], ["revision", "json", "mem_inner_rank", "mem_inner_layer_fraction"]),
         "preprocess": (
             ["--model", "inputs/good", "--dataset_args", "inputs/rows.jsonl", "--output_dir", "out"],
@@ -286,7 +293,11 @@ def command_line(draw: random.Random, known: dict[str, tuple[list[str], list[str
         if flag in words and draw.random() < 0.9:
             words[words.index(flag) + 1] = told
         else:
-            words = [words[0], flag, told, *words[1:]] if name in ("train", "report", "info") else [flag, told, *words]
+            words = (
+                [words[0], flag, told, *words[1:]]
+                if name in ("train", "report", "info", "memory")
+                else [flag, told, *words]
+            )
     if draw.random() < 0.1:
         place = draw.randrange(len(words))
         if words[place - 1].removeprefix("--") not in IS_OUTPUT:

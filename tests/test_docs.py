@@ -99,6 +99,9 @@ def workshop(tmp_path_factory):
     write_jsonl(rows, folder / "chat.jsonl")
     write_jsonl([{**row, "document": "k1 is v3 the grass is green"} for row in rows], folder / "documents.jsonl")
     (folder / "report.md").write_text(rows[0]["messages"][0]["content"])
+    (folder / "notes").mkdir()
+    (folder / "notes" / "may.md").write_text(rows[1]["messages"][0]["content"])
+    (folder / "notes" / "june.txt").write_text(rows[2]["messages"][0]["content"])
     write_jsonl([{"question": "k1 is", "answer": "v3"}], folder / "questions.jsonl")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|role_end|>"]})
     for name, family in PUBLISHED.items():

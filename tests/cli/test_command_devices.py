@@ -20,7 +20,7 @@ from memdlm.workflows.studies import demo
 
 TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
 TINY_SUITE = json.dumps({"max_seq_lengths": [12], "num_samples": 1, "task_options": {"kv": {"num_pairs": 2}}})
-WITHOUT_MODEL = ("info", "preprocess", "report", "recipes", "completion")
+WITHOUT_MODEL = ("info", "preprocess", "memory", "report", "recipes", "completion")
 """Commands that load no weights, which `test_the_others_load_no_weights` holds them to."""
 
 
@@ -249,6 +249,7 @@ def test_the_others_load_no_weights(command, inputs, tmp_path, monkeypatch):
         assert main(["train", *words_of("train", inputs, run)]) == 0
     words = {
         "info": [str(inputs / "model")],
+        "memory": ["list", str(inputs)],
         "preprocess": [
             *("--model", str(inputs / "model"), "--dataset_args", str(inputs / "rows.jsonl")),
             *("--output_dir", str(tmp_path / "data")),

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from memdlm.data import build_word_tokenizer
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import ConfigError, DataError, MemoryFileError
 from memdlm.evaluation import answering
 from memdlm.evaluation.answering import Answerer, Question, numbered
 from memdlm.evaluation.harness_options import parse_arguments
+from memdlm.evaluation.identity import settings_identity
 from memdlm.inference import score
+from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import SmallDLMConfig, build_model
 from memdlm.randomness import derive
 from tiny import CONFIGS
@@ -52,6 +54,32 @@ def test_answers_do_not_depend_on_the_batch(tokenizer, memory):
     # As two processes share them out.
     halves = [answerer(tokenizer, 3, **memory).answer(questions()[rank::2]) for rank in range(2)]
     assert [halves[index % 2][index // 2] for index in range(7)] == alone
+
+
+def test_a_saved_memory_is_read_for_every_request(tokenizer, tmp_path):
+    bare = answerer(tokenizer, mc_num=4, mc_batch_size=4)
+    config = MemoryConfig(inner_lr=1.0, inner_rank=4)
+    written = ParametricMemory(bare.model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    with written.write(torch.tensor([tokenizer("w1 w2 w3 w9 w8 w4")["input_ids"]])):
+        written.save(tmp_path / "a.mem")
+    reading = answerer(tokenizer, 3, mc_num=4, mc_batch_size=4, memory=str(tmp_path / "a.mem"))
+    pairs = [reading.pair("w1 w2", " w3 w9"), reading.pair("w5", " w6")]
+    without = [each.nll for each in bare.score(pairs)]
+    with written.recall(tmp_path / "a.mem"):
+        expected, answers = [each.nll for each in bare.score(pairs)], bare.answer(questions())
+    assert [each.nll for each in reading.score(pairs)] == expected
+    assert reading.answer(questions()) == answers
+    assert all(one != other for one, other in zip(expected, without, strict=True))
+    assert [each.nll for each in bare.score(pairs)] == without
+    settings = parse_arguments({"pretrained": str(tmp_path), "memory": str(tmp_path / "a.mem")})
+    before = settings_identity(settings)
+    with written.write(torch.tensor([tokenizer("w1 w2 w7")["input_ids"]])):
+        written.save(tmp_path / "a.mem")
+    assert settings_identity(settings) != before, "another memory in its place has answers of its own"
+    with pytest.raises(ConfigError, match="exclude each other"):
+        parse_arguments({"pretrained": "x", "memory": "a.mem", "mem_enabled": True})
+    with pytest.raises(MemoryFileError, match="there is no such folder"):
+        answerer(tokenizer, memory=str(tmp_path / "none.mem"))
 
 
 def test_memory_changes_something_and_its_seed_too(tokenizer):

@@ -264,3 +264,28 @@ def test_a_memory_file_answers_what_the_study_answers_with_the_context_gone(tmp_
     assert total == 512
     assert correct / total >= 0.97
     assert without / total < 0.1
+    chosen_among_two(model, data.by_length[36], tmp_path)
+
+
+def chosen_among_two(model, samples, folder):
+    """Of the memories of two documents without a common key, the right one answers (chance: half of the questions)."""
+    documents, right, total = [], 0, 0
+    for sample in samples:
+        questions = [turn["content"] for turn in sample.messages if turn["role"] == "user"]
+        words = questions[0].split()
+        documents.append((set(words[:36]), [" ".join(words[36:]), *questions[1:]]))
+    keys = [{word for word in words if word.startswith("k")} for words, _ in documents]
+    apart = [
+        (one, other) for one in range(len(keys)) for other in range(one + 1, len(keys)) if not keys[one] & keys[other]
+    ]
+    for one, other in apart[:16]:
+        rows = [{"question": each, "own": place} for place in (one, other) for each in documents[place][1]]
+        (folder / "two.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        memories = [word for place in (one, other) for word in ("--memory", str(folder / f"{place}.mem"))]
+        flags = ["--questions", str(folder / "two.jsonl"), "--output", str(folder / "found.jsonl"), "--overwrite"]
+        assert main(["ask", "--model", model, "--max_new_tokens", "2", *memories, *flags]) == 0
+        for row in map(json.loads, (folder / "found.jsonl").read_text().splitlines()):
+            right += row["memory"] == str(folder / f"{row['own']}.mem")
+            total += 1
+    print(f"{right} of {total} questions were answered by the memory of their document")
+    assert right / total >= 0.85
