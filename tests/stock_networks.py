@@ -3,7 +3,7 @@
 Modules have the published names, so a checkpoint loads as it is and plain PEFT finds what an adapter names. Every
 token sees every other.
 
-    python tests/stock_networks.py CHECKPOINT IDS.pt OUT.pt [ADAPTER]     writes the logits; PEFT puts ADAPTER on
+    python tests/stock_networks.py IDS.pt OUT.pt CHECKPOINT CHECKPOINT:ADAPTER ...     # PEFT puts ADAPTER on
 """
 
 import json
@@ -208,14 +208,18 @@ def network(folder):
 
 
 @torch.no_grad()
-def main(folder, ids, out, adapter=None):
+def main(ids, out, *jobs):
     torch.set_num_threads(1)
-    found = network(folder)
-    if adapter is not None:
-        from peft import PeftModel
+    logits = []
+    for job in jobs:
+        folder, _, adapter = job.partition(":")
+        found = network(folder)
+        if adapter:
+            from peft import PeftModel
 
-        found = PeftModel.from_pretrained(found, adapter).eval()
-    torch.save(found(torch.load(ids)), out)
+            found = PeftModel.from_pretrained(found, adapter).eval()
+        logits.append(found(torch.load(ids)))
+    torch.save(logits, out)
     assert "memdlm" not in sys.modules
 
 
