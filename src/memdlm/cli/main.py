@@ -21,7 +21,7 @@ COMMANDS = {
     "chat": "hold a conversation in the terminal",
     "memorize": "write a document into a memory once, and keep it as a file",
     "ask": "answer questions from memories, with or without the documents",
-    "memory": "list, show, rename, combine, compress and delete saved memories",
+    "memory": "list, show, rename, combine, compress, export and delete saved memories",
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",

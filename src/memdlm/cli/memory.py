@@ -1,4 +1,4 @@
-"""`memdlm memory ACTION ...`: list, show, rename, combine, compress and delete saved memories."""
+"""`memdlm memory ACTION ...`: list, show, rename, combine, compress, export and delete saved memories."""
 
 import argparse
 import dataclasses
@@ -21,6 +21,7 @@ from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.combine import Combined, CombineOptions, combine
+from memdlm.workflows.sessions.merging import ExportOptions, export_memory
 
 MOST_WIDTH = 10**4
 
@@ -131,6 +132,22 @@ def _combine(argv: list[str]) -> None:
         note(f"warning: {path}: what it loses was not measured: {reason}")
     for warning in warnings_of(found):
         note(f"warning: {warning}")
+
+
+def _export(argv: list[str]) -> None:
+    parser = DataclassParser(
+        (ExportOptions,),
+        prog="memdlm memory export",
+        description="Write a memory for other programs: an adapter that plain PEFT loads on the published network (one "
+        "linear layer per expert), or with --merged a whole model with the memory in its weights.",
+    )
+    parser.add_argument("memory", help="folder of the memory")
+    options, given = parser.parse({}, argv)
+    saved = export_memory(given.memory, options, Display())
+    if options.merged:
+        say(f"{options.output}: a model with {given.memory} in its weights")
+    else:
+        say(f"{options.output}: a LoRA of rank {saved.rank} on {len(saved.pairs)} linear layers, for PEFT")
 
 
 def combine_parser() -> DataclassParser:
@@ -247,6 +264,7 @@ ACTIONS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "rename": (_rename, "give a memory another name or place"),
     "combine": (_combine, "put memories together, and measure what each loses"),
     "compress": (_compress, "write a smaller memory of a lower rank"),
+    "export": (_export, "write a memory for plain PEFT, or a model that holds it"),
     "rm": (_rm, "delete memories"),
 }
 """What can be done; each takes the words behind its name."""

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from memdlm.cli.output import note, say
+from memdlm.cli.output import say
 from memdlm.cli.parsing import Parser
-from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
 from memdlm.models.hub.devices import AUTO, DEVICE_HELP
-from memdlm.models.hub.loading import base_dtype, cast_parameters, line_of
-from memdlm.models.lora.files import base_of_adapter, with_tokenizer
-from memdlm.outputs import Kind, Output, output_folder
-
-MODEL = Kind(name="model", words="a merged model")
+from memdlm.models.lora.files import base_of_adapter
+from memdlm.outputs import output_folder
+from memdlm.workflows.display import Display
+from memdlm.workflows.sessions.merging import MODEL, merge
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,18 +25,6 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     base = base_of_adapter(options.adapter) if options.base is None else options.base
     with output_folder(options.output, MODEL, overwrite=options.overwrite) as output:
-        _merge(base, options.adapter, output, dtype=options.dtype, device=options.device)
+        merge(base, options.adapter, output, dtype=options.dtype, device=options.device, display=Display())
     say(f"{options.output}: {base} with {options.adapter} merged in, {options.dtype}")
     return 0
-
-
-def _merge(base: str, adapter: str, output: Output, *, dtype: str, device: str) -> None:
-    # Sums are taken in the base's own precision, not in the one that the device prefers, and rounded once.
-    model = load_model(base, dtype=base_dtype(base), device=device, adapter=adapter)
-    note(line_of(model))
-    merge_outer_adapter(model)
-    cast_parameters(model, dtype)
-    tokenizer = load_tokenizer(with_tokenizer(adapter, base))
-    with output.replaced() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)

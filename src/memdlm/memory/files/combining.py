@@ -1,4 +1,4 @@
-"""Saved memories put together or made smaller. All of it is arithmetic on low-rank pairs; no model is needed.
+"""Saved memories put together, made smaller, or folded into weights: arithmetic on low-rank pairs.
 
 scale * B A is what a memory adds to a module; every operation keeps the scale, so that the results are read like what
 they were made of. What a combination does to the answers is not promised here: `memdlm.evaluation.interference`
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from memdlm.errors import ConfigError, MemoryFileError
-from memdlm.memory.files.packing import Pair, Pairs
+from memdlm.memory.fast_weights import FastWeights, value_dtype
+from memdlm.memory.files.packing import Pair, Pairs, layers_of
 from memdlm.memory.files.saved import SavedMemory
+from memdlm.memory.sites import Site
+from memdlm.models.blocks.experts import Experts
 from memdlm.options import shortened
 from memdlm.strict_json import is_number, is_whole
 
@@ -97,6 +100,31 @@ def compress(memory: SavedMemory, rank: int) -> SavedMemory:
         "worst_module": worst,
     }
     return _made_of(memory, rank, pairs, memory.targets, {**memory.provenance, "compression": error})
+
+
+@torch.no_grad()
+def fold(memory: SavedMemory, fast: FastWeights) -> None:
+    """Add what `memory` adds to the weights of the network of `fast`; sums are taken in float32 or wider, rounded once.
+
+    It must have been checked that the memory was written for this network.
+    """
+    for site, layer in zip(fast.sites, layers_of(fast), strict=True):
+        for number, module in enumerate(layer.modules()):
+            pair = memory.pairs.get(module)
+            if pair is None:
+                continue
+            weight = _weight(site, number)
+            delta = (pair["B"].to(value_dtype(site)) @ pair["A"].to(value_dtype(site)) * memory.scale).to(weight.device)
+            weight.copy_(weight.to(delta.dtype) + delta)
+
+
+def _weight(site: Site, expert: int) -> Tensor:
+    """Return the weight [out, in] of a site; of stacked experts, that of one."""
+    if isinstance(site.module, Experts) and site.projection is not None:
+        return site.module.weight_of(site.projection, expert)
+    weight = site.module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _made_of(

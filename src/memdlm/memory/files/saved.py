@@ -82,16 +82,9 @@ class SavedMemory:
 
     def save_to(self, output: Output) -> None:
         """Write the folder into a place that is held already."""
-        unsound = first_unsound(self.pairs)
-        if unsound is not None:
-            raise NotFiniteError(f"the memory holds NaN or infinity in {unsound}; it is not saved.")
         self._check_provenance()
-        tensors = {
-            parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
-        }
-        config = plain_config(self.targets, rank=self.rank, alpha=self.scale * self.rank, base=self.fingerprint.model)
         with output.replaced() as growing, writing(output.place):
-            write_adapter(growing, config, tensors)
+            self.write_adapter(growing)
             header: dict[str, Any] = {
                 "format": FORMAT,
                 "fingerprint": dataclasses.asdict(self.fingerprint),
@@ -102,6 +95,17 @@ class SavedMemory:
             }
             header["sha256"][HEADER_FILE] = _checksum(header)
             (growing / HEADER_FILE).write_text(json.dumps(header, indent=2) + "\n")
+
+    def write_adapter(self, folder: Path) -> None:
+        """Write what PEFT reads, and no more: the pairs and their configuration. Raises NotFiniteError as `save`."""
+        unsound = first_unsound(self.pairs)
+        if unsound is not None:
+            raise NotFiniteError(f"the memory holds NaN or infinity in {unsound}; it is not saved.")
+        tensors = {
+            parameter_name(module, side): tensor for module, pair in self.pairs.items() for side, tensor in pair.items()
+        }
+        config = plain_config(self.targets, rank=self.rank, alpha=self.scale * self.rank, base=self.fingerprint.model)
+        write_adapter(folder, config, tensors)
 
     def _check_provenance(self) -> None:
         try:

@@ -203,6 +203,13 @@ class Experts(SelfInitialising):
         wide, narrow = self.hidden_size, self.intermediate_size
         return (narrow, wide) if projection == "down_proj" else (wide, narrow)
 
+    def weight_of(self, projection: str, expert: int) -> Tensor:
+        """Return the weight [out, in] of one expert's projection, a view of the stacked one."""
+        if projection == "down_proj":
+            return self.down_proj[expert]
+        start = self.intermediate_size if projection == "up_proj" else 0
+        return self.gate_up_proj[expert, start : start + self.intermediate_size]
+
     def forward(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """Return sum_k weight[t, k] * f_{expert[t, k]}(x[t]): `x` [T, D], `expert` and `weight` [T, k] -> [T, D]."""
         # Read once, at the beginning of the call: another thread may open a memory meanwhile.

@@ -52,10 +52,7 @@ class ExpertLoRA(ExpertAdapter):
     def merge_into(self, experts: Experts) -> None:
         """Add every B_e A_e to its expert's weight, one expert at a time, rounding once."""
         for projection in self.lora_A:
-            weight = experts.gate_up_proj if projection != "down_proj" else experts.down_proj
-            start = experts.intermediate_size if projection == "up_proj" else 0
-            rows = experts.sizes(projection)[1]
             for e in range(experts.num_experts):
                 delta = self.lora_B[projection][e] @ self.lora_A[projection][e] * self.scale
-                part = weight[e, start : start + rows]
+                part = experts.weight_of(projection, e)
                 part.copy_(part.to(delta.dtype) + delta)
