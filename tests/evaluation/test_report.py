@@ -189,7 +189,9 @@ def test_the_sections_come_in_order(written):
     page = (written[0] / "report.html").read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == [
-        "Accuracy by length", "Training", "Exposure bias", "Cost", "Configuration", "How to reproduce",
+        "Answer with the prompt in sight", "Training: loss by step",
+        "Exposure bias: what errors of its own cost a model", "Cost: seconds and steps", "Configuration",
+        "How to reproduce",
     ]  # fmt: skip
     assert page.count("<img ") == 5
 
@@ -201,6 +203,7 @@ def test_the_panel_of_recall_comes_first_with_every_seed(written, tmp_path):
     titles = re.findall(r"<h2>(.*?)</h2>", page)
     assert titles == [RECALL, *re.findall(r"<h2>(.*?)</h2>", (written[0] / "report.html").read_text())]
     assert "ours off 60.0 +- 35.0 95.0, 25.0" in words, "failures are in the table, seed by seed"
+    assert "model \u201cours\u201d answers 60 % of the questions right from its memory, and 60 % with the" in words
     assert page.count('class="words"') == 2
     assert page.count("<details open>") == 1
     assert (

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import re
+import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import torch
 from rich.console import Console
 
 import memdlm.workflows.studies.demo as demo
+from memdlm.cli.demo import _activation
+from memdlm.cli.main import main
 from memdlm.data import KeyValueRecall
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation import recall
@@ -18,9 +23,9 @@ from memdlm.models import load_model, load_tokenizer
 from memdlm.outputs import MARKER, output_folder
 from memdlm.workflows.display import Display
 from memdlm.workflows.studies import recall_study
-from memdlm.workflows.studies.demo import DEMO, run_demo
-from memdlm.workflows.studies.demo_plan import DemoPlan, plan_for
-from memdlm.workflows.studies.plans import MAIN, OURS, RecallPlan, open_book
+from memdlm.workflows.studies.demo import DEMO, commands_to_try, run_demo
+from memdlm.workflows.studies.demo_plan import PUBLISHED, DemoPlan, plan_for
+from memdlm.workflows.studies.plans import OURS, RecallPlan, open_book
 
 PLAN = DemoPlan(
     seeds=(0, 1),
@@ -46,7 +51,7 @@ PLAN = DemoPlan(
 )
 FIRST, SECOND = PLAN.panels()
 FIGURES = ("accuracy_by_length", "training_curves", "exposure_bias", "recall_by_length", "recall_losses")
-FILES = {"report.json", "report.html", *(f"{name}.png" for name in FIGURES)}
+FILES = {"report.json", "report.html", "note.txt", *(f"{name}.png" for name in FIGURES)}
 
 
 def quiet():
@@ -57,6 +62,7 @@ def figures(report):
     """Everything but times."""
     found = json.loads(json.dumps(report))
     found.pop("seconds")
+    found.pop("tries")  # they name the folder
     for model in [*found["models"], *found["recall"]["models"]]:
         model.pop("seconds")
     return found
@@ -80,10 +86,62 @@ def test_everything_is_left_in_the_folder(finished):
     assert report["seconds"]["total"] > 0
     panel = report["recall"]
     rows = [(row["model"], row["seed"]) for row in panel["models"]]
-    assert rows == [(arm, seed) for seed in PLAN.seeds for arm in MAIN], "every seed is shown"
+    assert rows == [(arm, seed) for seed in PLAN.seeds for arm in FIRST.arms], "every seed is shown"
     cells = {(row["model"], row["seed"], row["memory"], row["length"]) for row in panel["accuracy"]}
     assert len(cells) == len(panel["accuracy"]) == 2 * len(rows) * len(PLAN.recall.times)
     assert [row["model"] for row in panel["models"] if "written" in row] == [OURS, OURS]
+
+
+def test_a_model_has_one_name_and_the_page_says_once_how_it_was_trained(finished):
+    assert set(SECOND.arms) < set(FIRST.arms)
+    page = (finished[0] / "report.html").read_text()
+    terms = re.findall(r"<dt>(.*?)</dt><dd>(.+?)</dd>", page)
+    assert [name for name, _ in terms] == list(FIRST.arms)
+
+
+def test_the_page_opens_with_its_finding_and_a_picture(finished):
+    out, report = finished
+    page = (out / "report.html").read_text()
+    rows = [row for row in report["recall"]["accuracy"] if row["length"] == PLAN.recall.train_length]
+    best = max(statistics.fmean(r["accuracy"] for r in rows if r["memory"] and r["model"] == m) for m in FIRST.arms)
+    words = re.search(r'<p class="finding">(.*?)</p>\s*<figure', page, re.S)[1]
+    assert f"answers {100 * best:.1f}".removesuffix(".0") in words
+    assert "Guessing gives 25 %" in words
+    header = page[: page.index("<main>")]
+    assert header.index("finding") < header.index("<figure") < header.index('class="facts"')
+    for title in ("Training", "Exposure bias", "Cost", "Configuration"):
+        assert re.search(rf'<details class="section">\s*<summary><h2>{title}', page), "experts unfold it"
+
+
+def test_the_commands_at_the_end_work_as_printed(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(finished[0])
+    monkeypatch.chdir(tmp_path)
+    lines = commands_to_try(FIRST, recall_study.recall_data(PLAN.recall), finished[0], Path("runs/demo"))
+    report = json.loads((finished[0] / "report.json").read_text())
+    place, memory = str(finished[0]), str(finished[0].with_name("note.mem"))
+    assert [line.replace("runs/demo", place).replace("runs/note.mem", memory) for line in lines] == report["tries"]
+    for line in [*lines, lines[0]]:  # the first a second time, as one does
+        assert main(shlex.split(line)[1:]) == 0, line
+    out = capsys.readouterr().out
+    assert "tokens written in" in out
+    assert str(Path("runs/note.mem")) in out
+    assert (finished[0] / "note.txt").read_text().split() == PLAN.recall.task.records(
+        PLAN.recall.num_eval, PLAN.recall.train_length, seed=PLAN.recall.draws["held out"]
+    )[0].context.split()
+
+
+def test_the_command_that_activates_is_printed_where_it_is_needed(tmp_path, monkeypatch):
+    (tmp_path / "a venv" / "bin").mkdir(parents=True)
+    (tmp_path / "a venv" / "bin" / "activate").write_text("")
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "a venv"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert list(_activation()) == ["source 'a venv/bin/activate'"]
+    (tmp_path / "memdlm").write_text("")
+    (tmp_path / "memdlm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(_activation()) == []
 
 
 def test_the_panels_checkpoint_loads_with_the_memory_it_learned(finished):
@@ -168,7 +226,7 @@ def test_an_interrupt_in_the_first_panel_leaves_what_is_finished(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run_demo(PLAN, tmp_path, quiet(), "memdlm demo")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["model"] for row in report["recall"]["models"]] == ["MDLM", "published"]
+    assert [row["model"] for row in report["recall"]["models"]] == ["MDLM", PUBLISHED]
     assert report["models"] == []
 
 

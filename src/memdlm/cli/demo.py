@@ -1,7 +1,9 @@
 """`memdlm demo [--out runs/demo] [--quick] [--seed N]`: train and compare small models, offline."""
 
 import shlex
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -37,7 +39,19 @@ def main(argv: Sequence[str]) -> int:
         console.print(_table(report.recall, "Facts out of attention's reach: accuracy in percent"))
     console.print(_table(report, "Open book: accuracy in percent"))
     say(f"The full report: {out / 'report.html'}")
+    if report.tries:
+        say(f"\nTry it: write {out / 'note.txt'} into a memory, ask for a fact of it, and look at the memory.")
+        for command in (*_activation(), *report.tries):
+            say(f"  {command}")
     return 0
+
+
+def _activation() -> Iterator[str]:
+    """Yield the command that makes `memdlm` known to the shell, if it is not yet, as after `make demo`."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("memdlm") is None and script.is_file():
+        here = Path.cwd()
+        yield f"source {shlex.quote(str(script.relative_to(here) if script.is_relative_to(here) else script))}"
 
 
 def _table(part: Part, title: str) -> Table:

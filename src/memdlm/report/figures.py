@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from memdlm.report.finding import at_training_length
 from memdlm.report.model import Part, Recall
 from memdlm.report.tables import Series, accuracy_rows, bias_series, logged_series, loss_series, training_series
 
@@ -194,6 +195,28 @@ def accuracy_by_length(axes: Axes, part: Part) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(-3, 104)
     axes.set(xlabel=f"length{' (multiple of the training length)' if trained else ''}", ylabel="accuracy, %")
+
+
+def recalled(axes: Axes, part: Recall) -> None:
+    """Draw every model's accuracy at the training length: a bar with its memory, a tick without, and chance."""
+    shares = {(row.model, row.memory): at_training_length(row, part) for row in accuracy_rows(part)}
+    models = [model for model in part.model_names() if shares.get((model, True)) is not None]
+    for place, model in enumerate(models):
+        on, off = 100 * (shares[model, True] or 0), 100 * (shares.get((model, False)) or 0)
+        first = not place
+        label = "with its memory" if first else "_again"
+        axes.plot([0, on], [place, place], color=_COLOURS[0], linewidth=14, solid_capstyle="butt", label=label)
+        label = "memory switched off" if first else "_again"
+        axes.plot([off], [place], color=_COLOURS[1], linestyle="none", marker="|", mew=3, markersize=22, label=label)
+        axes.text(max(on, off) + 2, place, f"{on:.0f} %", va="center")
+    if not models:
+        return
+    if part.task.chance is not None:
+        chance = 100 * part.task.chance
+        axes.axvline(chance, color=_GREY, linestyle=_DOTTED, linewidth=1.2, label=f"guessing, {chance:.1f} %")
+    axes.set_yticks(range(len(models)), [textwrap.fill(model, 14) for model in models])
+    axes.set(ylim=(len(models) - 0.4, -0.6), xlim=(0, 112), xticks=range(0, 101, 25), xlabel="right answers, %")
+    axes.grid(visible=False, axis="y")
 
 
 def multiple(length: int, train_length: int) -> str:

@@ -111,6 +111,8 @@ class Part(Record):
     models: tuple[Any, ...]
     accuracy: tuple[Accuracy, ...] = checked(once=("model", "seed", "memory", "length"))
     exposure_bias: tuple[Bias, ...] = checked(once=("model", "seed", "memory"))
+    about: Mapping[str, str] | None = None
+    """By model, how it was trained, in one sentence; None in reports of earlier versions."""
 
     def model_names(self) -> list[str]:
         """Return every model, in the order in which it first appears."""
@@ -161,6 +163,8 @@ class Report(Part):
     models: tuple[Model, ...] = checked(once=("model", "seed"))
     recall: Recall | None = None
     """None in reports of earlier versions."""
+    tries: tuple[str, ...] | None = None
+    """Commands to try with the models of this run; None if it was interrupted."""
 
 
 def check_report(report: Mapping[str, Any]) -> Report:

@@ -16,10 +16,12 @@ from memdlm.report.figures import (
     accuracy_by_length,
     logged_losses,
     multiple,
+    recalled,
     svg,
     training_curves,
     training_losses,
 )
+from memdlm.report.finding import finding
 from memdlm.report.model import Part, Report
 from memdlm.report.records import plain
 from memdlm.report.tables import (
@@ -34,6 +36,8 @@ from memdlm.report.tables import (
 
 RECALL = "Memorise, then answer with the prompt gone"
 """Title of the section about recall, which comes first."""
+OPEN_BOOK = "Answer with the prompt in sight"
+"""Title of the section in which attention reaches everything."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -47,6 +51,8 @@ def page(report: Report) -> str:
         "report.html.j2",
         title=report.title,
         report=report,
+        found="" if report.recall is None else finding(report.recall),
+        about={**((report.recall and report.recall.about) or {}), **(report.about or {})},
         facts=[fact for fact in _facts(report) if fact],
         configurations=list(_configurations(report)),
     )
@@ -115,6 +121,7 @@ _ENVIRONMENT.filters |= {"percent": percent, "css": css_string}
 _ENVIRONMENT.globals |= {
     "generator": GENERATOR,
     "RECALL": RECALL,
+    "OPEN_BOOK": OPEN_BOOK,
     "BIAS_PANELS": BIAS_PANELS,
     "NARROW": NARROW,
     "WIDE": WIDE,
@@ -127,6 +134,6 @@ _ENVIRONMENT.globals |= {
     for each in (
         *(percent, span, duration, multiple),
         *(accuracy_rows, bias_rows, cost_rows, logged_series, mean_losses, training_rows, training_series),
-        *(accuracy_by_length, logged_losses, training_curves, training_losses),
+        *(accuracy_by_length, logged_losses, recalled, training_curves, training_losses),
     )
 }

@@ -8,6 +8,7 @@ beyond. All results are reported.
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ NOTES = (
 )
 
 
+NOTE = "note.txt"
 INTERRUPTED = "interrupted"
 DEMO = Kind(name="demo", words="a demo", part=INTERRUPTED)
 
@@ -78,18 +80,18 @@ class Rows:
 def run_demo(plan: DemoPlan, out: Path, display: Display, command: str, *, overwrite: bool = False) -> dict[str, Any]:
     """Train, measure and report; returns the report that was written to `out`.
 
-    Leaves `report.html`, `report.json`, five PNGs and `checkpoints/<model>-seed<n>/` (folders for
-    `memdlm.load_model`), all at once at the end: an earlier demo stays until then. On Ctrl-C the finished results
-    are written (into `out/interrupted` if there is an earlier demo), and KeyboardInterrupt is raised again. Raises
-    DataError when `out` is a file or lies below one, ConfigError when it holds anything but a demo, or a demo while
-    `overwrite` is off.
+    Leaves `report.html`, `report.json`, five PNGs, `note.txt` (a text for the commands of `tries`) and
+    `checkpoints/<model>-seed<n>/` (folders for `memdlm.load_model`), all at once at the end: an earlier demo stays
+    until then. On Ctrl-C the finished results are written (into `out/interrupted` if there is an earlier demo), and
+    KeyboardInterrupt is raised again. Raises DataError when `out` is a file or lies below one, ConfigError when it
+    holds anything but a demo, or a demo while `overwrite` is off.
     """
     with output_folder(out, DEMO, overwrite=overwrite, option="out") as output:
         earlier = (output.place / "report.json").exists()
         report = None
         with output.replaced() as growing:
             try:
-                report = _demo(plan, growing, display, command)
+                report = _demo(plan, growing, display, command, out)
             except KeyboardInterrupt:
                 if not (growing / "report.json").exists():
                     raise
@@ -110,13 +112,15 @@ def _keep(growing: Path, output: Output) -> None:
             os.replace(path, folder / path.name)
 
 
-def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str, Any]:
+def _demo(plan: DemoPlan, out: Path, display: Display, command: str, place: Path) -> dict[str, Any]:
+    """Do the job in the folder `out`, which becomes `place` at the end."""
     start, notes = time.perf_counter(), list(NOTES)
+    tries: list[str] = []
     panels, rows = plan.panels(), (Rows(), Rows())
 
     def finish() -> dict[str, Any]:
         seconds = Seconds(total=time.perf_counter() - start, others=display.seconds)
-        report: dict[str, Any] = plain(_report(plan, panels, rows, command, notes, seconds))
+        report: dict[str, Any] = plain(_report(plan, panels, rows, command, notes, seconds, tries))
         write_report(report, out)
         return report
 
@@ -130,12 +134,34 @@ def _demo(plan: DemoPlan, out: Path, display: Display, command: str) -> dict[str
             display.say(f"Estimated time: {_minutes(estimate)}, more if the machine is busy.")
             for panel, each, found in zip(panels, data, rows, strict=True):
                 _fill(found, panel, each, out, display)
+            tries += commands_to_try(panels[0], data[0], out, place)
     except KeyboardInterrupt:
         if rows[0].models:
             notes.append("Interrupted: only the results finished before are shown.")
             finish()
         raise
     return finish()
+
+
+def commands_to_try(panel: Panel, data: RecallData, out: Path, place: Path) -> list[str]:
+    """Write a text that no model has seen into `out`, and return commands that memorise it and ask for a fact of it."""
+    sample = data.by_length[panel.plan.train_length][0]
+    (out / NOTE).write_text(sample.context + "\n")
+    # The memory goes beside the demo's folder: in it, it would keep the next demo from replacing the folder.
+    model, note, memory = (
+        shlex.quote(str(path))
+        for path in (
+            place / "checkpoints" / panel.checkpoint(OURS, panel.seeds[0]),
+            place / NOTE,
+            place.parent / "note.mem" if place.name else place.absolute().with_name("note.mem"),
+        )
+    )
+    question = shlex.quote(sample.without_context()[0]["content"])
+    return [
+        f"memdlm memorize --model {model} --file {note} --output {memory} --overwrite",
+        f"memdlm ask --model {model} --memory {memory} --max_new_tokens 2 {question}",
+        f"memdlm info {memory}",
+    ]
 
 
 def _make_data(plan: DemoPlan, display: Display) -> RecallData:
@@ -195,9 +221,16 @@ def _report(
     command: str,
     notes: Sequence[str],
     seconds: Seconds,
+    tries: Sequence[str],
 ) -> Report:
     first, second = [
-        {"task": panel.task(), "seeds": panel.seeds, **vars(found)} for panel, found in zip(panels, rows, strict=True)
+        {
+            "task": panel.task(),
+            "seeds": panel.seeds,
+            "about": {name: arm.about for name, arm in panel.arms.items()},
+            **vars(found),
+        }
+        for panel, found in zip(panels, rows, strict=True)
     ]
     return Report(
         title="Small diffusion language models with and without parametric memory",
@@ -214,6 +247,7 @@ def _report(
             others={"system": f"{platform.system()} {platform.machine()}"},
         ),
         seconds=seconds,
+        tries=tuple(tries) or None,
         recall=Recall(floor=entropy_floor(plan.recall), leak=LEAK, **first),
         **second,
     )

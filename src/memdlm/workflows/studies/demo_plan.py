@@ -11,10 +11,17 @@ from memdlm.errors import ConfigError, MachineError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.hub.devices import choose_device, mps_problem
 from memdlm.report.model import Task
-from memdlm.workflows.studies.plans import MAIN, RecallPlan, arms, open_book
+from memdlm.workflows.studies.plans import MAIN, OURS, RecallPlan, arms, open_book
 
-LEAK = ("MDLM", "published")
+PUBLISHED = "MemDLM (published)"
+LEAK = ("MDLM", PUBLISHED)
 """Models whose training losses the first panel shows."""
+ABOUT = {
+    "MDLM": "A standard masked diffusion model, trained without memory.",
+    PUBLISHED: "Trained with the memory of the MemDLM paper, which is written from the answer in training.",
+    "first order": "Trained with a memory of the prompt, but the training does not see how the writing works.",
+    OURS: "Trained with a memory of the prompt, and the training adjusts how it is written.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,8 @@ class Arm:
     """The memory it is trained with; None: without memory."""
     folder: str
     """Name of its checkpoints, without the seed."""
+    about: str
+    """How it is trained, in one sentence."""
     step_cost: float
     """Measured cost of a training step (network, optimizer and Trainer), in training passes."""
 
@@ -61,10 +70,16 @@ class Panel:
 def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
     """Return the panel about recall when attention cannot reach the prompt: four ways to train a memory."""
     task, memories = _key_values(plan), arms(plan)
+    names = {"published": PUBLISHED}
     return Panel(
         plan=plan,
         arms={
-            name: Arm(memory=memories[name], folder=f"recall-{name.lower().replace(' ', '-')}", step_cost=cost)
+            names.get(name, name): Arm(
+                memory=memories[name],
+                folder=f"recall-{name.lower().replace(' ', '-')}",
+                about=ABOUT[names.get(name, name)],
+                step_cost=cost,
+            )
             for name, cost in zip(MAIN, (0.5, 1.3, 1.1, 1.7), strict=True)
         },
         seeds=seeds,
@@ -93,8 +108,8 @@ def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
     return Panel(
         plan=plan,
         arms={
-            "MDLM": Arm(memory=None, folder="mdlm", step_cost=1.6),
-            "MemDLM (published)": Arm(memory=memory, folder="memdlm", step_cost=4.0),
+            "MDLM": Arm(memory=None, folder="mdlm", about=ABOUT["MDLM"], step_cost=1.6),
+            PUBLISHED: Arm(memory=memory, folder="memdlm", about=ABOUT[PUBLISHED], step_cost=4.0),
         },
         seeds=seeds,
         name="key-value recall",
