@@ -92,7 +92,7 @@ def workshop(tmp_path_factory):
     folder, task = tmp_path_factory.mktemp("workshop"), KeyValueRecall()
     tokenizer = build_word_tokenizer(task.words())
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
-    for seed, name in enumerate(("mdlm-seed0", "memdlm-seed0")):
+    for seed, name in enumerate(("mdlm-seed0", "memdlm-seed0", "recall-learned-to-be-written-seed0")):
         build_model(SmallDLMConfig(vocab_size=len(tokenizer), **sizes), seed=seed).save_pretrained(folder / DEMO / name)
         tokenizer.save_pretrained(folder / DEMO / name)
     rows = [{"messages": sample.messages} for sample in task.records(30, 30, seed=0)]
@@ -226,8 +226,14 @@ def understood(words):
     assert seen
 
 
+def known_script(words):
+    """The environment that `make` writes by default has the script."""
+    assert words[1] == re.search(r"^VENV \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1] + "/bin/activate"
+
+
 NOT_RUN = {
     "git": ("fetches from the network", known_address),
+    "source": ("tests/test_first_minutes.py activates an environment", known_script),
     "make": ("installs an environment, then runs what the tests run", known_target),
     "pip": ("fetches from the network", known_extra),
     "accelerate": ("starts processes on GPUs; the launch on CPUs is a slow test", planned),
@@ -245,6 +251,9 @@ def follow(line):
     words = words_of(line)
     if words[0] == "memdlm" and "|" in words:  # the README names several commands on one line
         assert {word for word in words[1:] if word != "|"} <= set(COMMANDS)
+        return
+    if words[0] == "echo":
+        subprocess.run(line, shell=True, check=True)
         return
     for part in (" ".join(words[:2]), words[0]):
         if part in NOT_RUN:
@@ -332,6 +341,10 @@ def test_every_public_name_is_on_an_api_page():
             assert all(f"`{name}`" in page.read_text() for name in module.__all__)
             continue
         assert module.__name__ in asked
+        listed = re.findall(r"^        - (\w+)$", page.read_text(), re.M)
+        apart = {name.rsplit(".", 1)[1] for name in asked if name != module.__name__}
+        assert sorted([*listed, *apart]) == sorted(module.__all__), "each once; a page begins with what people use"
+        assert blocks(page)[0][0] == "python", "with an example"
         for name in module.__all__:
             if (ROOT / "src" / "memdlm" / page.stem / f"{name}.py").exists():
                 assert f"{module.__name__}.{name}.{name}" in asked
