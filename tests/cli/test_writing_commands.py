@@ -66,7 +66,11 @@ def words_of(command, inputs, output):
     }[command] + [str(output)]
 
 
-OVERWRITE = {"train": ["--overwrite_output_dir", "True"], "report": [], "generate": []}
+OVERWRITE = {
+    **{"train": ["--overwrite_output_dir", "True"], "report": [], "generate": []},
+    # An unchanged memory is not written again; another seed is a change.
+    "memorize": ["--overwrite", "--seed", "1"],
+}
 FOLDERS = ("preprocess", "train", "merge", "memorize", "exposure-bias", "demo")
 FILES = ("ask", "report", "generate")
 

@@ -14,7 +14,7 @@ from memdlm.data.documents import READERS, Document, plain_ids, read_document
 from memdlm.errors import ConfigError, DataError, MemoryFileError
 from memdlm.memory import MemoryConfig, SavedMemory, is_memory, read_memory
 from memdlm.memory.files.library import sources_of
-from memdlm.memory.files.saved import MEMORY, holds_memories
+from memdlm.memory.files.saved import MEMORY, inspect_memory
 from memdlm.outputs import find
 from memdlm.templates import message_ids
 
@@ -64,7 +64,7 @@ def targets_of(files: Sequence[str], output: str, *, joined: bool) -> tuple[list
     """Return the memories that `files` (documents and folders of documents) are to become, and the files left out.
 
     One document becomes the memory `output`, and so do `joined` ones. Several documents, those of a folder, and one
-    document for an `output` that holds memories already, become memories of their own names in `output`. Left out are
+    document for an `output` that holds memories and nothing else, become memories of their own names in `output`. Left out are
     the files of a folder that are no documents. Raises DataError for a document that cannot be read and a folder
     without documents, ConfigError when two memories would have the same name.
     """
@@ -81,7 +81,7 @@ def targets_of(files: Sequence[str], output: str, *, joined: bool) -> tuple[list
     is_one = len(files) == 1 and not Path(files[0]).is_dir()
     if joined and is_one:
         raise ConfigError("joined has no effect on one document; leave it out, or name several files or a folder.")
-    if joined or (is_one and (is_memory(output) or not holds_memories(output))):
+    if joined or (is_one and not _holds_memories_alone(output)):
         return [Target(place=output, documents=tuple(document for _, document in named))], left_out
     if is_memory(output):
         raise ConfigError(
@@ -94,6 +94,12 @@ def targets_of(files: Sequence[str], output: str, *, joined: bool) -> tuple[list
         "output: two documents would both become {}. Rename one of them, or write them into different folders.",
     )
     return [Target(place=place, documents=(each,)) for place, (_, each) in zip(places, named, strict=True)], left_out
+
+
+def _holds_memories_alone(output: str) -> bool:
+    """Whether `output` is a folder of readable memories. Among somebody's files nothing is written."""
+    entries = list(Path(output).iterdir()) if Path(output).is_dir() else []
+    return bool(entries) and all(is_memory(each) and inspect_memory(each).problem is None for each in entries)
 
 
 def _documents_in(folder: Path) -> tuple[list[Path], list[str]]:
