@@ -64,9 +64,9 @@ def targets_of(files: Sequence[str], output: str, *, joined: bool) -> tuple[list
     """Return the memories that `files` (documents and folders of documents) are to become, and the files left out.
 
     One document becomes the memory `output`, and so do `joined` ones. Several documents, those of a folder, and one
-    document for an `output` that holds memories and nothing else, become memories of their own names in `output`. Left out are
-    the files of a folder that are no documents. Raises DataError for a document that cannot be read and a folder
-    without documents, ConfigError when two memories would have the same name.
+    document for an `output` that holds memories and nothing else, become memories of their own names in `output`. The
+    files of a folder that are no documents are left out. Raises DataError for a document that cannot be read and a
+    folder without documents, ConfigError when two memories would have the same name.
     """
     named: list[tuple[str, Document]] = []
     left_out: list[str] = []
