@@ -53,6 +53,8 @@ class DataclassParser(OneLine, HfArgumentParser):
                 for action in [each for each in self._optionals._group_actions if each.dest == field.name]:
                     self._optionals._group_actions.remove(action)
                     group._group_actions.append(action)
+        # The longest group, and the one that is needed least, comes last.
+        self._action_groups.sort(key=lambda group: group.title == inherited)
 
     def parse(self, recipe: dict[str, Any], argv: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance per dataclass; if arguments were added by hand, a namespace of those comes last.

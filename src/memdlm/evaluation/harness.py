@@ -202,7 +202,8 @@ class MemDLM(TemplateLM):
             dist.barrier()
 
     def _bar(self, total: int, what: str, disabled: bool) -> "tqdm[Any]":
-        return tqdm(total=total, desc=what, disable=disabled or self.rank != 0)
+        # None: tqdm draws on a terminal only.
+        return tqdm(total=total, desc=what, disable=disabled or self.rank != 0 or None)
 
 
 def check_batch_size(given: int | str | None, largest: int | None) -> int:
