@@ -69,6 +69,7 @@ def run(options: dict, rows: slice, world: int = 1) -> dict[str, torch.Tensor]:
         loss_weight_type="scheduler",
         inner_loss_type=options.get("objective", "ce"),
         inner_score_fraction=options.get("fraction", 1.0),
+        **options.get("chunks", {}),
     )
     memory = ParametricMemory(model, config, mask_token_id=MASK)
     batch = batch_of(rows)

@@ -13,14 +13,12 @@ Rows are written as they are measured; those that the file already has are not r
 
 import argparse
 import dataclasses
-import json
-import platform
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
+from study_rows import Rows
 
 from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import Facts, Questions, Task, choose, pick
@@ -154,15 +152,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/capacity.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    rows = Rows(arguments.out)
     plan = plan_of(arguments.size, arguments.steps)
     data = recall_data(plan)
     for arm in list(ARMS) if arguments.arms == ["all"] else arguments.arms:
         for seed in arguments.seeds:
             key = {"size": arguments.size, "arm": arm, "seed": seed, "steps": arguments.steps}
-            if any(key.items() <= row.items() for row in found["rows"]):
+            if rows.where(**key):
                 continue
             trained = train_arm(plan, data, memory_of(plan, arm), seed)
             row = key | {
@@ -172,10 +168,9 @@ def main() -> None:
                 **kept(data, trained, data.by_length[plan.lengths[0]][0].context),
                 "curve": trained.curve,
             }
-            found["rows"].append(row)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            rows.add(row)
             print(key, [f"{each['pairs']}: {each['accuracy']:.3f}" for each in row["measured"]], flush=True)
-    print(markdown(found["rows"]))
+    print(markdown(rows.where()))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

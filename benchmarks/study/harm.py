@@ -12,16 +12,14 @@ file already has are not run again.
 
 import argparse
 import dataclasses
-import json
-import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from recall_suite import EVEN
+from study_rows import Rows
 
 from memdlm.data.documents import plain_ids
 from memdlm.data.synthetic import KeyValueRecall, Sample, scatter
@@ -154,14 +152,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/harm.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    rows = Rows(arguments.out)
     for seed in arguments.seeds:
-        if not any(row["seed"] == seed for row in found["rows"]):
-            found["rows"].append(run(seed, arguments.smoke))
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(markdown(found["rows"]))
+        if not rows.where(seed=seed):
+            rows.add(run(seed, arguments.smoke))
+    print(markdown(rows.where()))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

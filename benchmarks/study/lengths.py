@@ -12,14 +12,12 @@ file already has are not run again.
 
 import argparse
 import dataclasses
-import json
-import platform
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from study_rows import Rows, on_validation
 
 from memdlm.data.synthetic import FILLER, Sample
 from memdlm.evaluation import recall
@@ -115,19 +113,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/lengths.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    rows = Rows(arguments.out)
     for name in arguments.plans:
         plan = PLANS[name](times=tuple(arguments.times), num_eval=arguments.conversations, few_from=4 * LONG)
         if arguments.validation:
-            draws = {**plan.draws, "held out": "study validation"}
-            plan = dataclasses.replace(plan, draws=draws)
+            plan = on_validation(plan)
         data = recall_data(plan)
         for arm in arguments.arms:
             for seed in arguments.seeds:
                 key = {"plan": name, "arm": arm, "seed": seed, "times": arguments.times}
-                if any(all(row[each] == key[each] for each in key) for row in found["rows"]):
+                if rows.where(**key):
                     continue
                 trained = train_arm(plan, data, arms(plan)[arm], seed)
                 row = {
@@ -138,10 +133,9 @@ def main() -> None:
                     "measured": measure(plan, data, trained, seed),
                     "config": dataclasses.asdict(trained.memory.config),
                 }
-                found["rows"].append(row)
-                arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+                rows.add(row)
                 print(line(row), flush=True)
-    print(markdown(found["rows"]))
+    print(markdown(rows.where()))
 
 
 def line(row: dict[str, Any]) -> str:

@@ -159,31 +159,62 @@ def test_accumulated_chunks_take_the_step_of_their_gradients_sum(family, norm, c
 
 
 @every_family
-@pytest.mark.parametrize("steps", [1, 2])
-def test_an_outer_loss_goes_through_accumulated_chunks(family, steps):
-    """The exact gradient by central differences in float64, of weights in the adapted blocks and below them."""
+@pytest.mark.parametrize(
+    "options", [{}, {"num_inner_steps": 2}, {"num_inner_epochs": 2}, {"outer_gradient": "exact_top"}]
+)
+def test_an_outer_loss_goes_through_accumulated_chunks(family, options):
+    """By central differences in float64, of all that a write learns (start, rates, gate) and of the adapted blocks."""
     model = tiny(family, torch.float64)
-    options = STRIDED | {"num_inner_steps": steps, "num_inner_epochs": 1, "chunk_length": 5, "chunk_overlap": 1}
-    memory = memory_of(model, outer_gradient="exact", learn_start=True, **options)
+    shape = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "inner_lr": 0.7, "strides": 2}
+    config = MemoryConfig.recall(**shape, **options, chunk_length=5, chunk_overlap=1)
+    assert config.chunk_update == "accumulated"
+    memory = ParametricMemory(model, config, mask_token_id=MASK)
+    learned = dict(memory.learned.named_parameters())
+    with torch.no_grad():
+        for index, parameter in enumerate(learned.values()):
+            draw = torch.randn(parameter.shape, generator=derive("start", index), dtype=torch.float64)
+            parameter.add_((0.2 * draw).to(parameter))
     ids, question = random_ids(2, 12), random_ids(2, 7, seed=1)
 
     def loss():
         with memory.write(ids, generator=rng(3)) as written:
-            assert written.losses.shape == (steps, 2)
+            assert len(written.losses) == options.get("num_inner_steps", 1) * options.get("num_inner_epochs", 1)
             return model(question).logits.log_softmax(-1)[..., 5].mean()
 
     model.requires_grad_(True)
     loss().backward()
-    lower, upper = (next(iter(layer.parameters())) for layer in (model.model.layers[0], model.model.layers[-1]))
-    for index, parameter in enumerate((lower, upper, memory.learned.starts[0])):
+    tested = {**learned, "above": next(iter(model.model.layers[-1].parameters()))}
+    if config.outer_gradient == "exact":
+        tested["below"] = next(iter(model.model.layers[0].parameters()))
+    # So small a step because one of the routers chooses another expert 1e-6 away.
+    step = 1e-7
+    for index, (name, parameter) in enumerate(tested.items()):
         direction = torch.randn(parameter.shape, generator=derive("d", index), dtype=torch.float64)
         found = []
         with torch.no_grad():
-            for move in (1e-6, -2e-6, 1e-6):
-                parameter.add_(move * direction)
+            for move in (step, -2 * step, step):
+                parameter.add_((move * direction).to(parameter))
                 found.append(loss())
-        assert_close((parameter.grad * direction).sum(), (found[0] - found[1]) / 2e-6, rtol=1e-5, atol=1e-9)
-        assert parameter.grad.abs().sum() > 0
+        slope = (found[0] - found[1]) / (2 * step)
+        assert_close((parameter.grad * direction).sum(), slope, rtol=1e-5, atol=1e-8)
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@every_family
+@pytest.mark.parametrize(
+    "options", [{"inner_dropout": 0.3}, {"inner_score_fraction": 0.5}, {"inner_loss_type": "distill"}]
+)
+def test_accumulated_chunks_are_written_alike_with_and_without_a_graph(family, options):
+    model, ids, question = tiny(family), random_ids(2, 12), random_ids(2, 7, seed=1)
+    shape = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "num_inner_steps": 2}
+    config = MemoryConfig.recall(**shape, **options, strides=2, chunk_length=5)
+    memory = ParametricMemory(model, config, mask_token_id=MASK)
+    found = []
+    for is_tracked in (True, False):
+        with torch.set_grad_enabled(is_tracked), memory.write(ids, generator=rng(3)) as written:
+            found.append((written.losses, model(question).logits))
+    for tracked, plain in zip(*found, strict=True):
+        assert_close(tracked, plain, rtol=0, atol=0)
 
 
 @every_family

@@ -17,11 +17,14 @@ from rank_worker import run
 WORKER = Path(__file__).parents[1] / "rank_worker.py"
 
 
+ACCUMULATED = {"chunk_length": 6, "chunk_overlap": 1, "chunk_update": "accumulated"}
 CASES = {
     "experts-ddp": {"family": "lladamoe", "wrapper": "ddp", "norm": "token"},
     "experts-ddp-checkpointing": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "checkpointing": True},
     "dense-ddp-teacher": {"family": "small", "wrapper": "ddp", "norm": "batch", "objective": "distill"},
     "experts-ddp-sampled": {"family": "lladamoe", "wrapper": "ddp", "norm": "token", "fraction": 0.5},
+    "experts-ddp-accumulated": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "chunks": ACCUMULATED},
+    "dense-ddp-accumulated-sampled": {"family": "small", "wrapper": "ddp", "fraction": 0.5, "chunks": ACCUMULATED},
     "experts-fsdp": {"family": "lladamoe", "wrapper": "fsdp", "norm": "token"},
     "dense-fsdp-checkpointing": {"family": "small", "wrapper": "fsdp", "norm": "token", "checkpointing": True},
     "off-ddp": {"family": "small", "wrapper": "ddp", "sync": False},

@@ -55,8 +55,6 @@ class RecallPlan:
     """Number of loss evaluations during training."""
     inference: MemoryConfig | None = None
     """The memory that all arms are measured with; None: each with its own."""
-    spells: bool = False
-    """Whether words that the task lacks are spelled in bytes. 256 more rows, so other initial weights and figures."""
     measures_bias: bool = False
     """Whether exposure bias is measured, too, on half of the conversations of the greatest length."""
     draws: Mapping[str, str] = field(
