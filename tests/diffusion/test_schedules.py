@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from goldens import ROOT
-from memdlm.diffusion import SCHEDULES, make_schedule, reveal_counts
+from goldens import ROOT, folders, read_json
+from memdlm.diffusion import SCHEDULES, Truncated, dream_counts, make_schedule, reveal_counts
 from memdlm.errors import ConfigError
 
 TABLES = ROOT / "tables.json"
@@ -86,6 +86,60 @@ def test_every_row_reveals_exactly_its_masks_and_no_step_is_idle(masks, steps, n
         assert (row[:used] > 0).all(), "zeros stand behind"
     if counts.shape[1]:
         assert (counts > 0).any(0).all()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("family", folders("schedule.json"))
+def test_published_counts_of_dream(family):
+    rows = read_json(family, "schedule.json")["rows"]
+    assert rows
+    for key, expected in rows.items():
+        masked, steps, eps = key.split("/")
+        counts = dream_counts(torch.tensor([int(masked)]), int(steps), eps=float(eps))
+        assert counts[0].tolist() == expected, key
+
+
+@given(
+    masks=st.lists(st.integers(0, 60), min_size=1, max_size=5),
+    steps=st.integers(1, 40),
+    eps=st.sampled_from([1e-3, 0.1, 0.5]),
+    seed=st.none() | st.integers(0, 999),
+)
+def test_dream_reveals_every_mask_of_every_row_and_needs_no_idle_step(masks, steps, eps, seed):
+    def drawn():
+        return None if seed is None else [torch.Generator().manual_seed(seed + i) for i in range(len(masks))]
+
+    counts = dream_counts(torch.tensor(masks), steps, eps=eps, generator=drawn())
+    assert counts.sum(1).tolist() == masks
+    assert counts.shape == (len(masks), steps)
+    assert (counts >= 0).all()
+    alone = [
+        dream_counts(torch.tensor([n]), steps, eps=eps, generator=None if seed is None else [each])
+        for n, each in zip(masks, drawn() or [None] * len(masks), strict=True)
+    ]
+    assert counts.equal(torch.cat(alone)), "the published code takes the mean over the batch"
+    short = Truncated(steps=steps, eps=eps, is_stochastic=seed is not None).quotas(torch.tensor(masks), drawn())
+    for row, brief in zip(counts.tolist(), short.tolist(), strict=True):
+        assert [n for n in row if n] == [n for n in brief if n]
+    assert (short > 0).any(0).all()
+
+
+def test_drawn_counts_commit_each_position_with_the_probability_of_its_step():
+    """Dream's `origin`: every masked position is committed with probability 1 - t_{i+1} / t_i, on its own."""
+    steps, eps, masked, rows = 4, 0.1, 6, 20000
+    counts = dream_counts(
+        torch.full((rows,), masked), steps, eps=eps, generator=torch.Generator().manual_seed(0)
+    ).double()
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float64)
+    stays = times / times[0]
+    expected = masked * torch.cat((stays[:-2] - stays[1:-1], stays[-2:-1]))
+    assert_close(counts.mean(0), expected, atol=0.03, rtol=0)
+    assert (counts == 0).any(), "a step may be empty"
+
+
+def test_no_steps_of_dream_are_refused():
+    with pytest.raises(ConfigError, match="steps must be at least 1, got 0"):
+        dream_counts(torch.tensor([3]), 0, eps=1e-3)
 
 
 def test_rows_do_not_depend_on_each_other():

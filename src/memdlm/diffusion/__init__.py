@@ -1,7 +1,17 @@
 """Masked diffusion on plain tensors and a denoiser: schedules, noising, loss, likelihood, and the reverse loop."""
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
-from memdlm.diffusion.choice import CONFIDENCES, Confidence, LowConfidence, RandomOrder, TokenSampler, make_confidence
+from memdlm.diffusion.choice import (
+    CONFIDENCES,
+    Confidence,
+    LeftToRight,
+    LowConfidence,
+    Margin,
+    NegativeEntropy,
+    RandomOrder,
+    TokenSampler,
+    make_confidence,
+)
 from memdlm.diffusion.guidance import ClassifierFree
 from memdlm.diffusion.likelihood import Likelihood, is_greedy, monte_carlo_nll, weighted_nll
 from memdlm.diffusion.losses import (
@@ -16,7 +26,19 @@ from memdlm.diffusion.losses import (
     weight_of,
 )
 from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
-from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled, reveal_counts
+from memdlm.diffusion.reveal import (
+    Above,
+    AtLeast,
+    EntropyBounded,
+    Even,
+    Factor,
+    Reveal,
+    Scheduled,
+    Shares,
+    Truncated,
+    dream_counts,
+    reveal_counts,
+)
 from memdlm.diffusion.sampling import Edit, Step, denoise_canvas
 from memdlm.diffusion.schedules import SCHEDULES, Cosine, Linear, Schedule, make_schedule
 from memdlm.diffusion.stopping import EosStop, StableAnswer
@@ -33,21 +55,27 @@ __all__ = [
     "Corrupted",
     "Cosine",
     "Edit",
+    "EntropyBounded",
     "EosStop",
     "Even",
     "Factor",
+    "LeftToRight",
     "Likelihood",
     "Linear",
     "LowConfidence",
+    "Margin",
     "MaskedLoss",
+    "NegativeEntropy",
     "Planner",
     "RandomOrder",
     "Reveal",
     "Schedule",
     "Scheduled",
+    "Shares",
     "StableAnswer",
     "Step",
     "TokenSampler",
+    "Truncated",
     "absolute_blocks",
     "absolute_blocks_from",
     "blocks_after_prompt",
@@ -55,6 +83,7 @@ __all__ = [
     "cross_entropy",
     "denoise_canvas",
     "draw_times",
+    "dream_counts",
     "is_greedy",
     "make_confidence",
     "make_schedule",

@@ -68,8 +68,41 @@ class Even(Reveal):
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Truncated(Reveal):
+    """The linear schedule from time 1 to `eps`, each count rounded down (Dream), see `dream_counts`."""
+
+    steps: int
+    eps: float = 1e-3
+    is_stochastic: bool = False
+    """Draw the counts: each masked token is committed with the step's probability (Dream's `origin`)."""
+    keeps_empty: bool = False
+    """Steps that commit nothing are made, too; it matters only where a prediction itself changes what follows."""
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Spread the open tokens."""
+        if self.is_stochastic and generator is None:
+            raise ConfigError("stochastic_transfer draws how many tokens a step commits: pass a generator.")
+        counts = dream_counts(num_open, self.steps, eps=self.eps, generator=generator if self.is_stochastic else None)
+        return counts if self.keeps_empty else _without_empty(counts)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shares(Reveal):
+    """An even share of `block_size` tokens in every step, also where only a part of the block is open (SDAR)."""
+
+    block_size: int
+    steps: int
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Spread a whole block; the larger shares come first."""
+        return _shares(self.block_size, self.steps, num_open.shape[0])
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Above(Reveal):
-    """All predictions surer than `threshold`, but no fewer than an even share of `block_size` (LLaDA2.x)."""
+    """All predictions surer than `threshold`, but no fewer than an even share of `block_size` (LLaDA2.x, SDAR)."""
 
     threshold: float
     block_size: int
@@ -77,9 +110,7 @@ class Above(Reveal):
 
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
         """Spread a whole block, even if only a part of it is open; the larger shares come first."""
-        steps = min(self.steps, self.block_size)
-        share = self.block_size // steps + (torch.arange(steps) < self.block_size % steps).long()
-        return share.expand(num_open.shape[0], -1)
+        return _shares(self.block_size, self.steps, num_open.shape[0])
 
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
         """Return the number of sure predictions, at least `quota`."""
@@ -120,6 +151,32 @@ class Factor(Reveal):
         return (confidence >= 1 - self.factor / (rank + 1)).sum(-1).maximum(quota)
 
 
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntropyBounded(Reveal):
+    """The surest whose entropies add up to less than `bound`, and always the surest (SDAR's `entropy_bounded`).
+
+    Confidences must be negative entropies in nats. The rule is that of SDAR's own code, with the entropy taken over the
+    vocabulary. The paper that it goes back to (arXiv 2505.24857) leaves the largest entropy out of the sum.
+    """
+
+    bound: float
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Return 1 for as many steps as the block can take."""
+        return _as_long_as_it_takes(num_open, 1)
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Return how many of the surest stay within the bound, at least `quota`."""
+        return (confidence.neg().cumsum(-1) < self.bound).sum(-1).maximum(quota)
+
+
+def _shares(block_size: int, steps: int, rows: int) -> Tensor:
+    steps = min(steps, block_size)
+    share = block_size // steps + (torch.arange(steps) < block_size % steps).long()
+    return share.expand(rows, -1)
+
+
 def _as_long_as_it_takes(num_open: Tensor, per_step: int) -> Tensor:
     most = int(num_open.max()) if num_open.numel() else 0
     return torch.full((num_open.shape[0], -(-most // per_step)), per_step)
@@ -149,8 +206,36 @@ def reveal_counts(
         count = count.minimum(left)
         left = left - count
         columns.append(count)
-    counts = torch.stack(columns, dim=1).long()
-    # Move the zeros of each row behind its other counts, then cut the columns that are zero in every row.
+    return _without_empty(torch.stack(columns, dim=1).long())
+
+
+def dream_counts(num_masked: Tensor, steps: int, *, eps: float, generator: Randomness | None = None) -> Tensor:
+    """Spread each row's masked tokens as Dream's `diffusion_generate` does: [B] -> [B, `steps`], int64 on the CPU.
+
+    At step i, times falling evenly from 1 to `eps`, a token is revealed with probability 1 - t_{i+1} / t_i; the last
+    step reveals all that are left. The expected number is rounded down, in float32 as published. With a `generator`, or
+    one per row, the number is a binomial draw instead. A count may be 0, and the last one is often the largest. Every
+    row counts for itself; the published code takes the mean over the batch, which leaves masks in some rows and masks
+    committed tokens of others again.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}.")
+    times = torch.linspace(1, eps, steps + 1, dtype=torch.float32)
+    shares = 1 - times[1:] / times[:-1]
+    left = num_masked.to("cpu", torch.int64)
+    columns = []
+    for share in shares[:-1]:
+        if generator is None:
+            count = (left.float() * share).long()
+        else:
+            count = _binomial(left.double(), float(share), generator).long()
+        columns.append(count)
+        left = left - count
+    return torch.stack([*columns, left], dim=1)
+
+
+def _without_empty(counts: Tensor) -> Tensor:
+    """Move the zeros of each row behind its other counts, and cut the columns that are zero in every row."""
     order = (counts == 0).to(torch.int8).argsort(dim=1, stable=True)
     counts = counts.gather(1, order)
     width = int((counts > 0).sum(1).max()) if counts.numel() else 0
