@@ -13,7 +13,7 @@ from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import denoise_canvas
 from memdlm.inference import Decoder, GenerationConfig, generate, infill
 from memdlm.inference.canvas import edit_for, reveal_for
-from memdlm.inference.views import Asked, FinishedBlocks, UpToBlock, WholeRows
+from memdlm.inference.views import Asked, Blocks, FinishedBlocks, UpToBlock, WholeRows
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, Full, ModelDenoiser
 from tiny import CONFIGS, V, rng, tiny
@@ -214,8 +214,8 @@ def test_each_pass_takes_the_columns_it_must():
 
     first, second = [(0, 9), (0, 10), (1, 4)], [(0, 10)]
     assert columns(WholeRows(lengths), *first) == [(0, 24), (0, 16)]
-    assert columns(UpToBlock(lengths, 8), *first) == [(0, 16), (0, 8)]
-    view = FinishedBlocks(lengths, 8, 24)
+    assert columns(UpToBlock(lengths, Blocks.from_first(8, 2)), *first) == [(0, 16), (0, 8)]
+    view = FinishedBlocks(lengths, Blocks.from_first(8, 2), 24)
     assert columns(view, *first) == [(0, 16), (0, 8)]
     assert columns(view, *second) == [(8, 16)]
     assert columns(view, (0, 17), (1, 8)) == [(8, 24), (0, 16)]

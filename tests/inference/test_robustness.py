@@ -87,7 +87,7 @@ def test_a_prompt_beyond_the_positions_is_decoded_with_a_warning():
         ({"steps": 4, "steps_per_block": 2}, "say the same"),
         ({"editing_threshold": 0.5, "steps": 4}, "no effect with editing_threshold"),
         ({"factor": 1.0, "threshold": 0.5}, "factor replaces threshold"),
-        ({"threshold": 0.5, "remasking": "random"}, "'random' draws confidences"),
+        ({"threshold": 0.5, "remasking": "random"}, "'random' gives no probabilities"),
         ({"threshold": 0.5, "stochastic_transfer": True}, "no effect where confidences decide"),
         ({"cfg_keep_tokens": [3]}, "set cfg_scale above 0"),
         ({"begin_suppress": "forbid"}, "name some"),

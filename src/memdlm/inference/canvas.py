@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
 from memdlm.diffusion.choice import TokenSampler, make_confidence
-from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled
+from memdlm.diffusion.reveal import Above, AtLeast, EntropyBounded, Even, Factor, Reveal, Scheduled, Shares, Truncated
 from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
+from memdlm.inference.conventions import EPS, Conventions
 from memdlm.inference.prompts import SpecialIds
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
 from memdlm.models.networks.sizes import trained_positions
@@ -43,6 +44,8 @@ class Canvas:
     """How many tokens were requested per row; for an infilling, the tokens of a block."""
     num_shares: int
     """Over how many blocks `steps` are spread: as many as the response fills, wherever the prompt ends."""
+    offsets: Tensor
+    """[B] int64 on the CPU: how many columns before the row's first one its first block begins; mostly 0."""
 
     @property
     def most_asked(self) -> int:
@@ -77,7 +80,12 @@ def response_canvas(
     _check_room(len(rows), longest + new, config.block_size)
     ends = prompts + new
     _warn_if_long(model, int(ends.max()))
-    if isinstance(pattern, BlockCausal):
+    offsets = torch.zeros_like(prompts)
+    if isinstance(pattern, BlockCausal) and config.attention == "bd3lm":
+        # As after padding on the left to a multiple of the block, which is what the published sampler does.
+        block, lengths, offsets = pattern.block, ends, -prompts % pattern.block
+        blocks = blocks_after_prompt(prompts, int(lengths.max()), new, block)
+    elif isinstance(pattern, BlockCausal):
         block = pattern.block
         lengths = -(-ends // block) * block
         blocks = absolute_blocks_from(prompts, int(lengths.max()), new, block)
@@ -99,6 +107,7 @@ def response_canvas(
         response_ends=ends,
         most_new=new,
         num_shares=math.ceil(new / block),
+        offsets=offsets,
     )
 
 
@@ -126,6 +135,7 @@ def infill_canvas(
         response_ends=lengths,
         most_new=block,
         num_shares=len(blocks),
+        offsets=torch.zeros_like(lengths),
     )
 
 
@@ -134,6 +144,8 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
     threshold, fewest = config.threshold, config.num_to_transfer
     if config.factor is not None:
         return Factor(factor=config.factor)
+    if config.eb_threshold is not None:
+        return EntropyBounded(bound=config.eb_threshold)
     if config.editing_threshold is not None or fewest is not None:
         if threshold is None:
             raise ConfigError(
@@ -159,6 +171,16 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
         )
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
+    if config.transfer_schedule == "sdar":
+        return Shares(block_size=canvas.block_size, steps=steps)
+    if config.transfer_schedule == "dream":
+        # The predictions of a step that commits nothing matter only to soft-masking, which feeds them back.
+        return Truncated(
+            steps=steps,
+            eps=EPS if config.eps is None else config.eps,
+            is_stochastic=config.stochastic_transfer,
+            keeps_empty=config.soft_mask,
+        )
     return Scheduled(steps=steps, is_stochastic=config.stochastic_transfer)
 
 
@@ -169,18 +191,21 @@ def edit_for(config: GenerationConfig) -> Edit | None:
     return Edit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
 
 
-def sampler_for(config: GenerationConfig, pattern: AttentionPattern, special: SpecialIds) -> TokenSampler:
-    """Return how logits become tokens."""
+def sampler_for(config: GenerationConfig, conventions: Conventions, special: SpecialIds) -> TokenSampler:
+    """Return how logits become tokens, for options that are resolved."""
     forbids = config.begin_suppress == "forbid"
     return TokenSampler(
         mask_token_id=special.mask,
-        remasking=make_confidence(config.remasking),
+        remasking=make_confidence(config.remasking or conventions.remasking),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         suppress=(*config.suppress_tokens, *(config.begin_suppress_tokens if forbids else ())),
         postpone=() if forbids else config.begin_suppress_tokens,
-        is_tempered=isinstance(pattern, BlockCausal),
+        is_tempered=conventions.is_tempered,
+        is_filtered=conventions.is_filtered,
+        is_top_p_first=conventions.is_top_p_first,
+        alg_temp=config.alg_temp,
     )
 
 

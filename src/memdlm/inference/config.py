@@ -1,25 +1,27 @@
 """The options of generation and infilling, under the names that users know."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-from memdlm.diffusion.choice import CONFIDENCES
 from memdlm.diffusion.soft_masking import SoftMaskOptions
 from memdlm.errors import ConfigError, unknown
-from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
+from memdlm.inference.algorithms import ALGORITHMS
 from memdlm.options import Defaulted, option, own_options_first, validate
 
 CACHES = ("exact", "none", "approximate")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-SCHEDULES = ("dllm", "llada")
-TOKEN_LISTS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens")
+SCHEDULES = ("dllm", "llada", "dream", "sdar")
+DRAWN_SCHEDULES = ("dllm", "dream")
+"""Schedules whose counts can be drawn."""
+ATTENTIONS = ("full", "block_causal", "bd3lm")
+UNCOMPARED = ("random", "origin", "sequential")
+"""Values of `remasking` that do not compare predictions."""
+TOKEN_LISTS = ("cfg_keep_tokens", "suppress_tokens", "begin_suppress_tokens", "stop_tokens")
 MOST = 2**16
 """The most tokens and steps: more than a model of this kind can use, yet a mistyped number costs little."""
 COLDEST = 1e-4
 """The least temperature above 0: with a lower one, divided logits leave the range of their dtype."""
-THRESHOLD = 0.95
-"""The default `threshold` of block-causal families."""
 
 
 @own_options_first
@@ -27,11 +29,11 @@ THRESHOLD = 0.95
 class GenerationConfig(SoftMaskOptions):
     """How a response is decoded.
 
-    LLaDA and LLaDA-MoE: the response is cut into blocks of `block_size` from the end of the prompt. The blocks are
-    filled one after the other, and the `steps` denoising steps are spread over them. LLaDA2.x: blocks are absolute
-    columns and do not see later ones. A step commits all tokens surer than `threshold`, at least an even share of the
-    block. With `editing_threshold`, committed tokens may still be replaced (LLaDA2.1). Values of None become the
-    default.
+    LLaDA, LLaDA-MoE and Dream: the response is cut into blocks of `block_size` from the end of the prompt. The blocks
+    are filled one after the other, and the `steps` denoising steps are spread over them. LLaDA2.x and SDAR: blocks are
+    absolute columns and do not see later ones. A step commits all tokens surer than `threshold`, at least an even share
+    of the block. With `editing_threshold`, committed tokens may still be replaced (LLaDA2.1). Values of None become the
+    default, which may depend on the family.
     """
 
     max_new_tokens: int | None = option(
@@ -41,7 +43,10 @@ class GenerationConfig(SoftMaskOptions):
         None, "Length of prompt and response together, in tokens, if max_new_tokens is unset.", minimum=1, maximum=MOST
     )
     block_size: int | None = option(
-        None, "Tokens decoded together; unset: the whole response, or 32 for LLaDA2.x.", minimum=1, maximum=MOST
+        None,
+        "Tokens decoded together; unset: the whole response, 32 for LLaDA2.x, or 4 for SDAR.",
+        minimum=1,
+        maximum=MOST,
     )
     steps: int | None = option(None, "Denoising steps in total; unset: one per token.", minimum=1, maximum=MOST)
     steps_per_block: int | None = option(
@@ -54,20 +59,31 @@ class GenerationConfig(SoftMaskOptions):
     top_p: float | None = option(
         None, "Only the likeliest tokens up to this total probability count.", above=0, maximum=1
     )
-    remasking: Defaulted[str] = option(
-        "low_confidence",
-        "Order in which predictions are committed. low_confidence: the surest first; random: a random order.",
-        choices=tuple(CONFIDENCES),
+    remasking: str | None = option(
+        None,
+        "Order in which predictions are committed. low_confidence: the surest first (unset: this; Dream: entropy); "
+        "random: a random order; the others are Dream's and SDAR's.",
+        choices=tuple(ALGORITHMS),
+    )
+    alg_temp: Defaulted[float] = option(
+        0.0, "Above 0: draw the positions to commit from softmax(confidence / alg_temp).", minimum=0, maximum=1e4
     )
     threshold: float | None = option(
         None,
-        "Commit every prediction whose confidence is above this; unset: a fixed number per step, or 0.95 for LLaDA2.x.",
+        "Commit every prediction whose confidence is above this; unset: a fixed number per step, 0.95 for LLaDA2.x, or "
+        "0.85 for SDAR.",
         minimum=0,
         maximum=1,
     )
     factor: float | None = option(
         None,
         "Commit the r-th surest prediction if its confidence is at least 1 - factor / (r + 1).",
+        above=0,
+        maximum=1e6,
+    )
+    eb_threshold: float | None = option(
+        None,
+        "With remasking=entropy: commit the surest predictions whose entropies, in nats, add up to less than this.",
         above=0,
         maximum=1e6,
     )
@@ -86,8 +102,13 @@ class GenerationConfig(SoftMaskOptions):
     max_post_steps: Defaulted[int] = option(
         16, "With editing: how many more times, at most, a full block is revised.", minimum=0, maximum=MOST
     )
-    transfer_schedule: Defaulted[str] = option(
-        "dllm", "With a fixed number of tokens per step: how the remainder is shared out.", choices=SCHEDULES
+    transfer_schedule: str | None = option(
+        None,
+        "With a fixed number of tokens per step: how they are shared out; unset: dllm, or the family's own.",
+        choices=SCHEDULES,
+    )
+    eps: float | None = option(
+        None, "With transfer_schedule=dream: the time at which it ends; unset: 0.001.", above=0, below=1
     )
     stochastic_transfer: Defaulted[bool] = option(
         False, "Draw how many tokens each step commits instead of spreading them evenly."
@@ -109,6 +130,13 @@ class GenerationConfig(SoftMaskOptions):
         "postpone: begin_suppress_tokens are committed only when nothing else is left; forbid: they are "
         "never predicted.",
         choices=("postpone", "forbid"),
+    )
+    stop_tokens: Defaulted[tuple[int, ...]] = option((), "Ids of tokens that end a response, beside EOS.")
+    attention: str | None = option(
+        None,
+        "full: every position sees all; block_causal: no later block, counted from the first token; bd3lm: the same, "
+        "with blocks counted from the response; unset: the family's own.",
+        choices=ATTENTIONS,
     )
     right_shift_logits: Defaulted[bool] = option(False, "The network's output at position i - 1 predicts position i.")
     eos_early_stop: Defaulted[bool] = option(
@@ -181,7 +209,7 @@ class GenerationConfig(SoftMaskOptions):
     def _read_with(self) -> list[tuple[tuple[str, ...], bool, str]]:
         """Return options that need others: their names, whether they take effect, and if not, why and what to set."""
         soft = tuple(field.name for field in fields(SoftMaskOptions))
-        draws_order = self.remasking == "random"
+        compares, order = self.remasking not in UNCOMPARED, f"where remasking={self.remasking!r} sets the order"
         return [
             (("max_length",), self.max_new_tokens is None, "beside max_new_tokens; set that to None"),
             (("cfg_keep_tokens",), self.cfg_scale != 0, "without guidance; set cfg_scale above 0"),
@@ -191,22 +219,37 @@ class GenerationConfig(SoftMaskOptions):
             (("begin_suppress",), bool(self.begin_suppress_tokens), "without begin_suppress_tokens; name some"),
             (
                 ("begin_suppress_tokens",),
-                not draws_order or self.begin_suppress == "forbid",
-                "where remasking='random' draws the order; set begin_suppress='forbid'",
+                (compares and not self.alg_temp) or self.begin_suppress == "forbid",
+                f"{order if not self.alg_temp else 'where alg_temp draws the order'}; set begin_suppress='forbid'",
             ),
             # A greedy choice ignores the filters; the confidences that order it do not.
+            (("top_k", "top_p"), self.temperature != 0 or compares, f"{order}; set temperature above 0"),
+            (("alg_temp",), compares, f"{order}; choose another remasking"),
             (
-                ("top_k", "top_p"),
-                self.temperature != 0 or not draws_order,
-                "where remasking='random' draws the order; set temperature above 0",
+                ("eb_threshold",),
+                self.remasking in (None, "entropy", "entropy_bounded"),
+                f"{order}; set remasking='entropy'",
+            ),
+            (
+                ("eps",),
+                not self.looks and self.transfer_schedule in (None, "dream"),
+                "without Dream's schedule; set transfer_schedule='dream'",
             ),
         ]
+
+    @property
+    def looks(self) -> bool:
+        """Whether options say that confidences decide how many tokens a step commits."""
+        rules = (self.threshold, self.factor, self.editing_threshold, self.num_to_transfer, self.eb_threshold)
+        return any(each is not None for each in rules)
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs of whether options exclude each other, and the message for that."""
         is_paced = self.steps is not None or self.steps_per_block is not None
-        is_free = self.editing_threshold is not None or self.num_to_transfer is not None or self.factor is not None
-        looks = self.threshold is not None or is_free
+        free = (self.editing_threshold, self.num_to_transfer, self.factor, self.eb_threshold)
+        is_free = any(each is not None for each in free)
+        algorithm = ALGORITHMS[self.remasking or "low_confidence"]
+        ranks_tokens = algorithm.order == "low_confidence"
         return [
             (
                 0 < self.temperature < COLDEST,
@@ -218,31 +261,46 @@ class GenerationConfig(SoftMaskOptions):
             ),
             (
                 is_paced and is_free,
-                "steps and steps_per_block have no effect with editing_threshold, num_to_transfer or factor, which "
-                "take as many steps as they need; leave them out.",
+                "steps and steps_per_block have no effect with editing_threshold, num_to_transfer, factor or "
+                "eb_threshold, which take as many steps as they need; leave them out.",
             ),
             (
                 self.minimal_topk != 1 and is_free,
-                "minimal_topk has no effect with editing_threshold, num_to_transfer or factor, which take as many "
-                "steps as they need; leave it out (num_to_transfer says the fewest that a step commits).",
+                "minimal_topk has no effect with editing_threshold, num_to_transfer, factor or eb_threshold, which "
+                "take as many steps as they need; leave it out (num_to_transfer says the fewest that a step commits).",
             ),
             (
                 self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),
                 "factor replaces threshold and num_to_transfer; leave one side out.",
             ),
             (
-                looks and (self.stochastic_transfer or self.transfer_schedule != "dllm"),
+                self.looks and (self.stochastic_transfer or self.transfer_schedule is not None),
                 "stochastic_transfer and transfer_schedule have no effect where confidences decide how many tokens "
-                "are committed (threshold, factor, editing_threshold, num_to_transfer); leave them out.",
+                "are committed (threshold, factor, editing_threshold, num_to_transfer, eb_threshold); leave them out.",
             ),
             (
-                looks and self.remasking == "random",
-                "remasking 'random' draws confidences, which threshold, factor and editing_threshold would compare; "
-                "use low_confidence with them.",
+                self.looks and self.eb_threshold is None and self.remasking is not None and not ranks_tokens,
+                f"remasking {self.remasking!r} gives no probabilities of tokens, which threshold, factor, "
+                "num_to_transfer and editing_threshold compare; use low_confidence with them.",
             ),
             (
-                self.stochastic_transfer and self.transfer_schedule == "llada",
-                "stochastic_transfer belongs to transfer_schedule 'dllm'; leave one of them out.",
+                self.eb_threshold is not None and any(each is not None for each in (self.threshold, *free[:3])),
+                "eb_threshold replaces threshold, factor, num_to_transfer and editing_threshold; leave one side out.",
+            ),
+            (
+                self.looks and algorithm.is_static,
+                "remasking 'low_confidence_static' commits a fixed number of tokens per step; use "
+                "low_confidence_dynamic with threshold, factor, num_to_transfer or editing_threshold.",
+            ),
+            (
+                self.looks and self.alg_temp != 0,
+                "alg_temp draws which of a fixed number of positions to commit; leave it out where confidences decide "
+                "how many (threshold, factor, editing_threshold, num_to_transfer, eb_threshold).",
+            ),
+            (
+                self.stochastic_transfer and self.transfer_schedule not in (None, *DRAWN_SCHEDULES),
+                f"stochastic_transfer belongs to transfer_schedule {' or '.join(map(repr, DRAWN_SCHEDULES))}; leave "
+                "one of them out.",
             ),
             (
                 self.soft_mask and self.compile is not None,
@@ -254,29 +312,6 @@ class GenerationConfig(SoftMaskOptions):
                 "back is not defined; use one of the two options.",
             ),
         ]
-
-    def resolved(self, pattern: AttentionPattern) -> "GenerationConfig":
-        """Return the options, with the defaults of a family that decodes under `pattern` filled in.
-
-        Raises ConfigError for options that have no effect there, and for a `block_size` other than the pattern's.
-        """
-        if not isinstance(pattern, BlockCausal):
-            return self
-        if self.block_size not in (None, pattern.block):
-            raise ConfigError(
-                f"block_size {self.block_size} and attention_pattern {pattern} disagree; this model decodes "
-                "the tokens of one block together. Leave block_size out."
-            )
-        if self.threshold is not None or self.factor is not None:
-            return replace(self, block_size=pattern.block)
-        plain = type(self)()
-        for name in ("transfer_schedule", "stochastic_transfer", "remasking"):
-            if getattr(self, name) != getattr(plain, name):
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} has no effect on this model: it commits all tokens surer than "
-                    f"threshold, which is {THRESHOLD} if unset. Leave {name} out."
-                )
-        return replace(self, block_size=pattern.block, threshold=THRESHOLD)
 
     def response_length(self, longest: int) -> int:
         """Return the length of a response to prompts of at most `longest` tokens. Raises ConfigError if none fits."""

@@ -19,16 +19,16 @@ from memdlm.inference.canvas import Canvas, edit_for, infill_canvas, response_ca
 from memdlm.inference.checking import check_parts, check_tokens
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.config import GenerationConfig
+from memdlm.inference.conventions import Conventions, conventions_of, pattern_of, resolved
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
 from memdlm.inference.prompt_cache import Prefill, PromptCache
 from memdlm.inference.prompts import Prompt, SpecialIds, encode_prompts, special_ids, visible
 from memdlm.inference.soft import SoftFeedback
-from memdlm.inference.views import Approximate, FinishedBlocks, UpToBlock, View, WholeRows
+from memdlm.inference.views import Approximate, Blocks, FinishedBlocks, UpToBlock, View, WholeRows
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.foreign import check_places
-from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.checking import check_randomness, vocabulary_of
@@ -111,7 +111,7 @@ class Decoder:
 
     def caching(self, memory: ParametricMemory | None) -> "Decoder":
         """Return this decoder with a prompt cache for `memory` (or None), or itself where no cache can be used."""
-        is_usable = self.is_cacheable and isinstance(self.pattern, BlockCausal) and self.options.cache == "exact"
+        is_usable = self.is_cacheable and self.options.attention == "block_causal" and self.options.cache == "exact"
         if not is_usable or (memory is not None and memory.first_block == 0):
             return self
         return replace(self, prompt_cache=PromptCache(self.model, memory))
@@ -124,43 +124,69 @@ class Decoder:
     @cached_property
     def pattern(self) -> AttentionPattern:
         """Which positions attend to which."""
+        attention, network = self.config.attention, unwrap(self.model)
+        if self.attention_pattern is not None and attention is not None:
+            raise ConfigError(f"attention={attention!r} and attention_pattern say the same; leave one of them out.")
+        if attention not in (None, "full") and not isinstance(network, MaskedDiffusionLM):
+            raise ConfigError(
+                f"attention={attention!r} is for memdlm's own families, not for {type(network).__name__}; leave it out."
+            )
         if self.attention_pattern is not None:
             return self.attention_pattern
-        return decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
+        return pattern_of(self._published, self.config)
+
+    @cached_property
+    def conventions(self) -> Conventions:
+        """How the family's published sampler decodes."""
+        return conventions_of(self._published, self.pattern)
 
     @cached_property
     def options(self) -> GenerationConfig:
         """The configuration with the family's defaults filled in."""
-        return self.config.resolved(self.pattern)
+        return resolved(self.config, self.pattern, self.conventions)
 
     @cached_property
     def sampler(self) -> TokenSampler:
         """How logits become tokens."""
-        return sampler_for(self.options, self.pattern, self.special)
+        return sampler_for(self.options, self.conventions, self.special)
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens with the first of which a response ends."""
+        ends = self.special.ends if self.conventions.ends_with_turn else (self.special.eos,)
+        return (*ends, *self.config.stop_tokens)
 
     @property
     def is_cacheable(self) -> bool:
         """Whether keys and values of earlier passes can be used again."""
         network = unwrap(self.model)
-        is_ours = isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
-        return is_ours and not self.options.right_shift_logits
+        return isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable
+
+    @property
+    def _published(self) -> object:
+        return getattr(unwrap(self.model), "config", None)
+
+    def blocks(self, canvas: Canvas) -> Blocks | None:
+        """Return where the blocks of a block-causal pattern lie, or None for another pattern."""
+        return Blocks(self.pattern.block, canvas.offsets) if isinstance(self.pattern, BlockCausal) else None
 
     def view(self, canvas: Canvas) -> View:
         """Return how much each pass recomputes: as little as keeps the tokens the same, unless `cache` approximates."""
         options, pattern, length = self.options, self.pattern, canvas.ids.shape[1]
         if options.cache == "approximate":
-            if not self.is_cacheable or not isinstance(pattern, Full):
+            if not self.is_cacheable or not isinstance(pattern, Full) or options.right_shift_logits:
                 raise ConfigError(
                     "cache='approximate' is for LLaDA and LLaDA-MoE with full attention and without "
                     f"right_shift_logits, not for {type(unwrap(self.model)).__name__} with {pattern}; leave cache out "
                     "(LLaDA2.x has an exact one)."
                 )
             return Approximate(canvas.lengths, length, refresh=options.cache_refresh, scope=options.cache_scope)
-        if not self.is_cacheable or not isinstance(pattern, BlockCausal):
+        blocks = self.blocks(canvas)
+        if not self.is_cacheable or blocks is None:
             return WholeRows(canvas.lengths)
         if options.cache == "none":
-            return UpToBlock(canvas.lengths, pattern.block)
-        return FinishedBlocks(canvas.lengths, pattern.block, length)
+            return UpToBlock(canvas.lengths, blocks)
+        return FinishedBlocks(canvas.lengths, blocks, length)
 
     def prefill(self, view: View) -> Prefill | None:
         """Return what continues from earlier prompts, or None without a prompt cache."""
@@ -170,7 +196,12 @@ class Decoder:
         if not isinstance(view, FinishedBlocks):
             raise ConfigError(
                 "prompt_cache continues from finished blocks, which only a block-causal pattern with cache='exact' "
-                "(and no right_shift_logits) has; leave prompt_cache out."
+                "has; leave prompt_cache out."
+            )
+        if view.blocks.are_shifted:
+            raise ConfigError(
+                "prompt_cache continues from blocks that are counted from the first token; with attention='bd3lm' they "
+                "are counted from the response, whose place changes. Leave prompt_cache out."
             )
         return Prefill(self.prompt_cache, view)
 
@@ -225,7 +256,7 @@ class Job:
                 sampler=decoder.sampler,
                 reveal=reveal_for(canvas, options),
                 edit=edit_for(options),
-                stop=EosStop((decoder.special.eos,), canvas.is_response) if stops else None,
+                stop=EosStop(decoder.stops, canvas.is_response) if stops else None,
                 stable=None if options.stable_steps is None else StableAnswer(options.stable_steps),
                 generator=self.randomness,
             ):
@@ -235,16 +266,16 @@ class Job:
 
     def result(self, ids: Ids) -> Generation:
         """Cut the responses, or the filled texts, out of a final canvas [B, T]."""
-        special, decode = self.decoder.special, self.decoder.tokenizer.decode
+        special, decode, stops = self.decoder.special, self.decoder.tokenizer.decode, torch.tensor(self.decoder.stops)
         starts, ends = self.canvas.prompt_lengths.tolist(), self.canvas.response_ends.tolist()
         sequences, texts, tokens, unresolved = [], [], 0, 0
         for row, start, end in zip(ids.cpu(), starts, ends, strict=True):
             response = row[start:end]
-            is_eos = response == special.eos
-            if not self.infills and bool(is_eos.any()):
-                response = response[: int(is_eos.int().argmax()) + 1]
+            is_end = torch.isin(response, stops)
+            if not self.infills and bool(is_end.any()):
+                response = response[: int(is_end.int().argmax()) + 1]
             sequences.append(torch.cat((row[:start], response)))
-            shown = response if self.infills else visible(response, special.ends)
+            shown = response if self.infills else visible(response, (*special.ends, *self.decoder.config.stop_tokens))
             texts.append(decode(shown, skip_special_tokens=True))
             tokens += response.numel()
             unresolved += int((response == special.mask).sum())
@@ -283,6 +314,7 @@ class Job:
             prefill=decoder.prefill(view),
             compiled=decoder.compiled(canvas),
             soft=SoftFeedback(soft, decoder.model, canvas.ids.shape, canvas.ids.device) if options.soft_mask else None,
+            blocks=decoder.blocks(canvas) if bool(canvas.offsets.any()) else None,
         )
 
     def _written(self, memory: ParametricMemory) -> AbstractContextManager[Written]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from memdlm.inference.compiled import CompiledSteps
 from memdlm.inference.prompt_cache import Prefill
 from memdlm.inference.soft import SoftFeedback
-from memdlm.inference.views import Asked, Pass, View, WholeRows, contiguous
-from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.inference.views import Asked, Blocks, Pass, View, WholeRows, contiguous
+from memdlm.models.blocks.masks import AttentionPattern, Full
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
@@ -39,7 +39,8 @@ class CanvasDenoiser(Denoise):
 
     Rows without asked positions do not run. In our families the last layer computes only the asked positions; other
     networks, and those with shifted logits, run whole rows. With `soft`, the last prediction for a position that is
-    still masked is mixed into its input.
+    still masked is mixed into its input. `blocks` are those of a block-causal `pattern`, if they are not counted from
+    the first column.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class CanvasDenoiser(Denoise):
         prefill: Prefill | None = None,
         compiled: CompiledSteps | None = None,
         soft: SoftFeedback | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         self.soft = soft
-        self.model, self.view, self.pattern = model, view, pattern
+        self.model, self.view, self.pattern, self.blocks = model, view, pattern, blocks
         self.right_shift_logits = right_shift_logits
         self.meter = Meter() if meter is None else meter
         self.of_rows, self.prefill, self.compiled = of_rows, prefill, compiled
@@ -112,7 +114,7 @@ class CanvasDenoiser(Denoise):
     def _ours(self, ids: Ids, shown: Tensor, asked: Asked, part: Pass) -> Logits:
         queries, places = asked.queries(part.first)
         cached = self.view.cached(asked.rows, part, shown.device)
-        masks = {"attention_mask": self._keep(part, shown), "attention_pattern": self.pattern} if cached is None else {}
+        masks = self._masks(asked, part, shown) if cached is None else {}
         begin: dict[str, Any] = {"input_ids": shown}
         start = None
         if self.prefill is not None and self.prefill.is_due(asked):
@@ -130,6 +132,14 @@ class CanvasDenoiser(Denoise):
         places = places.to(shown.device, non_blocking=True)
         request = Request(start_layer=start, cached=cached, queries=queries)
         return self.model(**begin, positions=places, request=request, **masks).logits
+
+    def _masks(self, asked: Asked, part: Pass, shown: Ids) -> dict[str, Any]:
+        """Return what tells a pass without cache which positions see which."""
+        keep = self._keep(part, shown)
+        if self.blocks is None:
+            return {"attention_mask": keep, "attention_pattern": self.pattern}
+        seen = self.blocks.seen(asked.rows, part.columns, part.width, shown.device)
+        return {"attention_mask": seen if keep is None else seen & keep[:, None, None], "attention_pattern": Full()}
 
     def _network(self) -> MaskedDiffusionLM:
         network = unwrap(self.model)

@@ -138,9 +138,9 @@ class Prefill:
         have to make; None if no beginning is known.
         """
         rows, states = [], []
-        ends = asked.per_row("amin") // self.view.block * self.view.block
+        ends = asked.per_row("amin") // self.view.blocks.size * self.view.blocks.size
         for row, end in zip(asked.rows.tolist(), ends.tolist(), strict=True):
-            found = self.cache.find(ids[row, :end].cpu(), self.view.block) if self._is_new[row] else None
+            found = self.cache.find(ids[row, :end].cpu(), self.view.blocks.size) if self._is_new[row] else None
             if found is not None:
                 seen, length = found
                 self.cache.restore(self.view.cache, row, seen, length)
@@ -156,7 +156,7 @@ class Prefill:
 
     def keep(self, ids: Ids, asked: Asked, part: Pass, hidden: Tensor) -> None:
         """Keep the finished blocks of new rows; `hidden` [R, W, D] is what the pass handed to block F."""
-        ends = asked.per_row("amin") // self.view.block * self.view.block
+        ends = asked.per_row("amin") // self.view.blocks.size * self.view.blocks.size
         for index, (row, end, first) in enumerate(
             zip(asked.rows.tolist(), ends.tolist(), part.first.tolist(), strict=True)
         ):

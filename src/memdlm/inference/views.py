@@ -77,6 +77,45 @@ class Pass:
         return int(self.first[0]) if is_same else None
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Where the blocks of a canvas lie: those of row i begin `offsets[i]` columns before multiples of `size`."""
+
+    size: int
+    offsets: Tensor
+    """[B] int64 on the CPU, from 0 to `size` - 1."""
+
+    @classmethod
+    def from_first(cls, size: int, rows: int) -> "Blocks":
+        """Return blocks that are counted from the first column of every row."""
+        return cls(size, torch.zeros(rows, dtype=torch.int64))
+
+    @property
+    def are_shifted(self) -> bool:
+        """Whether some blocks do not begin at multiples of their size."""
+        return bool(self.offsets.any())
+
+    def index(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the numbers of the blocks of `columns` [R, ...] in `rows` [R]."""
+        offsets = self.offsets[rows].view(-1, *[1] * (columns.dim() - 1))
+        return torch.div(columns + offsets, self.size, rounding_mode="floor")
+
+    def start(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return [R]: where the blocks of `columns` [R] begin."""
+        return (self.index(rows, columns) * self.size - self.offsets[rows]).clamp_min(0)
+
+    def end(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return [R]: the first column behind the blocks of `columns` [R]."""
+        return (self.index(rows, columns) + 1) * self.size - self.offsets[rows]
+
+    def seen(self, rows: Tensor, columns: Tensor, end: int, device: torch.device) -> Tensor:
+        """Return [R, 1, W, end] bool on `device`: which of the first columns each of `columns` [R, W] may see."""
+        own, keys = self.index(rows, columns), self.index(rows, torch.arange(end).expand(len(rows), -1))
+        own, keys = (each.to(device, non_blocking=True) for each in (own, keys))
+        return (keys[:, None] <= own[:, :, None])[:, None]
+
+
 class View(ABC):
     """How much of a canvas is recomputed. Belongs to one canvas and one state of the network (one memory)."""
 
@@ -110,12 +149,12 @@ class WholeRows(View):
 class UpToBlock(View):
     """Every row up to the end of its current block, in every pass: exact for a block-causal pattern."""
 
-    def __init__(self, lengths: Tensor, block: int) -> None:
-        self.lengths, self.block = lengths, block
+    def __init__(self, lengths: Tensor, blocks: Blocks) -> None:
+        self.lengths, self.blocks = lengths, blocks
 
     def plan(self, asked: Asked) -> Pass:
         """Take the columns up to the block's end."""
-        last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
+        last = self.blocks.end(asked.rows, asked.per_row("amax")).minimum(self.lengths[asked.rows])
         return Pass(torch.zeros_like(last), last)
 
 
@@ -124,11 +163,12 @@ class FinishedBlocks(View):
     """Keys and values of finished blocks are kept: exact for a block-causal pattern.
 
     There, later tokens cannot change them. The first pass over a block also takes what was finished just before it: the
-    prompt at first, then one block each.
+    prompt at first, then one block each. With shifted logits, the column before a block predicts its first token, so a
+    block is recomputed until the first token of the next one is there.
     """
 
-    def __init__(self, lengths: Tensor, block: int, length: int) -> None:
-        self.lengths, self.block = lengths, block
+    def __init__(self, lengths: Tensor, blocks: Blocks, length: int) -> None:
+        self.lengths, self.blocks = lengths, blocks
         self.cache = KeyValueCache(lengths.numel(), length)
         self._kept = torch.zeros_like(lengths)
 
@@ -138,27 +178,29 @@ class FinishedBlocks(View):
 
     def plan(self, asked: Asked) -> Pass:
         """Take the columns that are not kept, up to the block's end."""
-        last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
+        last = self.blocks.end(asked.rows, asked.per_row("amax")).minimum(self.lengths[asked.rows])
         return Pass(self._kept[asked.rows], last)
 
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
         """Let every column see its own block and those before it."""
         columns, end = part.columns, int(part.last.max())
+        is_even = part.start is not None
+        is_one = bool((self.blocks.index(rows, part.first) == self.blocks.index(rows, part.last - 1)).all())
         visible: Tensor | Segments | None = None
-        if part.start is not None and part.width > SEGMENT:
-            visible = Segments(self.block, part.start, part.width, end)
-        elif part.start is None or part.width > self.block:
-            own = columns if part.start is None else columns[:1]
-            seen = torch.arange(end, device=device)
-            earlier = (seen // self.block) <= (own.to(device, non_blocking=True)[:, :, None] // self.block)
-            if part.start is None:
-                earlier &= seen < part.last.to(device, non_blocking=True)[:, None, None]
-            visible = earlier[:, None]
+        if part.start is not None and part.width > SEGMENT and not self.blocks.are_shifted:
+            visible = Segments(self.blocks.size, part.start, part.width, end)
+        elif not is_even or not is_one:
+            # Rows that take the same columns of the same blocks share a mask.
+            alike = 1 if is_even and not self.blocks.are_shifted else len(rows)
+            visible = self.blocks.seen(rows[:alike], columns[:alike], end, device)
+            if not is_even:
+                seen = torch.arange(end, device=device)
+                visible &= (seen < part.last.to(device, non_blocking=True)[:, None])[:, None, None]
         return _cached_pass(self.cache, rows, part, end, visible, device)
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Keep all blocks but the current one."""
-        self._kept[asked.rows] = asked.per_row("amax") // self.block * self.block
+        self._kept[asked.rows] = self.blocks.start(asked.rows, asked.per_row("amin"))
 
 
 @final
