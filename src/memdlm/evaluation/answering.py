@@ -22,6 +22,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.harness_options import Arguments, Request, Settings, cut, parse_request
 from memdlm.evaluation.ledger import Ledger, MeteredMemory
 from memdlm.inference.config import GenerationConfig
+from memdlm.inference.conventions import pattern_of
 from memdlm.inference.decoder import Decoder
 from memdlm.inference.shared_prompt import SharedPrompt, can_share
 from memdlm.memory.files.library import find_memory
@@ -29,7 +30,6 @@ from memdlm.memory.files.saved import read_memory
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
-from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.models.networks.soundness import blaming
@@ -117,7 +117,7 @@ class Answerer:
         """Attention pattern while a likelihood is estimated; None for full attention."""
         if self.settings.options.mc_attention == "full":
             return None
-        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None), self.config.block_size)
+        pattern = pattern_of(getattr(unwrap(self.model), "config", None), self.config)
         if isinstance(pattern, Full):
             raise ConfigError(
                 "mc_attention='decode' has no effect: this model decodes under full attention. Leave it out."
