@@ -25,7 +25,7 @@ from memdlm.cli.names import NOT_HERE
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.models import SmallDLMConfig, build_model
-from tiny import CONFIGS
+from tiny import A2D, CONFIGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,6 +38,9 @@ STANDS_FOR = {
     "ADAPTER": "runs/lora",
     "LLADA": "models/GSAI-ML/LLaDA-8B-Base",
     "LLADA2": "models/inclusionAI/LLaDA2.1-mini",
+    "DREAM": "models/Dream-org/Dream-v0-Instruct-7B",
+    "SDAR": "models/JetLM/SDAR-1.7B-Chat",
+    "A2D": "models/dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
     "RUN": "runs/lora",
     "ANOTHER_RUN": "runs/whole",
     "runs/ruler": "runs/lora",
@@ -78,6 +81,9 @@ PUBLISHED = {
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": "lladamoe",
     "inclusionAI/LLaDA2.1-mini": "llada2",
     "GSAI-ML/LLaDA-8B-Base": "llada",
+    "Dream-org/Dream-v0-Instruct-7B": "dream",
+    "JetLM/SDAR-1.7B-Chat": "sdar",
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": "a2d_qwen3",
 }
 DATASETS = ("Yukang/LongAlpaca-12k", "tatsu-lab/alpaca")
 
@@ -103,9 +109,9 @@ def workshop(tmp_path_factory):
     (folder / "notes" / "may.md").write_text(rows[1]["messages"][0]["content"])
     (folder / "notes" / "june.txt").write_text(rows[2]["messages"][0]["content"])
     write_jsonl([{"question": "k1 is", "answer": "v3"}], folder / "questions.jsonl")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|role_end|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|MASK|>", "<|role_end|>"]})
     for name, family in PUBLISHED.items():
-        config = CONFIGS[family]()
+        config = {**CONFIGS, **A2D}[family]()
         config.update({"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0})
         if family == "llada":
             config.embedding_size = len(tokenizer)
