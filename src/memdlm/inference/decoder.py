@@ -32,6 +32,7 @@ from memdlm.models.border.foreign import check_places
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.checking import check_randomness, vocabulary_of
+from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.soundness import blaming
 from memdlm.options import Defaulted
 from memdlm.padding import right_padded
@@ -143,7 +144,8 @@ class Decoder:
     @cached_property
     def options(self) -> GenerationConfig:
         """The configuration with the family's defaults filled in."""
-        return resolved(self.config, self.pattern, self.conventions)
+        shift = shift_of(self.model, self.config.right_shift_logits)
+        return replace(resolved(self.config, self.pattern, self.conventions), right_shift_logits=shift)
 
     @cached_property
     def sampler(self) -> TokenSampler:
