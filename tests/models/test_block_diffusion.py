@@ -71,7 +71,8 @@ def leaks(model, clean, noised):
         changed = clean.clone()
         changed[:, start:] = (changed[:, start:] + 1) % MASK
         after = joined(model, changed, noised)
-        if not before[:, : start + BLOCK].equal(after[:, : start + BLOCK]):
+        # Experts take their tokens in another order, hence not bit for bit.
+        if (before - after)[:, : start + BLOCK].abs().max() > 1e-9:
             return True
     return False
 
@@ -182,7 +183,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match="2-D attention_mask"):
         BlockDiffusionDenoiser(model, clean, BLOCK, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
     for block in (0, True, "4"):
-        with pytest.raises(ConfigError, match="BlockDiffusion.block must be an integer"):
+        with pytest.raises(ConfigError, match=r"BlockDiffusion\.block must be an integer"):
             BlockDiffusion(block)
     with pytest.raises(ConfigError, match="even number of columns, got 11"):
         ModelDenoiser(model, attention_pattern=BlockDiffusion(BLOCK)).logits(clean, torch.arange(3))

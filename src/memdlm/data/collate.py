@@ -24,8 +24,8 @@ class Collator:
     * all (as published): padding is visible and learned, so its amount depends on the rows that share a batch;
     * first: one EOS after the row is visible and learned, the rest is hidden;
     * none: all padding is hidden;
-    * block: a row's last block of `block_size` tokens is filled with EOS that is visible and learned, the rest is hidden
-      (block diffusion: the model learns to end a block with EOS, whatever rows share the batch).
+    * block: a row's last block of `block_size` tokens is filled with EOS that is visible and learned, the rest is
+      hidden (block diffusion: the model learns to end a block with EOS, whatever rows share the batch).
 
     The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at padding added here, never at
     the row's own EOS) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids` (what

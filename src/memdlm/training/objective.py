@@ -67,7 +67,7 @@ class OuterObjective:
         is_soft: Tensor | None = None,
         totals: Mapping[str, Tensor] | None = None,
     ) -> Any:
-        """Return the `MaskedLoss` of a batch; with `totals` of the optimizer step, the result has a loss that can be differentiated."""
+        """Return the `MaskedLoss` of a batch; with `totals` of the optimizer step, it has a differentiable loss."""
         return score(
             model,
             batch,

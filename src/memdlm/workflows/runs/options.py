@@ -87,8 +87,8 @@ class DataOptions(EncodingOptions):
     )
     supervise_padding: str = option(
         "all",
-        "How much of the padding (EOS) is learned, so that the model learns to end its answers. block: up to the end of "
-        "the row's last block (with block_size).",
+        "How much of the padding (EOS) is learned, so that the model learns to end its answers. block: up to the end "
+        "of the row's last block (with block_size).",
         choices=SUPERVISE_PADDING,
     )
 

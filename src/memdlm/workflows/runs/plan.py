@@ -144,13 +144,13 @@ def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict
     width = DTYPES.get(plan.model.dtype, config.dtype or torch.float32).itemsize
     adapted = plan.model.has_adapter
     trained_width = 4 if adapted else width
-    # Block diffusion sees the noised and the clean text in one pass.
-    passed = 1 if arguments.block_size is None else 2
     tokens = arguments.per_device_train_batch_size * plan.data.max_length
+    # Block diffusion sees the noised and the clean text in one pass.
+    seen = tokens if arguments.block_size is None else 2 * tokens
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     compute = 2 if arguments.bf16 or arguments.fp16 else width
-    per_block = 17 * hidden * tokens * passed * compute
-    saved = layers * hidden * tokens * passed * compute + per_block if arguments.gradient_checkpointing else layers * per_block
+    per_block = 17 * hidden * seen * compute
+    saved = layers * hidden * seen * compute + per_block if arguments.gradient_checkpointing else layers * per_block
     logits = min(tokens * vocabulary, at_once(MAX_SUMMED_LOGITS, arguments.device)) * BYTES
     copies = arguments.per_device_train_batch_size if arguments.memory and arguments.memory.per_sample else 1
     return {

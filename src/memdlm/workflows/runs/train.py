@@ -94,9 +94,7 @@ def _run(
         arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=Collator(
-            tokenizer.pad_token_id, data_options.supervise_padding, block_size=arguments.block_size
-        ),
+        data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding, block_size=arguments.block_size),
         processing_class=tokenizer,
     )
     if run.overwrite_output_dir:
