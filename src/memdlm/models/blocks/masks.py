@@ -205,7 +205,7 @@ class DiffusionSegments(Segmented):
     """The mask of `BlockDiffusion` over two halves of `half` columns each.
 
     A segment of x_t sees its own blocks of x_t and x_0 up to its last block; a segment of x_0 sees x_0 to the end of
-    its last block. In sum about a quarter of the 2L * 2L scores is computed.
+    its last block. Of a long text, little more than a quarter of the 2L * 2L scores is computed.
     """
 
     pattern: BlockDiffusion
