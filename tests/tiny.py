@@ -3,11 +3,34 @@
 import torch
 
 from memdlm.diffusion.masking import positions_of
-from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, SmallDLMConfig, build_model
+from memdlm.models import (
+    A2DLlamaConfig,
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    LLaDA2MoeConfig,
+    LLaDAConfig,
+    LLaDAMoEConfig,
+    SDARConfig,
+    SmallDLMConfig,
+    build_model,
+)
 
 V, MASK, PAD = 32, 31, 30
 
+QWEN = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
 CONFIGS = {
+    "dream": lambda: DreamConfig(**QWEN),
+    "sdar": lambda: SDARConfig(**QWEN, head_dim=12),
     "llada": lambda: LLaDAConfig(vocab_size=V, d_model=32, mlp_hidden_size=48, n_layers=3, n_heads=4, init_std=0.3),
     "llada_switches": lambda: LLaDAConfig(
         vocab_size=V,
@@ -58,9 +81,16 @@ CONFIGS = {
     ),
 }
 
+A2D = {
+    "a2d_qwen2": lambda: A2DQwen2Config(**QWEN),
+    "a2d_qwen3": lambda: A2DQwen3Config(**QWEN, head_dim=12, tie_word_embeddings=True),
+    "a2d_llama": lambda: A2DLlamaConfig(**QWEN),
+}
+"""Families whose network is that of Dream or SDAR; they run in the tests of networks, names and files."""
+
 
 def tiny(name: str, dtype=torch.float32, seed: int = 0):
-    return build_model(CONFIGS[name](), seed=seed).to(dtype).eval()
+    return build_model({**CONFIGS, **A2D}[name](), seed=seed).to(dtype).eval()
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -70,7 +70,9 @@ def memorize(model, folder, *more):
 def test_the_stock_networks_are_the_published_ones(family):
     recorded = load_file(GOLDEN / family / "forward.safetensors")[FAMILIES[family]]
     with torch.no_grad():
-        assert_close(stock_networks.network(checkpoint(family))(ids_of(family)), recorded, rtol=0, atol=2e-4)
+        logits = stock_networks.network(checkpoint(family))(ids_of(family))
+        # Of the two rows only the first is recorded here.
+        assert_close(logits[: len(recorded)], recorded, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize(

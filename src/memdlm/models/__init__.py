@@ -10,12 +10,32 @@ from memdlm.models.lora.files import load_outer_adapter, save_outer_adapter
 from memdlm.models.networks.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
 from memdlm.models.networks.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from memdlm.models.networks.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.networks.qwen import (
+    A2DLlamaConfig,
+    A2DLlamaLMHeadModel,
+    A2DQwen2Config,
+    A2DQwen2LMHeadModel,
+    A2DQwen3Config,
+    A2DQwen3LMHeadModel,
+    DreamConfig,
+    DreamModel,
+    SDARConfig,
+    SDARForCausalLM,
+)
 from memdlm.models.networks.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 __all__ = [
     "FAMILIES",
+    "A2DLlamaConfig",
+    "A2DLlamaLMHeadModel",
+    "A2DQwen2Config",
+    "A2DQwen2LMHeadModel",
+    "A2DQwen3Config",
+    "A2DQwen3LMHeadModel",
     "AttentionPattern",
     "BlockCausal",
+    "DreamConfig",
+    "DreamModel",
     "Family",
     "Full",
     "LLaDA2MoeConfig",
@@ -29,6 +49,8 @@ __all__ = [
     "LLaDAModelLM",
     "LoRAOptions",
     "ModelDenoiser",
+    "SDARConfig",
+    "SDARForCausalLM",
     "SmallDLM",
     "SmallDLMConfig",
     "SmallDLMModel",

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 _CLASSES: list["type[PublishedConfig]"] = []
+PREFIXES = ("llada", "dream", "sdar", "a2d")
+"""Beginnings of the names of the families' classes; copies of the published code vary the rest."""
 
 
 class PublishedConfig(PreTrainedConfig):
@@ -22,6 +24,8 @@ class PublishedConfig(PreTrainedConfig):
     """Sets of fields; a file that has all of one set describes this family."""
     telling_tensors: ClassVar[tuple[str, ...]] = ()
     """Parts of tensor names that only this family has."""
+    telling_model_types: ClassVar[tuple[str, ...]] = ()
+    """Model types that no other family states."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,17 +59,20 @@ class PublishedConfig(PreTrainedConfig):
 def config_class_for(fields: Mapping[str, Any], tensor_names: Iterable[str] = ()) -> "type[PublishedConfig] | None":
     """Return the configuration class of the family that a file describes, or None for a foreign one.
 
-    Looks at `architectures`, then at the fields, then at the names of the checkpoint's tensors.
+    Looks at `architectures`, then at the fields, then at the model type, then at the names of the checkpoint's tensors.
     """
     named = {str(name).lower() for name in fields.get("architectures") or ()}
     for cls in _CLASSES:
         if named & {name.lower() for name in cls.published_architectures}:
             return cls
-    if named and not any(name.startswith("llada") for name in named):
+    if named and not any(name.startswith(PREFIXES) for name in named):
         return None  # it names its architecture, which is none of ours
     present = {key for key, value in fields.items() if value is not None}
     for cls in _CLASSES:
         if any(telling <= present for telling in cls.telling_fields):
+            return cls
+    for cls in _CLASSES:
+        if fields.get("model_type") in cls.telling_model_types:
             return cls
     return config_class_of_tensors(tensor_names)
 

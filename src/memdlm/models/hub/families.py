@@ -19,6 +19,25 @@ from memdlm.models.networks.llada2 import (
     LLaDA21MoeConfig,
 )
 from memdlm.models.networks.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.networks.qwen import (
+    A2DLlamaConfig,
+    A2DLlamaLMHeadModel,
+    A2DLlamaModel,
+    A2DQwen2Config,
+    A2DQwen2LMHeadModel,
+    A2DQwen2Model,
+    A2DQwen3Config,
+    A2DQwen3LMHeadModel,
+    A2DQwen3Model,
+    DreamBaseModel,
+    DreamConfig,
+    DreamLowerCaseConfig,
+    DreamModel,
+    QwenConfig,
+    SDARConfig,
+    SDARForCausalLM,
+    SDARModel,
+)
 from memdlm.models.networks.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 
@@ -33,9 +52,14 @@ class Family:
     other_configs: tuple[type[PreTrainedConfig], ...] = ()
     """Configurations that give the family further model types."""
     mask_token: str
+    other_mask_tokens: tuple[str, ...] = ()
+    """Further spellings of the mask token, in copies of the published tokenizer."""
     eot_token: str
-    is_block_causal: bool = False
-    """Decoded in absolute blocks that do not see later ones (LLaDA2.x)."""
+    block_size: int | None = None
+    """Tokens of the absolute blocks in which the family is decoded, which do not see later ones (LLaDA2.x, SDAR).
+    None: there are none, and every position sees every other. A configuration's own `block_size` goes first."""
+    right_shift_logits: bool = False
+    """The network's output at position i - 1 predicts token i (Dream); the first position keeps its own."""
     chat_template: str | None = None
     """Replaces the tokenizer's own template; None keeps that one."""
     conversions: tuple[Any, ...] = ()
@@ -45,6 +69,11 @@ class Family:
     def model_type(self) -> str:
         """The name under which transformers knows the configuration."""
         return str(self.config_class.model_type)
+
+    @property
+    def is_block_causal(self) -> bool:
+        """Whether the family is decoded in blocks that do not see later ones, unless a configuration says otherwise."""
+        return self.block_size is not None
 
 
 LLADA_TEMPLATE = (
@@ -84,10 +113,54 @@ LLADA2 = Family(
     backbone_class=LLaDA2MoeModel,
     lm_class=LLaDA2MoeModelLM,
     other_configs=(LLaDA21MoeConfig, LLaDA2Moe21Config),
-    is_block_causal=True,
+    block_size=32,
     mask_token="<|mask|>",
     eot_token="<|role_end|>",
     conversions=(*renamings(LLaDA2MoeModelLM.published_names), *stacked_experts()),
+)
+DREAM = Family(
+    name="Dream",
+    config_class=DreamConfig,
+    backbone_class=DreamBaseModel,
+    lm_class=DreamModel,
+    other_configs=(DreamLowerCaseConfig,),
+    right_shift_logits=True,
+    mask_token="<|mask|>",
+    eot_token="<|im_end|>",
+)
+SDAR = Family(
+    name="SDAR",
+    config_class=SDARConfig,
+    backbone_class=SDARModel,
+    lm_class=SDARForCausalLM,
+    block_size=4,
+    mask_token="<|MASK|>",
+    other_mask_tokens=("<MASK>",),
+    eot_token="<|im_end|>",
+)
+A2D_QWEN2 = Family(
+    name="A2D-Qwen2",
+    config_class=A2DQwen2Config,
+    backbone_class=A2DQwen2Model,
+    lm_class=A2DQwen2LMHeadModel,
+    mask_token="<|mask|>",
+    eot_token="<|im_end|>",
+)
+A2D_QWEN3 = Family(
+    name="A2D-Qwen3",
+    config_class=A2DQwen3Config,
+    backbone_class=A2DQwen3Model,
+    lm_class=A2DQwen3LMHeadModel,
+    mask_token="<|mask|>",
+    eot_token="<|im_end|>",
+)
+A2D_LLAMA = Family(
+    name="A2D-Llama",
+    config_class=A2DLlamaConfig,
+    backbone_class=A2DLlamaModel,
+    lm_class=A2DLlamaLMHeadModel,
+    mask_token="<|mask|>",
+    eot_token="<|eot_id|>",
 )
 SMALL = Family(
     name="small",
@@ -98,7 +171,7 @@ SMALL = Family(
     eot_token="<|eot|>",
 )
 
-FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, SMALL)
+FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SMALL)
 
 
 def register() -> None:
@@ -112,14 +185,28 @@ def register() -> None:
             register_checkpoint_conversion_mapping(family.model_type, list(family.conversions), overwrite=True)
 
 
-BLOCK = 32
-"""Tokens that block-causal families decode together, unless told otherwise."""
+def block_size_of(config: object) -> int | None:
+    """Return how many tokens a model of this configuration decodes together in blocks that do not see later ones.
+
+    None: it has no such blocks. The configuration's own `block_size` (SDAR, A2D) goes before the family's.
+    """
+    family = family_of(config)
+    if family is None:
+        return None
+    stated: int | None = getattr(config, "block_size", None) if isinstance(config, QwenConfig) else None
+    return stated or family.block_size
 
 
 def decoding_pattern(config: object, block: int | None = None) -> AttentionPattern:
     """Return the pattern under which a model of this configuration decodes: blocks of `block` (LLaDA2.x), or full."""
+    own = block_size_of(config)
+    return Full() if own is None else BlockCausal(block or own)
+
+
+def shifts_logits(config: object) -> bool:
+    """Whether a model of this configuration predicts token i at position i - 1 (Dream); False for a foreign one."""
     family = family_of(config)
-    return BlockCausal(block or BLOCK) if family is not None and family.is_block_causal else Full()
+    return family is not None and family.right_shift_logits
 
 
 def family_of(config: object) -> Family | None:

@@ -45,6 +45,9 @@ MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable that keeps transformers from reading weights in threads."""
 
+CONVERTIBLE = ("qwen2", "qwen3", "llama")
+CONVERSION = " If not, `memdlm convert` makes an A2D model of it, which training then teaches to fill masks."
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -365,6 +368,7 @@ def _foreign_loader(name: str, config: PreTrainedConfig) -> Any:
         raise CheckpointError(
             f"model {name!r}: {config.model_type} is autoregressive. If this checkpoint was converted to look both "
             'ways, say so in its config.json with "is_causal": false.'
+            f"{CONVERSION if config.model_type in CONVERTIBLE else ''}"
         )
     raise CheckpointError(
         f"model {name!r}: {config.model_type} has no token prediction for every position. Possible: "

@@ -22,7 +22,7 @@ class LLaDAMoEConfig(PublishedConfig):
     model_type = "lladamoe"
     published_architectures = ("LLaDAMoEModelLM", "LLaDAMoEModel")
     telling_fields = (frozenset({"num_experts", "expert_intermediate_size"}),)
-    telling_tensors = (".embed_tokens.",)
+    telling_tensors = (".mlp.experts.",)  # after LLaDA2, which has its own telling ones
 
     vocab_size: int = 157184
     hidden_size: int = 2048
