@@ -97,7 +97,16 @@ BLOCK_OPTIONS = st.fixed_dictionaries(
 LENGTHS = st.lists(st.integers(1, 14), min_size=1, max_size=4)
 
 
-@pytest.mark.parametrize("family", ["llada2", "llada", "lladamoe", "small_windowed"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llada2",
+        "llada",
+        "lladamoe",
+        "small_windowed",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdar", "dream")),
+    ],
+)
 @settings(max_examples=15, **DRAWN)
 @given(data=st.data(), lengths=LENGTHS, new=st.integers(1, 13), options=BLOCK_OPTIONS, remembers=st.booleans())
 def test_block_causal_decoding_with_the_cache_gives_the_tokens_of_recomputation(

@@ -31,6 +31,7 @@ from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
+from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import derive
@@ -86,7 +87,7 @@ class Answerer:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}.")
         self.ledger.begin(next(self.model.parameters()).device)
         self.config = GenerationConfig(**self.settings.generation)
-        self.shifted = self.config.right_shift_logits
+        self.shifted = shift_of(self.model, self.config.right_shift_logits)
         if self.settings.memory is not None:
             self.memory = MeteredMemory(
                 self.model,

@@ -62,7 +62,7 @@ def masked_loss(
     mask_token_id: int,
     window: int | None = None,
     batch_size: int = 8,
-    right_shift_logits: bool = False,
+    right_shift_logits: bool | None = None,
     attention_pattern: AttentionPattern | None = None,
 ) -> float:
     """Return the loss in nats per hidden token, averaged over all views. An open memory is read.

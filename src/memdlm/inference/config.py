@@ -110,7 +110,9 @@ class GenerationConfig(SoftMaskOptions):
         "never predicted.",
         choices=("postpone", "forbid"),
     )
-    right_shift_logits: Defaulted[bool] = option(False, "The network's output at position i - 1 predicts position i.")
+    right_shift_logits: bool | None = option(
+        None, "The network's output at position i - 1 predicts position i; unset: as the family was trained."
+    )
     eos_early_stop: Defaulted[bool] = option(
         True, "Stop decoding a row once it is complete up to its first EOS; the text stays the same."
     )

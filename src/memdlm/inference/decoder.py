@@ -32,6 +32,7 @@ from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.checking import check_randomness, vocabulary_of
+from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.soundness import blaming
 from memdlm.options import Defaulted
 from memdlm.padding import right_padded
@@ -131,7 +132,8 @@ class Decoder:
     @cached_property
     def options(self) -> GenerationConfig:
         """The configuration with the family's defaults filled in."""
-        return self.config.resolved(self.pattern)
+        shift = shift_of(self.model, self.config.right_shift_logits)
+        return replace(self.config.resolved(self.pattern), right_shift_logits=shift)
 
     @cached_property
     def sampler(self) -> TokenSampler:

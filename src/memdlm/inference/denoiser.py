@@ -17,6 +17,7 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.requests import Request
+from memdlm.models.networks.shifting import shift_of
 from memdlm.types import Denoise, Ids, Logits, Positions
 
 OfRows: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
@@ -48,7 +49,7 @@ class CanvasDenoiser(Denoise):
         view: View,
         *,
         pattern: AttentionPattern | None,
-        right_shift_logits: bool = False,
+        right_shift_logits: bool | None = None,
         meter: Meter | None = None,
         of_rows: OfRows | None = None,
         prefill: Prefill | None = None,
@@ -57,7 +58,7 @@ class CanvasDenoiser(Denoise):
     ) -> None:
         self.soft = soft
         self.model, self.view, self.pattern = model, view, pattern
-        self.right_shift_logits = right_shift_logits
+        self.right_shift_logits = shift_of(model, right_shift_logits)
         self.meter = Meter() if meter is None else meter
         self.of_rows, self.prefill, self.compiled = of_rows, prefill, compiled
         self.is_ours = isinstance(unwrap(model), MaskedDiffusionLM)

@@ -27,7 +27,7 @@ def score(
     generator: torch.Generator | None = None,
     mask_token_id: int | None = None,
     batch_size: int = 16,
-    right_shift_logits: bool = False,
+    right_shift_logits: bool | None = None,
     attention_pattern: AttentionPattern | None = None,
 ) -> Likelihood:
     """Bound -log p(target | prompt) in nats by Monte Carlo, with `.stderr`; a `memory` writes the prompt first.

@@ -37,7 +37,7 @@ def check_parts(
     check_kind(schedule, (Schedule, type(None)), "schedule", "a Schedule, or None")
     check_kind(pattern, (AttentionPattern, type(None)), "attention_pattern", "an AttentionPattern, or None")
     check_kind(tokenizer, (PreTrainedTokenizerBase, type(None)), "tokenizer", "a tokenizer of transformers, or None")
-    check_kind(right_shift, bool, "right_shift_logits", "True or False")
+    check_kind(right_shift, (bool, type(None)), "right_shift_logits", "True or False, or None")
 
 
 def check_text(

@@ -32,6 +32,7 @@ from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
+from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.soundness import blaming
 from memdlm.randomness import Randomness, derive
 from memdlm.types import Ids, PositionSet
@@ -59,7 +60,7 @@ class ParametricMemory:
         *,
         mask_token_id: int,
         schedule: Schedule | None = None,
-        right_shift_logits: bool = False,
+        right_shift_logits: bool | None = None,
         attention_pattern: AttentionPattern | None = None,
         process_group: ProcessGroup | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -72,7 +73,7 @@ class ParametricMemory:
         self.model, self.mask_token_id = unwrap_parallel(model), mask_token_id
         self.schedule = Linear() if schedule is None else schedule
         self.process_group = process_group
-        self.right_shift_logits = right_shift_logits
+        self.right_shift_logits = shift_of(model, right_shift_logits)
         self.attention_pattern = self._pattern(attention_pattern)
         self.strategy = self.config.strategy()
         self.update = self.config.update()

@@ -32,8 +32,10 @@ class DiffusionConfig(SoftMaskOptions):
     schedule: str = option("linear", "Noise schedule.", choices=tuple(SCHEDULES))
     loss_weight_type: str = option("scheduler", "Weight of the loss at time t.", choices=tuple(WEIGHTINGS))
     loss_norm_type: str = option("token", "What the loss is divided by.", choices=NORMS)
-    right_shift_logits: bool = option(
-        False, "The network's output at position i - 1 predicts position i (models converted from autoregressive ones)."
+    right_shift_logits: bool | None = option(
+        None,
+        "The network's output at position i - 1 predicts position i (models converted from autoregressive ones); "
+        "unset: as the family was trained.",
     )
     stratified_times: bool = option(
         False,

@@ -197,7 +197,7 @@ def score(
     *,
     schedule: Schedule,
     weighting: str,
-    right_shift_logits: bool = False,
+    right_shift_logits: bool | None = None,
     lower_layers: LowerLayers | None = None,
     planner: Planner | None = None,
     attention_pattern: AttentionPattern | None = None,

@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 
 from memdlm.models.blocks.masks import AttentionPattern
@@ -14,6 +13,7 @@ from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers, State
 from memdlm.models.networks.requests import Request
+from memdlm.models.networks.shifting import shift_of, shifted
 from memdlm.types import Denoise, Features, Ids, Logits, PerToken, Positions
 
 
@@ -23,8 +23,9 @@ class ModelDenoiser(Denoise):
 
     `model` may be wrapped (DDP, PEFT), and may be of another family (`memdlm.models.border.foreign`).
     `attention_mask` [B, L] (or 4-D) belongs to B texts: when ids of m*B rows come in, row i uses the mask of text
-    i // m. With `right_shift_logits` (networks converted from autoregressive ones) the token at column i is predicted
-    by the network's output at column i - 1; column 0 keeps its own.
+    i // m. With `right_shift_logits` (None: as the family was trained; Dream was so) the token at column i is predicted
+    by the network's output at column i - 1. Column 0 keeps its own, and so does the first column that a 2-D
+    `attention_mask` shows.
 
     `lower_layers` supplies the hidden states below its first block. `is_constant` promises that only what is attached
     to the model from outside needs gradients, and only once: the vocabulary projection then costs less memory.
@@ -36,12 +37,12 @@ class ModelDenoiser(Denoise):
         *,
         attention_mask: Tensor | None = None,
         attention_pattern: AttentionPattern | None = None,
-        right_shift_logits: bool = False,
+        right_shift_logits: bool | None = None,
         lower_layers: LowerLayers | None = None,
         is_constant: bool = False,
     ) -> None:
         self.model, self.attention_mask = model, attention_mask
-        self.attention_pattern, self.right_shift_logits = attention_pattern, right_shift_logits
+        self.attention_pattern, self.right_shift_logits = attention_pattern, shift_of(model, right_shift_logits)
         network = unwrap(model)
         self.is_ours = isinstance(network, MaskedDiffusionLM)
         self.foreign = None if chooses_positions(network) else ForeignModel(model, network)
@@ -126,7 +127,9 @@ class ModelDenoiser(Denoise):
         positions = positions.to(ids.device, non_blocking=True)
         if not self.right_shift_logits:
             return positions
-        return torch.where(positions % ids.shape[1] == 0, positions, positions - 1)
+        mask = self._mask_for(ids)
+        is_visible = None if mask is None or mask.dim() != 2 else mask
+        return shifted(positions, ids.shape[1], is_visible)
 
     def _mask_for(self, ids: Ids) -> Tensor | None:
         mask = self.attention_mask

@@ -58,8 +58,6 @@ class Family:
     block_size: int | None = None
     """Tokens of the absolute blocks in which the family is decoded, which do not see later ones (LLaDA2.x, SDAR).
     None: there are none, and every position sees every other. A configuration's own `block_size` goes first."""
-    right_shift_logits: bool = False
-    """The network's output at position i - 1 predicts token i (Dream); the first position keeps its own."""
     chat_template: str | None = None
     """Replaces the tokenizer's own template; None keeps that one."""
     conversions: tuple[Any, ...] = ()
@@ -69,6 +67,11 @@ class Family:
     def model_type(self) -> str:
         """The name under which transformers knows the configuration."""
         return str(self.config_class.model_type)
+
+    @property
+    def right_shift_logits(self) -> bool:
+        """Whether the network's output at position i - 1 predicts token i (Dream); the first keeps its own."""
+        return bool(self.lm_class.right_shift_logits)
 
     @property
     def is_block_causal(self) -> bool:
@@ -124,7 +127,6 @@ DREAM = Family(
     backbone_class=DreamBaseModel,
     lm_class=DreamModel,
     other_configs=(DreamLowerCaseConfig,),
-    right_shift_logits=True,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
 )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -174,12 +174,14 @@ class Backbone(DiffusionPreTrainedModel):
 
 
 class MaskedDiffusionLM(DiffusionPreTrainedModel):
-    """Backbone plus vocabulary projection; logits at the same position as the token (no shift)."""
+    """Backbone plus vocabulary projection. `right_shift_logits` says which output predicts which token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     backbone_class: type[Backbone]
     published_names: NameTable = ()
     """Names that published checkpoints and adapters have for our modules, where they differ."""
+    right_shift_logits: ClassVar[bool | None] = None
+    """Whether the output at position i - 1 predicts token i; None: it does not, but training may teach it that."""
 
     def __init__(self, config: Any, *, head_bias: bool = False) -> None:
         super().__init__(config)

@@ -145,6 +145,7 @@ class LLaDAModelLM(MaskedDiffusionLM):
 
     config_class = LLaDAConfig
     backbone_class = LLaDAModel
+    right_shift_logits = False
     published_names = (
         ("model.transformer.ff_out.", "lm_head."),
         ("transformer.wte.", "embed_tokens."),

@@ -176,6 +176,7 @@ class LLaDA2MoeModelLM(MaskedDiffusionLM):
 
     config_class = LLaDA2MoeConfig
     backbone_class = LLaDA2MoeModel
+    right_shift_logits = False
     published_names = (
         ("word_embeddings.", "embed_tokens."),
         (".attention.", ".self_attn."),

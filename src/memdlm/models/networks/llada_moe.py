@@ -134,3 +134,4 @@ class LLaDAMoEModelLM(MaskedDiffusionLM):
 
     config_class = LLaDAMoEConfig
     backbone_class = LLaDAMoEModel
+    right_shift_logits = False

@@ -217,6 +217,7 @@ class DreamModel(MaskedDiffusionLM):
 
     config_class = DreamConfig
     backbone_class = DreamBaseModel
+    right_shift_logits = True
 
 
 class SDARModel(QwenModel):
@@ -230,6 +231,7 @@ class SDARForCausalLM(MaskedDiffusionLM):
 
     config_class = SDARConfig
     backbone_class = SDARModel
+    right_shift_logits = False
 
 
 class A2DQwen3Model(QwenModel):

@@ -88,7 +88,7 @@ def check_same_data(manifest: Mapping[str, Any], plan: RunPlan, checkpoint: Path
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one text per option that changes the run: its name, earlier value and present value."""
     usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
-    old, new = {**usual, **old}, {**usual, **new}
+    old, new = ({**usual, **options, "right_shift_logits": _shift(options)} for options in (old, new))
     # Options of only one run belong to an adapter or memory that the other lacks; the switch for it differs, too.
     changed = {name for name in set(old) & set(new) if old[name] != new[name] and not _is_free(name)}
     if is_same_step(old, new):
@@ -96,6 +96,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if old["lr_scheduler_type"] == new["lr_scheduler_type"] == "constant":
         changed -= set(_LENGTH)
     return [f"{name} was {old[name]!r}, now {new[name]!r}" for name in sorted(changed)]
+
+
+def _shift(options: Mapping[str, Any]) -> bool | None:
+    """Return the shift that a run asked for; runs of before the families had one said False instead of nothing."""
+    return options.get("right_shift_logits") or None
 
 
 def is_same_step(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

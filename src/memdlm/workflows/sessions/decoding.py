@@ -104,7 +104,13 @@ def load(options: DecodingOptions, memory: MemoryConfig | None, config: Generati
     """
     check_vocabulary(options, config)
     model, tokenizer = load_parts(options, display)
-    written = ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
+    written = ParametricMemory(
+        model,
+        memory,
+        mask_token_id=tokenizer.mask_token_id,
+        right_shift_logits=config.right_shift_logits,
+        tokenizer=tokenizer,
+    )
     return Decoder(model, tokenizer, config, memory=written)
 
 
