@@ -30,7 +30,8 @@ class BlockDiffusionDenoiser(Denoise):
 
     One pass over [x_t | x_0], 2 L columns, gives for every block what a block-causal pass over the clean text before
     it and the noised block alone would give (BD3-LM, arXiv 2503.09573). `attention_mask` [B, L] hides padding
-    in both halves; `right_shift_logits` is that of `ModelDenoiser`.
+    in both halves. With `right_shift_logits` (None: as the family was trained) column i of the noised text is predicted
+    by the output at its column i - 1, also where a block begins, as published (dLLM).
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class BlockDiffusionDenoiser(Denoise):
         block_size: int,
         *,
         attention_mask: Tensor | None = None,
-        right_shift_logits: bool = False,
+        right_shift_logits: bool | None = None,
     ) -> None:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ConfigError(
