@@ -11,6 +11,7 @@ from memdlm.cli.output import say
 from memdlm.cli.parsing import DataclassParser
 from memdlm.memory.files.saved import holds_memories, inspect_memory, is_memory, list_memories
 from memdlm.memory.flags import flags_of, memory_from_flags
+from memdlm.memory.sites import FEED_FORWARD
 from memdlm.terminal import json_text
 from memdlm.workflows.console import PlainConsole
 from memdlm.workflows.summary import ModelSummary, summarise
@@ -75,6 +76,11 @@ def show(summary: ModelSummary, name: str) -> None:
         )
     console.print(table)
     size = summary.num_fast_parameters * 4 / 2**20
+    if summary.follows_structure:
+        console.print(
+            f"{summary.model_class} has no {', '.join(FEED_FORWARD)}: these are the projections of its feed-forward. "
+            "--mem_inner_target_modules names others."
+        )
     console.print(f"in all {_count(summary.num_fast_parameters)}, {size:.1f} MiB in float32")
 
 

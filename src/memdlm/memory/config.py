@@ -69,7 +69,9 @@ class FastWeightsConfig(_Options):
         0.1, "Share of the blocks that get fast weights, counted from the last.", above=0, maximum=1
     )
     inner_target_modules: str = option(
-        "gate_proj,up_proj,down_proj", "Projections that get fast weights, comma-separated."
+        "gate_proj,up_proj,down_proj",
+        "Projections that get fast weights, comma-separated. A network without projections of the default names gets "
+        "them in its feed-forward, whatever that is called; memdlm info says where.",
     )
 
     def __post_init__(self) -> None:

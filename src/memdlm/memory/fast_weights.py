@@ -5,7 +5,7 @@ gradient norm or its checkpoints. A forward hook adds them to a linear layer's o
 `ExpertAdditions` object. One memory can be open per network, and only the thread that opened it reads it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeAlias, final
 
@@ -18,6 +18,7 @@ from memdlm.memory.dropout import InputDropout
 from memdlm.memory.open_block import OpenBlock, claimed
 from memdlm.memory.sites import Site
 from memdlm.models.blocks.experts import ExpertAdditions, Experts, Routing
+from memdlm.models.blocks.looped import bare_of, unrolled
 from memdlm.models.networks.patching import copied_bare
 from memdlm.options import shortened
 from memdlm.randomness import Randomness, seed_tensor
@@ -218,9 +219,10 @@ class FastWeights:
 
     def _attach(self) -> ExitStack:
         """Put the values beside what the modules compute; closing the stack takes them away again."""
-        changed: dict[nn.Module, dict[str, Any]] = {}
         handles = []
         with ExitStack() as stack:
+            stack.enter_context(unrolled(self.network))
+            changed: dict[nn.Module, Mapping[str, Any]] = bare_of(self.network)
             for block in self.blocks:
                 handles.append(block.register_forward_pre_hook(self._check_rows, with_kwargs=True))
                 stack.callback(handles[-1].remove)

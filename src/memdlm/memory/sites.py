@@ -9,6 +9,7 @@ from torch import nn
 
 from memdlm.errors import ConfigError, did_you_mean
 from memdlm.models.blocks.experts import Experts
+from memdlm.models.blocks.looped import passes_of
 from memdlm.models.blocks.structure import blocks_of
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
@@ -51,35 +52,64 @@ def adapted_blocks(model: nn.Module, fraction: float) -> tuple[int, list[nn.Modu
     return start, blocks[start:]
 
 
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+"""The projections of the feed-forward, as our families name them: the default targets."""
+
+
 def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> tuple[Site, ...]:
     """Return the sites named by `targets` in the last `fraction` of the blocks of `model`, in model order.
 
     A target is our name of a projection, the same in every family, or the name in the family's published code
-    (ff_proj, attn_out, dense, ...). Raises ConfigError when a target names nothing in those blocks; the message lists
-    what they have.
+    (ff_proj, attn_out, dense, ...), or the end of a dotted name (output.dense). A network that has none of the default
+    targets by name gets fast weights in its feed-forward, found by structure (see `feed_forward`). Raises ConfigError
+    when a target names nothing in those blocks; the message lists what they have.
     """
     network = unwrap(model)
     published = type(network).published_module_name if isinstance(network, MaskedDiffusionLM) else str
     _, layers = adapted_blocks(model, fraction)
     names = {module: name for name, module in network.named_modules()}
-    sites: list[Site] = []
-    available: dict[str, None] = {}
-    aliases: dict[str, None] = {}
-    for layer in layers:
-        for site in _candidates(layer, names[layer]):
-            leaf = site.path.rsplit(".", 1)[-1]
-            available[leaf] = None
-            alias = published(site.path).rsplit(".", 1)[-1]
-            aliases[alias] = None
-            if leaf in targets or alias in targets:
-                sites.append(site)
+    names |= {module: name for name, module in (passes_of(network) or {}).items()}
+    candidates = [site for layer in layers for site in _candidates(layer, names[layer])]
+    available = {site.path.rpartition(".")[2]: None for site in candidates}
+    ends = {site.path: _ends(site.path) | _ends(published(site.path)) for site in candidates}
+    known = set().union(*ends.values())
+    if set(targets) == set(FEED_FORWARD) and known.isdisjoint(targets):
+        found = [site for layer in layers for site in feed_forward(layer, names[layer], network)]
+        if found:
+            return tuple(found)
     for target in targets:
-        if target not in available and target not in aliases:
+        if target not in known:
             raise ConfigError(
                 f"mem_inner_target_modules names {target!r}, which is no projection of the {len(layers)} "
                 f"adapted blocks. They have: {', '.join(available)}.{did_you_mean(target, available)}"
             )
-    return tuple(sites)
+    return tuple(site for site in candidates if not ends[site.path].isdisjoint(targets))
+
+
+def feed_forward(layer: nn.Module, prefix: str, network: nn.Module) -> list[Site]:
+    """Return the linear layers of a block that lead from its width to a larger one or back, outside its attention.
+
+    BERT's intermediate.dense and output.dense, for example, ALBERT's ffn and ffn_output, ModernBERT's mlp.Wi and Wo.
+    """
+    width = getattr(getattr(network, "config", None), "hidden_size", None)
+    found = []
+    for site in _candidates(layer, prefix):
+        narrow, wide = sorted((site.in_features, site.out_features))
+        inside = site.path.removeprefix(prefix).lower()
+        if narrow < wide and narrow == (width or narrow) and "attn" not in inside and "attention" not in inside:
+            found.append(site)
+    return found
+
+
+def follows_structure(sites: tuple[Site, ...], targets: tuple[str, ...]) -> bool:
+    """Whether `sites` were found by structure, since the network has none of the default `targets` by name."""
+    leaves = {site.path.rpartition(".")[2] for site in sites}
+    return set(targets) == set(FEED_FORWARD) and leaves.isdisjoint(FEED_FORWARD)
+
+
+def _ends(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _candidates(layer: nn.Module, prefix: str) -> list[Site]:

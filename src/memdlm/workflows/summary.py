@@ -7,7 +7,7 @@ from typing import Any
 
 from memdlm.memory.adapters import Adapter
 from memdlm.memory.config import FastWeightsConfig
-from memdlm.memory.sites import Site, find_sites
+from memdlm.memory.sites import Site, find_sites, follows_structure
 from memdlm.models.hub.families import family_of
 from memdlm.models.hub.loading import model_skeleton
 from memdlm.models.networks.sizes import active_parameters
@@ -44,6 +44,8 @@ class ModelSummary:
     num_fast_parameters: int
     """Number of parameters of one memory (each row has one with a memory per row), kept in float32, or float64 for a
     float64 model."""
+    follows_structure: bool
+    """The network has no projections of the default names, so the sites are those of its feed-forward."""
 
 
 SIZES = {
@@ -85,6 +87,7 @@ def summarise(
         num_layers=int(model.config.num_hidden_layers),
         sites=groups,
         num_fast_parameters=sum(group.num_parameters for group in groups),
+        follows_structure=follows_structure(sites, config.targets),
     )
 
 

@@ -18,6 +18,7 @@ from memdlm.memory.files.packing import Pair, Pairs, layers_of
 from memdlm.memory.files.saved import SavedMemory
 from memdlm.memory.sites import Site
 from memdlm.models.blocks.experts import Experts
+from memdlm.models.blocks.looped import check_not_looped
 from memdlm.options import shortened
 from memdlm.strict_json import is_number, is_whole
 
@@ -106,8 +107,10 @@ def compress(memory: SavedMemory, rank: int) -> SavedMemory:
 def fold(memory: SavedMemory, fast: FastWeights) -> None:
     """Add what `memory` adds to the weights of the network of `fast`; sums are taken in float32 or wider, rounded once.
 
-    It must have been checked that the memory was written for this network.
+    It must have been checked that the memory was written for this network. Raises ConfigError for a network that runs
+    its blocks several times.
     """
+    check_not_looped(memory.fingerprint.options, "a memory is not folded into the weights")
     for site, layer in zip(fast.sites, layers_of(fast), strict=True):
         for number, module in enumerate(layer.modules()):
             pair = memory.pairs.get(module)

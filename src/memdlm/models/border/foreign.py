@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError, DataError
+from memdlm.models.blocks.looped import unrolled
 from memdlm.models.blocks.masks import AttentionPattern, Full, attention_scores_mask
 from memdlm.models.blocks.structure import blocks_of
 from memdlm.models.lora.wrappers import unwrap
@@ -91,7 +92,7 @@ class ForeignModel:
             return self._returned(caught[0])
 
         idle = dict.fromkeys(blocks[stop + 1 :], self._hand_on)
-        with patched({blocks[stop - 1]: observe, blocks[stop]: catch, **idle}):
+        with unrolled(self.network), patched({blocks[stop - 1]: observe, blocks[stop]: catch, **idle}):
             # Called through the wrappers: an outer adapter, for example, may have to prepare its layers.
             self._run_body(ids, mask, pattern)
         return caught[0]
@@ -107,7 +108,8 @@ class ForeignModel:
                 return own(hidden, *args[1:], **kwargs)
             return own(**{**kwargs, next(iter(kwargs)): hidden})
 
-        with patched({**dict.fromkeys(blocks[:start], self._hand_on), blocks[start]: begin}):
+        passed = dict.fromkeys(blocks[:start], self._hand_on)
+        with unrolled(self.network), patched({**passed, blocks[start]: begin}):
             yield
 
     def _run_body(self, ids: Ids, mask: Tensor | None, pattern: AttentionPattern | None) -> None:

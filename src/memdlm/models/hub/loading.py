@@ -17,6 +17,7 @@ from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
 from memdlm.models.blocks.published import config_class_of_tensors
 from memdlm.models.hub.devices import AUTO, check_device, choose_device, choose_dtype, computes_in, job_line, name_of
 from memdlm.models.hub.families import FAMILIES, Family, family_of, register
+from memdlm.models.hub.new_head import drawing, settle_new_head
 from memdlm.models.hub.plausible import check_sizes
 from memdlm.models.hub.resolution import (
     DAMAGE,
@@ -45,6 +46,10 @@ MEMORY_FILE, MEMORY_CONFIG_FILE = "memory_init.safetensors", "memory_init.json"
 SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable that keeps transformers from reading weights in threads."""
 
+HEADLESS = (
+    " If this is an encoder without a head, tie_head=True (memdlm convert --tie_head) puts a new one on it, tied to its "
+    "embeddings and untrained."
+)
 CONVERTIBLE = ("qwen2", "qwen3", "llama")
 CONVERSION = " If not, `memdlm convert` makes an A2D model of it, which training then teaches to fill masks."
 
@@ -65,6 +70,7 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    tie_head: bool = False,
 ) -> PreTrainedModel:
     """Load a masked diffusion language model, in eval mode.
 
@@ -81,11 +87,13 @@ def load_model(
     `adapter` is a folder or hub name with an outer LoRA. It is put on top and is trainable; everything else is frozen.
     When `name_or_path` itself is an adapter, the base is the one that it names.
 
+    `tie_head` gives an encoder without a head a new one, tied to its embeddings and untrained (the log says so).
+
     When the folder (or the adapter's) holds a learned memory, the model's `memory_folder` names it, and a
     `ParametricMemory` starts from it.
 
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
-    unexpected or of the wrong size; ConfigError for an unknown dtype, for 4 bits in float64 or without bitsandbytes,
+    unexpected or of the wrong size; ConfigError for a head that is there already, for an unknown dtype, for 4 bits in float64 or without bitsandbytes,
     and for a name that is not a device's; MachineError for a device that this machine does not have.
     """
     for what, value in (("name_or_path", name_or_path), ("adapter", adapter)):
@@ -109,7 +117,9 @@ def load_model(
     if load_in_4bit:
         arguments["quantization_config"] = four_bit_config()
     loader = _foreign_loader(name, config) if family is None else family.lm_class
-    model, info = _read(loader, name, config, arguments)
+    with drawing(tie_head):
+        model, info = _read(loader, name, config, arguments)
+    info = settle_new_head(model, info, name) if tie_head else info
     # Files of foreign models often hold heads of other tasks; transformers reports those.
     _check_tensors(name, family, info, revision, token, allow_others=family is None)
     model = (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
@@ -350,7 +360,8 @@ def _check_tensors(
         return
     words = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
     if family is None:
-        raise CheckpointError(f"{name}: tensors do not match the configuration. {words}.")
+        way_out = HEADLESS if [kind for kind, names in problems.items() if names] == ["missing"] else ""
+        raise CheckpointError(f"{name}: tensors do not match the configuration. {words}.{way_out}")
     hint = ""
     told = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
     for other in FAMILIES:

@@ -1,7 +1,9 @@
 """Which family a folder or hub repository holds, read from its configuration and, failing that, its tensor names."""
 
 import json
+import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
 from memdlm.errors import CheckpointError, did_you_mean
@@ -16,7 +19,9 @@ from memdlm.hub import is_offline, look_for
 from memdlm.models.blocks.published import PublishedConfig, config_class_for, config_class_of_tensors
 from memdlm.models.hub.families import FAMILIES, Family, family_of
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+log = logging.getLogger(__name__)
+
+INDEX, SINGLE, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
 REAL = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of safetensors in which a whole model can be stored."""
 DAMAGE = (
@@ -70,6 +75,8 @@ def resolve_config(
     if target is None:
         target = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
     if target is None:
+        target = _by_prefix(name, fields, revision=revision, token=token)
+    if target is None:
         stated = fields.get("model_type")
         known = [family.name for family in FAMILIES]
         raise CheckpointError(
@@ -93,6 +100,34 @@ def _by_model_type(fields: dict[str, Any]) -> Any:
     return "auto"
 
 
+def _by_prefix(name: str, fields: dict[str, Any], *, revision: str | None, token: str | bool | None) -> Any:
+    """Return the configuration class of a masked language model whose file has no model type, or None.
+
+    Tensors of such a model begin with its type, as in bert.encoder.layer.0. Whether all belong to it is seen when they
+    are loaded.
+    """
+    if fields.get("model_type") is not None or fields.get("architectures"):
+        return None
+    found = tensor_names(name, revision=revision, token=token) or _pickled_names(name, revision=revision, token=token)
+    kinds = {each.partition(".")[0] for each in found} & set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    log.warning("%s: config.json states no model_type; the names of its tensors say %s.", name, kind)
+    return CONFIG_MAPPING[kind]
+
+
+def _pickled_names(name: str, *, revision: str | None, token: str | bool | None) -> list[str]:
+    """Return the names of tensors in a file of torch's own format, which is read as data, never as a program."""
+    path = find_file(name, PICKLED, revision=revision, token=token)
+    if path is None:
+        return []
+    try:
+        return [str(each) for each in torch.load(path, map_location="cpu", weights_only=True)]
+    except (*DAMAGE, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"model: the weights {path} could not be read: {error}") from error
+
+
 def find_family(fields: dict[str, Any]) -> Family | None:
     """Return the family that `fields` describe without looking at tensors, or None."""
     target = config_class_for(fields)
@@ -104,7 +139,9 @@ def find_family(fields: dict[str, Any]) -> Family | None:
 
 def table_rows(fields: dict[str, Any]) -> int | None:
     """Return how many rows the embedding table has, or None if `fields` do not say."""
-    return fields.get("embedding_size") or fields.get("vocab_size")
+    # Elsewhere (ALBERT, ELECTRA) the field of that name is a width.
+    is_ours = config_class_for(fields) is not None
+    return (fields.get("embedding_size") if is_ours else None) or fields.get("vocab_size")
 
 
 def tensor_names(name: str, *, revision: str | None = None, token: str | bool | None = None) -> list[str]:

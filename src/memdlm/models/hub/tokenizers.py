@@ -20,7 +20,7 @@ BRACKETS = (
     "{% if add_generation_prompt %}{{ '[Answer]\n' }}{% endif %}"
 )
 """The template of BERT-like models, which have none of their own."""
-ENCODERS = ("bert", "roberta", "modernbert")
+ENCODERS = ("albert", "bert", "roberta", "modernbert")
 
 
 def load_tokenizer(
@@ -50,7 +50,8 @@ def load_tokenizer(
     except Exception as error:
         # For a damaged file transformers raises errors of any class, the tokenizers library a plain Exception.
         words = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{name}: no tokenizer could be loaded: {words}") from error
+        raise CheckpointError(f"{name}: no tokenizer could be loaded: {words}{_way_out(name)}") from error
+    _check_words(tokenizer, name)
     if tokenizer.eos_token is None and tokenizer.pad_token is None:
         raise CheckpointError(f"{name}: the tokenizer has neither an EOS nor a PAD token; set one of them.")
     if tokenizer.pad_token is None:
@@ -75,6 +76,25 @@ def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | 
     except CheckpointError:
         # The caller may name another base. Loading that one says what is wrong, if anything is.
         return None
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer whose class found none of its files: it knows nothing but special tokens."""
+    vocabulary = tokenizer.get_vocab()
+    if set(vocabulary) <= set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{name}: the tokenizer knows only its {len(vocabulary)} special tokens: {type(tokenizer).__name__}, which "
+            f"the model's type stands for, found no vocabulary of its kind.{_way_out(name)}"
+        )
+
+
+def _way_out(name: str) -> str:
+    if not (Path(name) / "vocab.txt").is_file():
+        return ""
+    return (
+        " The folder has a vocab.txt: `memdlm convert --vocabulary vocab.txt --pattern ...` makes a tokenizer of it "
+        "that splits text by a regular expression."
+    )
 
 
 def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from memdlm.models.blocks.looped import ABSENT
+
 Forward = Callable[..., Any]
 
 
@@ -65,8 +67,8 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
 def copied_bare(network: nn.Module, changed: Mapping[nn.Module, Mapping[str, Any]], hooks: set[int]) -> Iterator[None]:
     """Inside the block, let copies and pickles of `network` and its parts be as they are without the block.
 
-    `changed` are the modules to which something was attached, with the attributes that they had before; `hooks` are the
-    ids of the hooks' handles. A shallow copy of `network` gets its own modules around the same tensors.
+    `changed` are the modules to which something was attached, with the attributes that they had before (`ABSENT`: none of
+    that name); `hooks` are the ids of the hooks' handles. A shallow copy of `network` gets its own modules around the same tensors.
     """
 
     def state_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def copied_bare(network: nn.Module, changed: Mapping[nn.Module, Mapping[str, Any
         bare |= changed.get(module, {})
         if module is network:
             bare["_modules"] = _twins(module, changed, {})
-        return bare
+        return {name: value for name, value in bare.items() if value is not ABSENT}
 
     def reduced(module: nn.Module, protocol: int) -> tuple[Any, ...]:
         parts: Any = type(module).__reduce_ex__(module, protocol)

@@ -10,6 +10,7 @@ from memdlm.memory import ParametricMemory, SavedMemory, read_memory
 from memdlm.memory.files.combining import fold
 from memdlm.memory.files.library import find_memory
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
+from memdlm.models.blocks.looped import check_not_looped
 from memdlm.models.hub.devices import AUTO, DEVICE_HELP
 from memdlm.models.hub.loading import DTYPES, base_dtype, cast_parameters, line_of
 from memdlm.models.lora.adapters import adapter_config
@@ -80,6 +81,7 @@ def export_memory(path: str, options: ExportOptions, display: Display) -> SavedM
         str(options.output), MODEL if options.merged else ADAPTER, overwrite=options.overwrite
     ) as output:
         saved = read_memory(place)
+        check_not_looped(saved.fingerprint.options, "a memory is not exported")
         base = saved.fingerprint.model if options.model is None else options.model
         if options.merged:
             _merge_memory(place, saved, base, options, output, display)
