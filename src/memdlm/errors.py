@@ -48,11 +48,11 @@ class MachineError(MemDLMError, RuntimeError):
     exit_status = 1
 
 
-class EngineFull(MachineError):
+class EngineFullError(MachineError):
     """A serving engine whose queue takes no more jobs: wait until some are done, and submit again."""
 
 
-class Cancelled(MemDLMError, RuntimeError):
+class CancelledError(MemDLMError, RuntimeError):
     """A job that was given up before it was done, by its owner or because the engine was stopped."""
 
     exit_status = 1

@@ -36,7 +36,7 @@ class Engine:
         self.store = MemoriesInProcess() if store is None else store
 
     def submit(self, request: GenerationRequest) -> Ticket:
-        """Queue a response. Raises EngineFull, and ConfigError, DataError or MemoryFileError for a bad request."""
+        """Queue a response. Raises EngineFullError, and ConfigError, DataError or MemoryFileError for a bad request."""
         raise NotImplementedError
 
     def write(self, request: WriteRequest) -> Ticket:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import final
 
-from memdlm.errors import Cancelled
+from memdlm.errors import CancelledError
 from memdlm.serving.requests import Done, Event, Failed, GenerationRequest, Memorized, Response, Started, WriteRequest
 
 Listener = Callable[[Event], None]
@@ -36,7 +36,7 @@ class Ticket:
         place = 0
         while True:
             with self._changed:
-                if not self._changed.wait_for(lambda: len(self._events) > place, timeout):
+                if not self._changed.wait_for(lambda seen=place: len(self._events) > seen, timeout):
                     raise TimeoutError(f"job {self.number}: no event within {timeout} seconds.")
                 event = self._events[place]
             place += 1
@@ -55,7 +55,7 @@ class Ticket:
             self._listeners.append(listener)
 
     def cancel(self) -> None:
-        """Give the job up: its slot is free at the next step, a write ends at the next gradient. Done jobs stay done."""
+        """Give the job up: its slot is free at the next step; a write ends at the next gradient."""
         self._is_cancelled = True
 
     @property
@@ -69,7 +69,7 @@ class Ticket:
         return bool(self._events) and isinstance(self._events[-1], (Done, Failed))
 
     def result(self, timeout: float | None = None) -> Response | Memorized:
-        """Wait for the result; raises the job's error, Cancelled, or TimeoutError after `timeout` seconds."""
+        """Wait for the result; raises the job's error, CancelledError, or TimeoutError after `timeout` seconds."""
         with self._changed:
             if not self._changed.wait_for(lambda: self.is_done, timeout):
                 raise TimeoutError(f"job {self.number}: no result within {timeout} seconds.")
@@ -100,4 +100,4 @@ class Ticket:
 
 def cancelled(ticket: Ticket, why: str = "it was cancelled") -> Failed:
     """Return the last event of a job that was given up."""
-    return Failed(error=Cancelled(f"job {ticket.number}: {why}."))
+    return Failed(error=CancelledError(f"job {ticket.number}: {why}."))
