@@ -21,11 +21,17 @@ MAY_IMPORT = {
     "diffusion": set(),
     "memory": {"models", "diffusion"},
     "inference": {"models", "diffusion", "memory"},
+    "serving": {"models", "diffusion", "memory", "inference"},
     "training": {"data", "models", "diffusion", "memory"},
     "evaluation": {"data", "models", "diffusion", "memory", "inference"},
     "report": {"diffusion", "inference"},
-    "workflows": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "report"},
-    "cli": {"data", "models", "diffusion", "memory", "inference", "training", "evaluation", "report", "workflows"},
+    "workflows": {
+        *("data", "models", "diffusion", "memory", "inference", "serving", "training", "evaluation", "report")
+    },
+    "cli": {
+        *("data", "models", "diffusion", "memory", "inference", "serving", "training", "evaluation", "report"),
+        "workflows",
+    },
 }
 ROOMS = {
     "models/blocks": set(),

@@ -48,6 +48,16 @@ class MachineError(MemDLMError, RuntimeError):
     exit_status = 1
 
 
+class EngineFullError(MachineError):
+    """A serving engine whose queue takes no more jobs: wait until some are done, and submit again."""
+
+
+class CancelledError(MemDLMError, RuntimeError):
+    """A job that was given up before it was done, by its owner or because the engine was stopped."""
+
+    exit_status = 1
+
+
 def did_you_mean(value: str, possible: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest of `possible`, or an empty string."""
     close = difflib.get_close_matches(value, list(possible), n=1)

@@ -80,16 +80,31 @@ class Pass:
 @final
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Where the blocks of a canvas lie: those of row i begin `offsets[i]` columns before multiples of `size`."""
+    """Where the blocks of a canvas lie: those of row i begin `offsets[i]` columns before multiples of `sizes[i]`."""
 
-    size: int
+    sizes: Tensor
+    """[B] int64 on the CPU."""
     offsets: Tensor
-    """[B] int64 on the CPU, from 0 to `size` - 1."""
+    """[B] int64 on the CPU, from 0 to the size - 1."""
+
+    @classmethod
+    def of_size(cls, size: int, offsets: Tensor) -> "Blocks":
+        """Return blocks of one size for all rows; `offsets` is [B]."""
+        return cls(torch.full_like(offsets, size), offsets)
 
     @classmethod
     def from_first(cls, size: int, rows: int) -> "Blocks":
         """Return blocks that are counted from the first column of every row."""
-        return cls(size, torch.zeros(rows, dtype=torch.int64))
+        return cls.of_size(size, torch.zeros(rows, dtype=torch.int64))
+
+    def put(self, row: int, size: int, offset: int) -> None:
+        """Give a row, which another text takes, its blocks."""
+        self.sizes[row], self.offsets[row] = size, offset
+
+    def are_plain(self, rows: Tensor) -> bool:
+        """Whether the blocks of `rows` [R] are of one size and begin at its multiples."""
+        sizes = self.sizes[rows]
+        return bool((sizes == sizes[0]).all()) and not bool(self.offsets[rows].any())
 
     @property
     def are_shifted(self) -> bool:
@@ -98,16 +113,17 @@ class Blocks:
 
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the numbers of the blocks of `columns` [R, ...] in `rows` [R]."""
-        offsets = self.offsets[rows].view(-1, *[1] * (columns.dim() - 1))
-        return torch.div(columns + offsets, self.size, rounding_mode="floor")
+        shape = (-1, *[1] * (columns.dim() - 1))
+        sizes, offsets = self.sizes[rows].view(shape), self.offsets[rows].view(shape)
+        return torch.div(columns + offsets, sizes, rounding_mode="floor")
 
     def start(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return [R]: where the blocks of `columns` [R] begin."""
-        return (self.index(rows, columns) * self.size - self.offsets[rows]).clamp_min(0)
+        return (self.index(rows, columns) * self.sizes[rows] - self.offsets[rows]).clamp_min(0)
 
     def end(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return [R]: the first column behind the blocks of `columns` [R]."""
-        return (self.index(rows, columns) + 1) * self.size - self.offsets[rows]
+        return (self.index(rows, columns) + 1) * self.sizes[rows] - self.offsets[rows]
 
     def seen(self, rows: Tensor, columns: Tensor, end: int, device: torch.device) -> Tensor:
         """Return [R, 1, W, end] bool on `device`: which of the first columns each of `columns` [R, W] may see."""
@@ -172,6 +188,18 @@ class FinishedBlocks(View):
         self.cache = KeyValueCache(lengths.numel(), length)
         self._kept = torch.zeros_like(lengths)
 
+    def admit(self, row: int, block: int, offset: int = 0) -> None:
+        """Begin anew in a row: another text, in blocks of `block` tokens, takes it. Its length was set."""
+        self.blocks.put(row, block, offset)
+        self._kept[row] = 0
+        self.cache.clear(row)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` to `target`. Its length was set."""
+        self.blocks.put(target, int(self.blocks.sizes[source]), int(self.blocks.offsets[source]))
+        self._kept[target] = self._kept[source]
+        self.cache.move(source, target)
+
     def skip(self, rows: Tensor, lengths: Tensor) -> None:
         """Note that the cache holds the first `lengths` [R] columns of `rows` [R]."""
         self._kept[rows] = lengths
@@ -184,14 +212,14 @@ class FinishedBlocks(View):
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
         """Let every column see its own block and those before it."""
         columns, end = part.columns, int(part.last.max())
-        is_even = part.start is not None
+        is_even, is_plain = part.start is not None, self.blocks.are_plain(rows)
         is_one = bool((self.blocks.index(rows, part.first) == self.blocks.index(rows, part.last - 1)).all())
         visible: Tensor | Segments | None = None
-        if part.start is not None and part.width > SEGMENT and not self.blocks.are_shifted:
-            visible = Segments(self.blocks.size, part.start, part.width, end)
+        if part.start is not None and part.width > SEGMENT and is_plain:
+            visible = Segments(int(self.blocks.sizes[rows[0]]), part.start, part.width, end)
         elif not is_even or not is_one:
             # Rows that take the same columns of the same blocks share a mask.
-            alike = 1 if is_even and not self.blocks.are_shifted else len(rows)
+            alike = 1 if is_even and is_plain else len(rows)
             visible = self.blocks.seen(rows[:alike], columns[:alike], end, device)
             if not is_even:
                 seen = torch.arange(end, device=device)
