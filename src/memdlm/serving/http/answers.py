@@ -24,7 +24,7 @@ from memdlm.serving.http.streams import (
     events_of,
     unless_gone,
 )
-from memdlm.serving.requests import Done, Event, Failed, Response, Settled
+from memdlm.serving.requests import Done, Event, Failed, Response, Settled, Stepped
 from memdlm.version import __version__
 
 FINGERPRINT = f"memdlm-{__version__}"
@@ -168,9 +168,9 @@ class Answer:
         texts = [Unfolding(decoder.tokenizer, decoder.special.ends, stops) for _ in self.choices.tickets]
         results: list[Response] = []
 
-        def chunk(choice: dict[str, Any]) -> str:
+        def chunk(choice: dict[str, Any], **more: Any) -> str:
             # With usage, every other chunk says that it has none, as OpenAI's do.
-            return event_text({**self._frame(shape.piece, [choice]), **({"usage": None} if has_usage else {})})
+            return event_text({**self._frame(shape.piece, [choice]), **({"usage": None} if has_usage else {}), **more})
 
         for place in range(len(texts)):
             opening = shape.opening(place)
@@ -181,7 +181,10 @@ class Answer:
                 yield ": waiting\n\n"
                 continue
             place, event = told
-            if isinstance(event, Settled):
+            if isinstance(event, Stepped):
+                changes = [[column, str(decoder.tokenizer.decode([each]))] for column, each in event.changes]
+                yield chunk(shape.delta(place, None), memdlm={"block": event.block, "changes": changes})
+            elif isinstance(event, Settled):
                 piece = texts[place].more(event.ids)
                 if piece:
                     yield chunk(shape.delta(place, piece))

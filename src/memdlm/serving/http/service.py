@@ -181,8 +181,9 @@ class Service:
         try:
             memory, config = self.memory_of(asked.model, asked.memory), self.config_of(asked)
             seeds = list(_seeds(asked, config))
+            steps = asked.stream_options is not None and asked.stream_options.include_steps
             return [
-                GenerationRequest(prompt=ids, config=config, memory=memory, seed=seed, stop=asked.stops)
+                GenerationRequest(prompt=ids, config=config, memory=memory, seed=seed, stop=asked.stops, steps=steps)
                 for ids in map(self.encode, prompts)
                 for seed in seeds
             ]

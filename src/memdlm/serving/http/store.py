@@ -50,7 +50,7 @@ class NamedStore(MemoryStore):
 
     @abstractmethod
     def place_of(self, name: str) -> str:
-        """Return where a memory lies, as operators know it; MemoryFileError if there is none of this name."""
+        """Return where a memory lies in the store, as `name_at` takes it, or raise MemoryFileError."""
 
     @abstractmethod
     def name_at(self, place: str) -> str:
@@ -91,8 +91,8 @@ class FolderStore(NamedStore):
         return sorted(self._places())
 
     def place_of(self, name: str) -> str:
-        """Return the memory's folder; MemoryFileError if there is none of this name."""
-        return str(self._place(name))
+        """Return the memory's folder in this one; MemoryFileError if there is none of this name."""
+        return self._place(name).name
 
     def name_at(self, place: str) -> str:
         """Return the name of the memory whose folder `place` is; MemoryFileError for a place outside of the store."""
