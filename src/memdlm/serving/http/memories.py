@@ -17,7 +17,8 @@ from starlette.formparsers import MultiPartException
 from starlette.responses import Response as HttpResponse
 from starlette.responses import StreamingResponse
 
-from memdlm.errors import CancelledError, ConfigError, MemoryFileError
+from memdlm.data.documents import READERS
+from memdlm.errors import CancelledError, ConfigError, MemoryFileError, unknown
 from memdlm.memory.files.saved import MemorySummary
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.serving.http.errors import ApiError, Reply, refused
@@ -144,6 +145,9 @@ async def _read(request: Request, service: Service) -> tuple[NewMemory, bytes | 
         if not isinstance(file, UploadFile):
             raise ApiError(400, "file: this part must be an uploaded document.", param="file")
         filename = Path((file.filename or "").replace("\\", "/")).name[:200]
+        suffix = Path(filename).suffix.lower()
+        if suffix not in READERS:
+            raise ApiError(400, unknown("file: a document with suffix", suffix, READERS), param="file")
         fields.setdefault("name", Path(filename).stem)
         for name in ("as_message", "overwrite"):
             if name in fields:

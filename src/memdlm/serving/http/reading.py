@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from memdlm.data.documents import READERS
-from memdlm.errors import DataError, unknown
+from memdlm.errors import DataError
 
 INHERITED = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")
 """What of the environment a reader gets; keys and tokens are not among it."""
@@ -37,8 +36,6 @@ class UploadReader:
     async def read(self, data: bytes, name: str) -> Upload:
         """Return the text of a file called `name`; raises DataError for one that cannot be read, or not in time."""
         suffix = Path(name).suffix.lower()
-        if suffix not in READERS:
-            raise DataError(unknown("file: a document with suffix", suffix, READERS))
         async with self._turn:
             with tempfile.TemporaryDirectory(prefix="memdlm-upload-") as folder:
                 path = Path(folder) / f"upload{suffix}"
