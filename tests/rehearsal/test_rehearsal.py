@@ -60,7 +60,7 @@ WRITTEN = {**WRITE, ("copy to host", "memory/files/exporting.py:check_written"):
 """Of a write that is read outside training: also whether the memory is made of numbers, at its end."""
 SCORE = {("nonzero", "diffusion/masking.py:positions_of"): 1}
 """Of an outer loss: which positions it scores."""
-LEARN = ("copy to host", "diffusion/sampling.py:fill")
+LEARN = ("copy to host", "diffusion/sampling.py:known")
 """Of decoding: which positions are open, once for a block and once for a step."""
 TEXTS = {("copy to host", "inference/decoder.py:result"): 1}
 """Of a whole generation: the result."""

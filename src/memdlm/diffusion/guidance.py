@@ -7,6 +7,11 @@ from torch import Tensor
 from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet
 
 
+def guided(conditional: Logits, free: Logits, scale: float) -> Logits:
+    """Return u + (scale + 1) (c - u) for predictions c with the prompt and u without it, [N, V]."""
+    return free + (scale + 1) * (conditional - free)
+
+
 @final
 class ClassifierFree(Denoise):
     """logits = u + (scale + 1) (c - u), where u is predicted with the `is_given` tokens masked."""
@@ -30,7 +35,7 @@ class ClassifierFree(Denoise):
         is_given = self.is_given.repeat_interleave(ids.shape[0] // self.is_given.shape[0], dim=0)
         conditional = self.denoise.logits(ids, positions)
         free = self.free.logits(ids.masked_fill(is_given, self.mask_token_id), positions)
-        return free + (self.scale + 1) * (conditional - free)
+        return guided(conditional, free, self.scale)
 
     def hidden(self, ids: Ids, positions: Positions) -> Tensor:
         """Return the unguided hidden states: guidance acts on logits only."""

@@ -23,7 +23,7 @@ from memdlm.diffusion.stopping import EosStop, StableAnswer
 from memdlm.errors import ConfigError, NotFiniteError
 from memdlm.finite import are_logits
 from memdlm.randomness import Randomness
-from memdlm.types import Denoise, Ids, Logits, PositionSet
+from memdlm.types import Denoise, Ids, Logits, Positions, PositionSet, TokenIds, Values
 
 
 @final
@@ -78,86 +78,139 @@ def denoise_canvas(
     """
     if (reveal is None) == (steps_per_block is None):
         raise ConfigError("pass exactly one of reveal and steps_per_block.")
-    reveal = Scheduled(steps=steps_per_block or 1) if reveal is None else reveal
-    loop = _Loop(denoise, sampler, reveal, edit, stop, stable, generator, _Logits(ids.device))
-    left = is_open
-    for block in blocks:
-        for step, still_open in loop.fill(ids, left, block):
-            ids, left = step.ids, still_open
-            yield step
-        if stop is not None and edit is not None:
-            left = left & ~stop.finished(ids, left)[:, None]
-    loop.seen.check()
+    filling = Filling(
+        ids,
+        is_open,
+        blocks,
+        reveal=Scheduled(steps=steps_per_block or 1) if reveal is None else reveal,
+        edit=edit,
+        stop=stop,
+        stable=stable,
+        generator=generator,
+        draws=sampler.draws,
+    )
+    yield from filled(filling, denoise, sampler, generator)
 
 
-@dataclass(frozen=True, slots=True)
-class _Loop:
-    denoise: Denoise
-    sampler: TokenSampler
-    reveal: Reveal
-    edit: Edit | None
-    stop: EosStop | None
-    stable: StableAnswer | None
-    generator: Randomness | None
-    seen: "_Logits"
+@torch.no_grad()
+def _predicted(
+    filling: "Filling", denoise: Denoise, sampler: TokenSampler, positions: Positions, generator: Randomness | None
+) -> tuple[Tensor, Tensor]:
+    logits = denoise.logits(filling.ids, positions)
+    filling.seen.see(logits)
+    return sampler.choose(logits, generator, positions // filling.ids.shape[1])
 
-    def fill(self, ids: Ids, is_open: PositionSet, block: PositionSet) -> Iterator[tuple[Step, PositionSet]]:
-        """Fill one block; yields every step with what is still open after it."""
-        region = is_open & block
-        # Waits for the device, here and once per step: which positions to predict depends on the step before.
-        known = (region & self.seen.are_finite).cpu()
-        num_open = known.sum(-1)
-        quotas = self.reveal.quotas(num_open, self.generator)
-        is_foreseen = self._is_foreseen(ids.device)
-        there = quotas.to(ids.device, non_blocking=True)
-        zero = torch.zeros_like(ids[:, 0])
-        extra = 0 if self.edit is None else 1 + self.edit.max_post_steps
-        review = _Review(region, self.edit)
-        streak = _Streak(ids, self.stable)
-        for index in range(quotas.shape[1] + extra):
-            in_block = is_open & block
-            is_scored = in_block if self.edit is None else review.scored(in_block)
-            if index > 0 and is_foreseen:
-                # In rows that go on, all positions of the block; predictions for filled positions are ignored.
-                known = known & (num_open > quotas[:, :index].sum(1))[:, None]
-            elif index > 0:
-                known = (is_scored & self.seen.are_finite).cpu()
-            positions = positions_of(known)
-            if positions.numel() == 0:
-                self.seen.check()
-                return
-            quota = there[:, index] if index < quotas.shape[1] else zero
-            step = self._step(ids, is_scored, in_block, positions, quota, streak)
-            review.seen(in_block, step.is_edited)
-            ids, is_open = step.ids, is_open & ~step.is_new
-            if self.stop is not None and self.edit is None:
-                is_open = is_open & ~self.stop.finished(ids, is_open)[:, None]
-            yield step, is_open
 
-    def _is_foreseen(self, device: torch.device) -> bool:
-        """Whether the number of tokens that each step of a block commits is known when the block begins.
+def filled(
+    filling: "Filling", denoise: Denoise, sampler: TokenSampler, generator: Randomness | None = None
+) -> Iterator[Step]:
+    """Run `filling` to its end; yields after every step. The rest is as in `denoise_canvas`."""
+    while (positions := filling.wanted()) is not None:
+        yield filling.commit(positions, *_predicted(filling, denoise, sampler, positions, generator))
+    filling.seen.check()
 
-        The loop then need not wait for a device between the steps. It is False on the CPU, where there is nothing to
-        gain and filled positions would be predicted again; and with a sampler that draws, whose draws would change.
-        """
-        ends = (self.stop, self.edit, self.stable)
-        is_fixed = self.reveal.is_fixed and not self.sampler.draws and all(each is None for each in ends)
-        return is_fixed and device.type != "cpu"
 
-    @torch.no_grad()
-    def _step(
+@final
+class Filling:
+    """A canvas while it is filled: it says what is to be predicted next, and takes the predictions.
+
+    Whoever has it runs the network and chooses tokens, for this canvas alone (`denoise_canvas`) or for many canvases
+    in one pass. The arguments are those of `denoise_canvas`; `draws` says whether the sampler draws.
+    """
+
+    def __init__(
         self,
         ids: Ids,
-        is_scored: PositionSet,
-        in_block: PositionSet,
-        positions: Tensor,
-        quota: Tensor,
-        streak: "_Streak",
-    ) -> Step:
-        rows = positions // ids.shape[1]
-        logits = self.denoise.logits(ids, positions)
-        self.seen.see(logits)
-        token, confidence = self.sampler.choose(logits, self.generator, rows)
+        is_open: PositionSet,
+        blocks: Sequence[PositionSet],
+        *,
+        reveal: Reveal,
+        edit: Edit | None = None,
+        stop: EosStop | None = None,
+        stable: StableAnswer | None = None,
+        generator: Randomness | None = None,
+        draws: bool = False,
+    ) -> None:
+        self.ids, self.is_open = ids, is_open
+        self.block = 0
+        """Which of the blocks is being filled."""
+        self.reveal, self.edit, self.stop, self.stable, self.generator = reveal, edit, stop, stable, generator
+        self.seen = _Logits(ids.device)
+        self._blocks = blocks
+        self._current: _Block | None = None
+        ends = (stop, edit, stable)
+        # The loop then need not wait for a device between the steps. On the CPU there is nothing to gain, and filled
+        # positions would be predicted again; the draws of a sampler would change.
+        self._is_foreseen = (
+            reveal.is_fixed and not draws and all(each is None for each in ends) and ids.device.type != "cpu"
+        )
+
+    def wanted(self) -> Positions | None:
+        """Return the positions [N] that the next step predicts, on the CPU; None: every block is filled."""
+        while self.block < len(self._blocks):
+            if self._current is None:
+                self._current = _Block(self, self._blocks[self.block])
+            positions = self._current.wanted(self)
+            if positions is not None:
+                return positions
+            if self.stop is not None and self.edit is not None:
+                self.is_open = self.is_open & ~self.stop.finished(self.ids, self.is_open)[:, None]
+            self._current, self.block = None, self.block + 1
+        return None
+
+    def commit(self, positions: Positions, token: TokenIds, confidence: Values) -> Step:
+        """Take `token` [N] and `confidence` [N], predicted at the `positions` [N] that were wanted."""
+        current = self._current
+        assert current is not None, "nothing was wanted"
+        step = current.step(self, positions, token, confidence)
+        self.ids, self.is_open = step.ids, self.is_open & ~step.is_new
+        if self.stop is not None and self.edit is None:
+            self.is_open = self.is_open & ~self.stop.finished(self.ids, self.is_open)[:, None]
+        return step
+
+
+class _Block:
+    """The block that a `Filling` is in, and how far it has come."""
+
+    def __init__(self, filling: Filling, block: PositionSet) -> None:
+        self.block, device = block, filling.ids.device
+        region = filling.is_open & block
+        # Waits for the device, here and once per step: which positions to predict depends on the step before.
+        self.known = filling.seen.known(region)
+        self.num_open = self.known.sum(-1)
+        self.quotas = filling.reveal.quotas(self.num_open, filling.generator)
+        self.there = self.quotas.to(device, non_blocking=True)
+        self.zero = torch.zeros_like(filling.ids[:, 0])
+        extra = 0 if filling.edit is None else 1 + filling.edit.max_post_steps
+        self.most = self.quotas.shape[1] + extra
+        self.review = _Review(region, filling.edit)
+        self.streak = _Streak(filling.ids, filling.stable)
+        self.index = 0
+        self.in_block = self.is_scored = region
+
+    def wanted(self, filling: Filling) -> Positions | None:
+        """Return what the next step predicts; None: the block is done."""
+        if self.index >= self.most:
+            return None
+        self.in_block = filling.is_open & self.block
+        self.is_scored = self.in_block if filling.edit is None else self.review.scored(self.in_block)
+        if self.index > 0 and filling._is_foreseen:
+            # In rows that go on, all positions of the block; predictions for filled positions are ignored.
+            self.known = self.known & (self.num_open > self.quotas[:, : self.index].sum(1))[:, None]
+        elif self.index > 0:
+            self.known = filling.seen.known(self.is_scored)
+        positions = positions_of(self.known)
+        if positions.numel() == 0:
+            filling.seen.check()
+            return None
+        return positions
+
+    @torch.no_grad()
+    def step(self, filling: Filling, positions: Positions, token: TokenIds, confidence: Values) -> Step:
+        """Commit what the reveal allows."""
+        ids, in_block, is_scored, edit = filling.ids, self.in_block, self.is_scored, filling.edit
+        quota = self.there[:, self.index] if self.index < self.quotas.shape[1] else self.zero
+        self.index += 1
         positions = positions.to(ids.device, non_blocking=True)
         predicted = ids.flatten().scatter(0, positions, token).view_as(ids)
         sure = confidence.new_full(ids.shape, float("-inf")).flatten().scatter(0, positions, confidence).view_as(ids)
@@ -165,12 +218,13 @@ class _Loop:
         candidates = sure.masked_fill(~in_block, float("-inf"))
         # The stable sort settles ties by column, whatever the device and whoever else is in the batch.
         ranked, order = candidates.sort(dim=-1, descending=True, stable=True)
-        count = streak.count(predicted, in_block, self.reveal.count(ranked, quota))
+        count = self.streak.count(predicted, in_block, filling.reveal.count(ranked, quota))
         wanted = torch.arange(order.shape[1], device=ids.device) < count[:, None]
         is_new = torch.zeros_like(in_block).scatter(1, order, wanted) & in_block
         is_edited = torch.zeros_like(is_new)
-        if self.edit is not None:
-            is_edited = is_scored & ~in_block & (sure > self.edit.threshold) & (predicted != ids)
+        if edit is not None:
+            is_edited = is_scored & ~in_block & (sure > edit.threshold) & (predicted != ids)
+        self.review.seen(in_block, is_edited)
         return Step(torch.where(is_new | is_edited, predicted, ids), is_new, positions.numel(), sure, is_edited)
 
 
@@ -185,6 +239,10 @@ class _Logits:
         self.are_finite = self.are_finite & are_logits(logits).to(self.are_finite.device)
         if self.are_finite.device.type == "cpu":
             self.check()
+
+    def known(self, is_scored: PositionSet) -> PositionSet:
+        """Return the set on the CPU, empty if some logits allowed no choice; waits for the device."""
+        return (is_scored & self.are_finite).cpu()
 
     def check(self) -> None:
         """Raise NotFiniteError if some logits held NaN or infinity; waits for the device."""

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ class Canvas:
     num_shares: int
     """Over how many blocks `steps` are spread: as many as the response fills, wherever the prompt ends."""
 
+    def on(self, device: torch.device) -> "Canvas":
+        """Return the canvas with ids and position sets on `device`."""
+        return replace(
+            self,
+            ids=self.ids.to(device, non_blocking=True),
+            is_open=self.is_open.to(device, non_blocking=True),
+            blocks=[each.to(device, non_blocking=True) for each in self.blocks],
+        )
+
     @property
     def most_asked(self) -> int:
         """The most positions of a row that a step can predict."""
@@ -70,7 +79,7 @@ class Canvas:
 def response_canvas(
     rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
 ) -> Canvas:
-    """Lay out prompts with room for their responses. Raises ConfigError when `max_length` leaves no room."""
+    """Lay out prompts and their responses, on the CPU. Raises ConfigError when `max_length` leaves no room."""
     prompts = torch.tensor([row.numel() for row in rows])
     longest = int(prompts.max())
     new = config.response_length(longest)
@@ -88,12 +97,11 @@ def response_canvas(
     is_open = (column >= prompts[:, None]) & (column < lengths[:, None])
     masks = [row.new_full((end - len(row),), special.mask) for row, end in zip(rows, lengths.tolist(), strict=True)]
     ids, _ = right_padded((torch.cat(pair) for pair in zip(rows, masks, strict=True)), special.eos)
-    device = next(model.parameters()).device
     return Canvas(
-        ids=ids.to(device, non_blocking=True),
+        ids=ids,
         lengths=lengths,
-        is_open=is_open.to(device, non_blocking=True),
-        blocks=[each.to(device, non_blocking=True) for each in blocks],
+        is_open=is_open,
+        blocks=blocks,
         block_size=block,
         prompt_lengths=prompts,
         response_ends=ends,
@@ -105,17 +113,15 @@ def response_canvas(
 def infill_canvas(
     rows: Sequence[Tensor], config: GenerationConfig, special: SpecialIds, pattern: AttentionPattern, model: nn.Module
 ) -> Canvas:
-    """Lay out texts with mask tokens in them. Raises DataError for a text without one."""
+    """Lay out texts with mask tokens in them, on the CPU. Raises DataError for a text without one."""
     for index, row in enumerate(rows):
         if not bool((row == special.mask).any()):
             raise DataError(f"sequence {index} has no mask token: there is nothing to fill.")
-    device = next(model.parameters()).device
     ids, lengths = right_padded(rows, special.eos)
     _check_room(len(rows), ids.shape[1], config.block_size)
     _warn_if_long(model, ids.shape[1])
-    ids = ids.to(device, non_blocking=True)
     block = config.block_size or ids.shape[1]
-    blocks = absolute_blocks(ids.shape[0], ids.shape[1], block, device)
+    blocks = absolute_blocks(ids.shape[0], ids.shape[1], block, ids.device)
     return Canvas(
         ids=ids,
         lengths=lengths,

@@ -1,5 +1,6 @@
 """`Decoder`, a model with all that decoding needs, and `Job`, one decoding: a canvas that is filled step by step."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.diffusion.choice import TokenSampler
 from memdlm.diffusion.guidance import ClassifierFree
-from memdlm.diffusion.sampling import Step, denoise_canvas
+from memdlm.diffusion.sampling import Filling, Step, filled
 from memdlm.diffusion.stopping import EosStop, StableAnswer
 from memdlm.errors import ConfigError
 from memdlm.inference.canvas import Canvas, edit_for, infill_canvas, response_canvas, reveal_for, sampler_for
@@ -36,7 +37,7 @@ from memdlm.models.networks.soundness import blaming
 from memdlm.options import Defaulted
 from memdlm.padding import right_padded
 from memdlm.randomness import Randomness, derive
-from memdlm.types import IGNORE_INDEX, Denoise, Ids
+from memdlm.types import IGNORE_INDEX, Denoise, Ids, PositionSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,9 +96,17 @@ class Decoder:
         return self.prepare(sequences, generator, infills=True).run()
 
     def prepare(
-        self, prompts: Sequence[Prompt], generator: Randomness | None = None, *, infills: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        generator: Randomness | None = None,
+        *,
+        infills: bool = False,
+        device: torch.device | None = None,
     ) -> "Job":
-        """Prepare responses to `prompts`, or with `infills` the filling of their mask tokens."""
+        """Prepare responses to `prompts`, or with `infills` the filling of their mask tokens.
+
+        The canvas is on `device`; None: where the model is.
+        """
         if infills and self.prompt_cache is not None:
             raise ConfigError("prompt_cache has no effect on an infilling; leave it out.")
         rows = encode_prompts(self.tokenizer, prompts, vocabulary_of(self.model))
@@ -107,7 +116,19 @@ class Decoder:
         check_places(self.model, canvas.ids.shape[1], "prompt and response")
         # One generator per row, all seeded alike: every row gets the numbers that it would get alone.
         randomness = [derive("memdlm.generate", 0) for _ in rows] if generator is None else generator
+        canvas = canvas.on(next(self.model.parameters()).device if device is None else device)
         return Job(decoder=self, rows=rows, canvas=canvas, randomness=randomness, infills=infills)
+
+    def configured(self, config: GenerationConfig) -> "Decoder":
+        """Return a decoder with other options, and neither memory nor prompt cache; the tokenizer is not read again."""
+        check_parts(self.model, self.tokenizer, config, None, self.attention_pattern)
+        check_tokens(self.model, self.special, config, None)
+        other = copy.copy(self)
+        for name, value in (("config", config), ("memory", None), ("prompt_cache", None)):
+            object.__setattr__(other, name, value)
+        for name in ("pattern", "options", "sampler"):
+            other.__dict__.pop(name, None)
+        return other
 
     def caching(self, memory: ParametricMemory | None) -> "Decoder":
         """Return this decoder with a prompt cache for `memory` (or None), or itself where no cache can be used."""
@@ -214,24 +235,28 @@ class Job:
         Between the steps the model runs without the memory, but no other memory can be opened. Raises NotFiniteError
         when the model computes NaN or infinity.
         """
-        decoder, canvas, options = self.decoder, self.canvas, self.decoder.options
-        memory, stops = decoder.memory, options.eos_early_stop and not self.infills
+        decoder, memory = self.decoder, self.decoder.memory
         with nullcontext() if memory is None else self._written(memory), blaming(decoder.model):
-            for step in denoise_canvas(
-                self._denoiser(),
-                canvas.ids,
-                canvas.is_open,
-                canvas.blocks,
-                sampler=decoder.sampler,
-                reveal=reveal_for(canvas, options),
-                edit=edit_for(options),
-                stop=EosStop((decoder.special.eos,), canvas.is_response) if stops else None,
-                stable=None if options.stable_steps is None else StableAnswer(options.stable_steps),
-                generator=self.randomness,
-            ):
+            for step in filled(self.filling(), self._denoiser(), decoder.sampler, self.randomness):
                 # The caller may use the model between steps, and has not opened a memory.
                 with nullcontext() if memory is None else memory.set_aside():
                     yield step
+
+    def filling(self) -> Filling:
+        """Return the canvas at its beginning, and the rules by which it is filled."""
+        decoder, canvas, options = self.decoder, self.canvas, self.decoder.options
+        stops = options.eos_early_stop and not self.infills
+        return Filling(
+            canvas.ids,
+            canvas.is_open,
+            canvas.blocks,
+            reveal=reveal_for(canvas, options),
+            edit=edit_for(options),
+            stop=EosStop((decoder.special.eos,), canvas.is_response) if stops else None,
+            stable=None if options.stable_steps is None else StableAnswer(options.stable_steps),
+            generator=self.randomness,
+            draws=decoder.sampler.draws,
+        )
 
     def result(self, ids: Ids) -> Generation:
         """Cut the responses, or the filled texts, out of a final canvas [B, T]."""
@@ -259,16 +284,19 @@ class Job:
         )
 
     def _denoiser(self) -> Denoise:
-        canvas, options = self.canvas, self.decoder.options
-        if not options.cfg_scale:
+        scale, mask = self.decoder.options.cfg_scale, self.decoder.special.mask
+        if not scale:
             return self._unguided()
+        return ClassifierFree(self._unguided(), self.is_given, mask_token_id=mask, scale=scale, free=self._unguided())
+
+    @property
+    def is_given(self) -> PositionSet:
+        """[B, T] true at the tokens that guidance masks in its second prediction."""
+        canvas, kept = self.canvas, self.decoder.options.cfg_keep_tokens
         is_given = canvas.is_there & ~canvas.is_open
-        if options.cfg_keep_tokens:
-            is_given &= ~torch.isin(canvas.ids, torch.tensor(options.cfg_keep_tokens, device=canvas.ids.device))
-        mask = self.decoder.special.mask
-        return ClassifierFree(
-            self._unguided(), is_given, mask_token_id=mask, scale=options.cfg_scale, free=self._unguided()
-        )
+        if kept:
+            is_given &= ~torch.isin(canvas.ids, torch.tensor(kept, device=canvas.ids.device))
+        return is_given
 
     def _unguided(self) -> CanvasDenoiser:
         decoder, canvas, options = self.decoder, self.canvas, self.decoder.options

@@ -74,7 +74,7 @@ class CanvasDenoiser(Denoise):
         self.meter.passes += 1
         self.meter.positions += shown.numel()
         with ExitStack() as around:
-            around.enter_context(self._reading(asked.rows, ids))
+            around.enter_context(self._reading(asked.rows))
             if self.soft is not None:
                 places = asked.rows[:, None] * ids.shape[1] + columns.clamp(max=ids.shape[1] - 1)
                 around.enter_context(self.soft.shown(shown, places.to(ids.device, non_blocking=True)))
@@ -88,10 +88,9 @@ class CanvasDenoiser(Denoise):
         """Raise NotImplementedError: decoding needs no hidden states."""
         raise NotImplementedError("a canvas denoiser gives logits; use ModelDenoiser for hidden states.")
 
-    def _reading(self, rows: Tensor, ids: Ids) -> AbstractContextManager[None]:
+    def _reading(self, rows: Tensor) -> AbstractContextManager[None]:
         """Let calls on `rows` [R] of the canvas read their own memories."""
-        is_part = self.of_rows is not None and rows.numel() < ids.shape[0]
-        return self.of_rows(rows) if self.of_rows is not None and is_part else nullcontext()
+        return nullcontext() if self.of_rows is None else self.of_rows(rows)
 
     def _restore(self, prefill: Prefill, ids: Ids, asked: Asked) -> None:
         """Restore known beginnings of prompts; only the blocks that a memory changes run on them."""
@@ -104,7 +103,7 @@ class CanvasDenoiser(Denoise):
             return
         # Only keys and values are needed, so the last block computes a single output.
         one = torch.zeros(len(rows), 1, dtype=torch.int64, device=ids.device)
-        with self._reading(rows, ids):
+        with self._reading(rows):
             cached = self.view.cached(rows, part, ids.device)
             upper = Request(start_layer=prefill.cache.first, cached=cached, queries=one, hidden_only=True)
             self.model(inputs_embeds=hidden, request=upper)

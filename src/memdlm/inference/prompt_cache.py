@@ -26,13 +26,26 @@ class SeenPrompt:
 
     ids: TextIds
     """[n] on the CPU."""
+    block: int
+    """Tokens that saw each other: the size of the pattern's blocks."""
     layers: list[tuple[Tensor, Tensor]]
     """Per block below F, keys and values [H, n, P]."""
     hidden: Tensor
     """[n, D], the input of block F."""
 
-    def shared_with(self, ids: TextIds) -> int:
-        """Return how many tokens this text and `ids` [m], on the CPU, have in common at their beginning."""
+    @property
+    def nbytes(self) -> int:
+        """What the states take."""
+        pairs = sum(each.nbytes for pair in self.layers for each in pair)
+        return pairs + self.hidden.nbytes
+
+    def shared_with(self, ids: TextIds, block: int) -> int:
+        """Return how many tokens this text and `ids` [m], on the CPU, have in common at their beginning.
+
+        With blocks of another size, the states are others.
+        """
+        if block != self.block:
+            return 0
         length = min(self.ids.numel(), ids.numel())
         differs = (self.ids[:length] != ids[:length]).nonzero()
         return length if differs.numel() == 0 else int(differs[0])
@@ -50,12 +63,19 @@ class PromptCache:
     another one of the same blocks, and without any. The blocks above run again on the prompt. Without a `memory` it
     holds all blocks, and no memory may be open while it is used. A beginning that two prompts have in common is shared,
     as in a conversation that grows. The cache is valid until the model's weights change. It keeps the `max_prompts`
-    prompts that were used last.
+    prompts that were used last, as far as they fit into `max_bytes` on the model's device (None: no limit).
 
     Raises ConfigError for networks that are not block-causal: there every new token changes the states of the prompt.
     """
 
-    def __init__(self, model: nn.Module, memory: ParametricMemory | None = None, *, max_prompts: int = 8) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        memory: ParametricMemory | None = None,
+        *,
+        max_prompts: int = 8,
+        max_bytes: int | None = None,
+    ) -> None:
         network = unwrap(model)
         if not isinstance(network, MaskedDiffusionLM) or not network.model.is_cacheable:
             raise ConfigError(
@@ -70,11 +90,24 @@ class PromptCache:
                 "prompt_cache: the memory changes every block (mem_inner_layer_fraction 1), so nothing of a prompt can "
                 "be kept; leave prompt_cache out."
             )
-        self.max_prompts = max_prompts
+        if max_bytes is not None and max_bytes < 0:
+            raise ConfigError(f"max_bytes must be at least 0, got {max_bytes}.")
+        self.max_prompts, self.max_bytes = max_prompts, max_bytes
         self._seen: list[SeenPrompt] = []
 
     def __len__(self) -> int:
         return len(self._seen)
+
+    @property
+    def nbytes(self) -> int:
+        """What the held states take on the device."""
+        return sum(seen.nbytes for seen in self._seen)
+
+    def lower(self, first: int) -> None:
+        """Hold only blocks below `first` from now on, because a memory changes that one; what is held is dropped."""
+        if first < self.first:
+            self.first = first
+            self.clear()
 
     def clear(self) -> None:
         """Drop all prompts, for example after the model was trained further."""
@@ -92,7 +125,7 @@ class PromptCache:
 
     def find(self, ids: TextIds, block: int) -> tuple[SeenPrompt, int] | None:
         """Return the prompt that begins most like `ids` [m], on the CPU, and the common tokens in whole blocks."""
-        shared = [seen.shared_with(ids) // block * block for seen in self._seen]
+        shared = [seen.shared_with(ids, block) // block * block for seen in self._seen]
         longest = max(shared, default=0)
         if longest == 0:
             return None
@@ -106,16 +139,18 @@ class PromptCache:
             for buffer, kept in zip(cache.of(layer, key[None]), (key, value), strict=True):
                 buffer[row, :, :length] = kept[:, :length]
 
-    def keep(self, ids: TextIds, cache: KeyValueCache, row: int, hidden: Sequence[Tensor]) -> None:
-        """Keep the text `ids` [n], on the CPU; `hidden` are the pieces of [n, D]."""
+    def keep(self, ids: TextIds, block: int, cache: KeyValueCache, row: int, hidden: Sequence[Tensor]) -> None:
+        """Keep the text `ids` [n], on the CPU, in blocks of `block` tokens; `hidden` are the pieces of [n, D]."""
         length = ids.numel()
-        if any(seen.shared_with(ids) == length for seen in self._seen):
+        if any(seen.shared_with(ids, block) == length for seen in self._seen):
             return
         # Texts that this one continues are no longer needed.
-        self._seen = [seen for seen in self._seen if seen.shared_with(ids) < seen.ids.numel()]
+        self._seen = [seen for seen in self._seen if seen.shared_with(ids, block) < seen.ids.numel()]
         layers = [cache.held(layer, row, length) for layer in range(self.first)]
-        self._seen.append(SeenPrompt(ids.clone(), layers, torch.cat(list(hidden))))
+        self._seen.append(SeenPrompt(ids.clone(), block, layers, torch.cat(list(hidden))))
         del self._seen[: -self.max_prompts]
+        while self.max_bytes is not None and self._seen and self.nbytes > self.max_bytes:
+            del self._seen[0]
 
 
 @final
@@ -126,6 +161,16 @@ class Prefill:
         self.cache, self.view = cache, view
         self._is_new = torch.ones(view.cache.batch, dtype=torch.bool)
         self._found: dict[int, Tensor] = {}
+        self.restored = torch.zeros(view.cache.batch, dtype=torch.int64)
+        """[B] positions of every row's text that were restored."""
+
+    def admit(self, row: int) -> None:
+        """Begin anew in a row, which another text takes."""
+        self._is_new[row], self.restored[row] = True, 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` to `target`."""
+        self._is_new[target], self.restored[target] = self._is_new[source], self.restored[source]
 
     def is_due(self, asked: Asked) -> bool:
         """Whether some of the asked rows have not been passed yet."""
@@ -138,13 +183,14 @@ class Prefill:
         have to make; None if no beginning is known.
         """
         rows, states = [], []
-        ends = asked.per_row("amin") // self.view.block * self.view.block
-        for row, end in zip(asked.rows.tolist(), ends.tolist(), strict=True):
-            found = self.cache.find(ids[row, :end].cpu(), self.view.block) if self._is_new[row] else None
+        self._found.clear()
+        for row, block, end in self._ends(asked):
+            found = self.cache.find(ids[row, :end].cpu(), block) if self._is_new[row] else None
             if found is not None:
                 seen, length = found
                 self.cache.restore(self.view.cache, row, seen, length)
                 self._found[row] = seen.hidden[:length]
+                self.restored[row] = length
                 rows.append(row)
                 states.append(seen.hidden[:length])
         if not rows:
@@ -156,12 +202,16 @@ class Prefill:
 
     def keep(self, ids: Ids, asked: Asked, part: Pass, hidden: Tensor) -> None:
         """Keep the finished blocks of new rows; `hidden` [R, W, D] is what the pass handed to block F."""
-        ends = asked.per_row("amin") // self.view.block * self.view.block
-        for index, (row, end, first) in enumerate(
-            zip(asked.rows.tolist(), ends.tolist(), part.first.tolist(), strict=True)
-        ):
+        for index, ((row, block, end), first) in enumerate(zip(self._ends(asked), part.first.tolist(), strict=True)):
             if self._is_new[row] and end > first:
                 before = [self._found[row]] if row in self._found else []
-                self.cache.keep(ids[row, :end].cpu(), self.view.cache, row, [*before, hidden[index, : end - first]])
+                pieces = [*before, hidden[index, : end - first]]
+                self.cache.keep(ids[row, :end].cpu(), block, self.view.cache, row, pieces)
         self._is_new[asked.rows] = False
         self._found.clear()
+
+    def _ends(self, asked: Asked) -> list[tuple[int, int, int]]:
+        """Return, for every asked row, the row, its block size, and where its finished blocks end."""
+        blocks = self.view.blocks[asked.rows]
+        ends = asked.per_row("amin") // blocks * blocks
+        return list(zip(asked.rows.tolist(), blocks.tolist(), ends.tolist(), strict=True))

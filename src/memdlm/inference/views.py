@@ -128,9 +128,19 @@ class FinishedBlocks(View):
     """
 
     def __init__(self, lengths: Tensor, block: int, length: int) -> None:
-        self.lengths, self.block = lengths, block
+        self.lengths, self.blocks = lengths, torch.full_like(lengths, block)
         self.cache = KeyValueCache(lengths.numel(), length)
         self._kept = torch.zeros_like(lengths)
+
+    def admit(self, row: int, block: int) -> None:
+        """Begin anew in a row: another text, in blocks of `block` tokens, takes it. Its length was set."""
+        self.blocks[row], self._kept[row] = block, 0
+        self.cache.clear(row)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` to `target`. Its length was set."""
+        self.blocks[target], self._kept[target] = self.blocks[source], self._kept[source]
+        self.cache.move(source, target)
 
     def skip(self, rows: Tensor, lengths: Tensor) -> None:
         """Note that the cache holds the first `lengths` [R] columns of `rows` [R]."""
@@ -138,19 +148,23 @@ class FinishedBlocks(View):
 
     def plan(self, asked: Asked) -> Pass:
         """Take the columns that are not kept, up to the block's end."""
-        last = ((asked.per_row("amax") // self.block + 1) * self.block).minimum(self.lengths[asked.rows])
+        block = self.blocks[asked.rows]
+        last = ((asked.per_row("amax") // block + 1) * block).minimum(self.lengths[asked.rows])
         return Pass(self._kept[asked.rows], last)
 
     def cached(self, rows: Tensor, part: Pass, device: torch.device) -> CachedPass:
         """Let every column see its own block and those before it."""
-        columns, end = part.columns, int(part.last.max())
+        columns, end, blocks = part.columns, int(part.last.max()), self.blocks[rows]
+        is_alike = bool((blocks == blocks[0]).all())
         visible: Tensor | Segments | None = None
-        if part.start is not None and part.width > SEGMENT:
-            visible = Segments(self.block, part.start, part.width, end)
-        elif part.start is None or part.width > self.block:
+        if part.start is not None and is_alike and part.width > SEGMENT:
+            visible = Segments(int(blocks[0]), part.start, part.width, end)
+        elif part.start is None or part.width > int(blocks.min()):
             own = columns if part.start is None else columns[:1]
+            block = blocks[:1] if is_alike else blocks
+            block = block.to(device, non_blocking=True)[:, None, None]
             seen = torch.arange(end, device=device)
-            earlier = (seen // self.block) <= (own.to(device, non_blocking=True)[:, :, None] // self.block)
+            earlier = (seen // block) <= (own.to(device, non_blocking=True)[:, :, None] // block)
             if part.start is None:
                 earlier &= seen < part.last.to(device, non_blocking=True)[:, None, None]
             visible = earlier[:, None]
@@ -158,7 +172,8 @@ class FinishedBlocks(View):
 
     def done(self, asked: Asked, part: Pass) -> None:
         """Keep all blocks but the current one."""
-        self._kept[asked.rows] = asked.per_row("amax") // self.block * self.block
+        block = self.blocks[asked.rows]
+        self._kept[asked.rows] = asked.per_row("amax") // block * block
 
 
 @final

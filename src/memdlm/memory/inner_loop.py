@@ -3,7 +3,8 @@
 Nothing here waits for the device, except to learn how many positions the states score if nobody knows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -248,7 +249,13 @@ def run_inner_loop(
     """
     outer = Untracked() if outer is None else outer
     chunk = Chunk(steps=steps, denoise=denoise, gate=gate, outer=outer, counts=counts)
-    return write_chunks([chunk], fast=fast, loss=loss, update=update, epochs=epochs, ranks=ranks, rates=rates)
+    gradients = write_chunks([chunk], fast=fast, loss=loss, update=update, epochs=epochs, ranks=ranks, rates=rates)
+    while True:
+        try:
+            next(gradients)
+        except StopIteration as end:
+            found: Written = end.value
+            return found
 
 
 def write_chunks(
@@ -261,12 +268,14 @@ def write_chunks(
     ranks: Ranks | None = None,
     rates: Sequence[Sequence[Tensor]] | None = None,
     on_chunk: Callable[[int], None] = lambda done: None,
-) -> Written:
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Generator[None, None, Written]:
     """Write all `chunks` of one text by common updates: each adds up the gradients of all chunks, clips and steps once.
 
     The text is written as in one piece, but for attention, which ends at the borders of a chunk. The activations of
-    one chunk are held at a time. `on_chunk` is told how many chunks the last update has read. The rest is as in
-    `run_inner_loop`.
+    one chunk are held at a time. `on_chunk` is told how many chunks the last update has read. Every gradient is taken
+    in a block of `around`, and the generator stops after it: what the caller does until it goes on may use the network.
+    The rest is as in `run_inner_loop`.
     """
     losses, norms = [], []
     values = fast.tensors() if ranks is None else ranks.first(fast.tensors())
@@ -278,8 +287,9 @@ def write_chunks(
         per_sample: Tensor | None = None
         gradients: Sequence[Tensor] = []
         for done, state in enumerate(of_step, start=1):
-            of_chunk, taken = state.gradient(fast, loss, leaves, index)
-            base, found = state.chunk.outer.traced(values, taken)
+            with around():
+                of_chunk, taken = state.gradient(fast, loss, leaves, index)
+                base, found = state.chunk.outer.traced(values, taken)
             if per_sample is None:
                 per_sample, gradients = of_chunk, found
             else:
@@ -289,6 +299,8 @@ def write_chunks(
                 state.chunk.forget()
             if index == len(states) * epochs - 1:
                 on_chunk(done)
+            if done < len(of_step):
+                yield
         assert per_sample is not None
         if ranks is not None:
             per_sample, *gradients = ranks.sum([per_sample, *gradients])
@@ -297,6 +309,8 @@ def write_chunks(
         values = update.step(base, gradients, is_sound, None if rates is None else rates[index])
         losses.append(per_sample)
         norms.append(norm)
+        if index < len(states) * epochs - 1:
+            yield
     fast.replace(values)
     stacked = torch.stack(losses)
     return Written(

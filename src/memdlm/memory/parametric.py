@@ -25,6 +25,7 @@ from memdlm.memory.inner_loop import InnerLoss, Written
 from memdlm.memory.learned import LearnedWrite, saved_config
 from memdlm.memory.outer_gradient import check_attention
 from memdlm.memory.sites import adapted_blocks, find_sites
+from memdlm.memory.stepwise import Writing
 from memdlm.memory.write_gate import width_below
 from memdlm.memory.writer import Writer
 from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
@@ -158,7 +159,6 @@ class ParametricMemory:
         check_text(self.model, input_ids, labels, attention_mask, generator, anchor, is_padding, attention_pattern)
         warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
-        per_sample = self.config.per_sample is not False
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
         pattern = self.attention_pattern if attention_pattern is None else attention_pattern
@@ -167,23 +167,73 @@ class ParametricMemory:
         with self._opened("write"):
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
-                clean, labels, mask = _usable(input_ids), _usable(labels), _usable(attention_mask)
-                is_maskable = maskable_positions(clean if labels is None else labels, mask)
-                if is_padding is not None and self.config.pad_unmask_mode != "none":
-                    is_maskable = is_maskable & ~is_padding
-                start = None if self.learned is None else self.learned.start()
-                samples, drawing = (clean.shape[0] if per_sample else 1), _for_start(randomness, per_sample)
-                self.fast.reset(samples, drawing, start, dropout=self.config.inner_dropout)
+                text = self._begun(input_ids, labels, attention_mask, randomness, anchor, is_padding)
             with self.fast.attached():
                 with torch.inference_mode(False), torch.enable_grad():
-                    text = Text(clean, is_maskable, mask, anchor)
                     written, self._lower = writer.write(text, randomness, is_alone=is_alone, on_chunk=on_chunk)
                 # In training the trainer looks, where it waits for the device anyway.
                 if not self.model.training:
                     with blaming(self.model):
                         check_written(written.losses[-1], self.fast.tensors())
-                self._source = WrittenText(clean, is_maskable, written)
-                yield written if per_sample else written.of_one()
+                self._source = WrittenText(text.clean, text.is_maskable, written)
+                yield written if self._is_per_sample else written.of_one()
+
+    def writing(
+        self,
+        input_ids: Ids,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        generator: Randomness | None = None,
+    ) -> Writing:
+        """Begin a write that is done gradient by gradient; in between the model is free, for other memories too.
+
+        What becomes of it is what `write` would make of the same arguments, and raises. It is not differentiated, and
+        it is done by this process alone. One memory object does one such write at a time (ConfigError).
+        """
+        check_text(self.model, input_ids, labels, attention_mask, generator, None, None, None)
+        warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
+        if self.fast.num_samples:
+            raise ConfigError("this memory is being written; end that write first, or make another ParametricMemory.")
+        randomness = derive("memdlm.write", 0) if generator is None else generator
+        writer = self._writer(self.attention_pattern, is_tracked=False, is_read_at_anchor=False)
+        with torch.inference_mode(False), torch.enable_grad():
+            text = self._begun(input_ids, labels, attention_mask, randomness, None, None)
+        length, overlap = self.config.chunk_length, self.config.chunk_overlap
+        total = len(list(text.chunks(length, overlap))) * self.strategy.num_inner_steps * self.config.num_inner_epochs
+        return Writing(
+            self.model,
+            self.fast,
+            text,
+            writer.steps(text, randomness, is_alone=True, on_chunk=None),
+            total=total,
+            export=lambda source, row: exported(
+                source, self.fast, row, self.config, self._identity.fingerprint(self.learned)
+            ),
+        )
+
+    def _begun(
+        self,
+        input_ids: Ids,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        randomness: Randomness,
+        anchor: Corrupted | None,
+        is_padding: PositionSet | None,
+    ) -> Text:
+        """Put the fast weights to their start, and return what is written into them."""
+        clean, labels, mask = _usable(input_ids), _usable(labels), _usable(attention_mask)
+        is_maskable = maskable_positions(clean if labels is None else labels, mask)
+        if is_padding is not None and self.config.pad_unmask_mode != "none":
+            is_maskable = is_maskable & ~is_padding
+        start = None if self.learned is None else self.learned.start()
+        per_sample = self._is_per_sample
+        samples, drawing = (clean.shape[0] if per_sample else 1), _for_start(randomness, per_sample)
+        self.fast.reset(samples, drawing, start, dropout=self.config.inner_dropout)
+        return Text(clean, is_maskable, mask, anchor)
+
+    @property
+    def _is_per_sample(self) -> bool:
+        return self.config.per_sample is not False
 
     def export(self, row: int | None = None) -> SavedMemory:
         """Inside an open block: return what was written as a thing to keep; `row` picks one of B memories.

@@ -1,7 +1,8 @@
 """Writing one text into fast weights: in one piece, chunk after chunk, or all chunks by common updates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,22 @@ class Writer:
     def write(
         self, text: Text, randomness: Randomness, *, is_alone: bool, on_chunk: Callable[[int], None] | None
     ) -> tuple[Written, SharedLowerLayers | None]:
-        """Write `text`; returns what was done, and what is known below the fast weights of the text that is read.
+        """Do all `steps`; returns what they return."""
+        steps = self.steps(text, randomness, is_alone=is_alone, on_chunk=on_chunk)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found: tuple[Written, SharedLowerLayers | None] = end.value
+                return found
 
-        `on_chunk` is told how many columns are written.
+    def steps(
+        self, text: Text, randomness: Randomness, *, is_alone: bool, on_chunk: Callable[[int], None] | None
+    ) -> Generator[None, None, tuple[Written, SharedLowerLayers | None]]:
+        """Write `text`, gradient by gradient: between two of them the generator stops, and the network may be used.
+
+        Returns what was done, and what is known below the fast weights of the text that is read. `on_chunk` is told
+        how many columns are written.
         """
         length, overlap = self.config.chunk_length, self.config.chunk_overlap
         parts = list(text.chunks(length, overlap))
@@ -76,33 +90,37 @@ class Writer:
 
         if len(parts) > 1 and self.config.chunk_update == "accumulated":
             # A later call sees the whole text, of which no chunk knows what lies below.
-            return self._descend([self._prepared(part, randomness) for part in parts], is_alone, tell), None
-        written: list[Written] = []
+            written = yield from self._descend([self._prepared(part, randomness) for part in parts], is_alone, tell)
+            return written, None
+        pieces: list[Written] = []
         for number, part in enumerate(parts, start=1):
+            if number > 1:
+                yield
             ready = self._prepared(part, randomness)
-            written.append(self._descend([ready], is_alone))
+            piece = yield from self._descend([ready], is_alone)
+            pieces.append(piece)
             tell(number)
         if len(parts) > 1 or ready.lower_layers is None:
-            return joined(written), None
+            return joined(pieces), None
         ready.lower_layers.retain(ready.anchor)
-        return joined(written), ready.lower_layers
+        return joined(pieces), ready.lower_layers
 
     def _descend(
         self, ready: Sequence[_Prepared], is_alone: bool, on_chunk: Callable[[int], None] = lambda done: None
-    ) -> Written:
+    ) -> Generator[None, None, Written]:
         with torch.set_grad_enabled(self.is_tracked):
             rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
-        with checkpointed(self.adapted if self.config.inner_gradient_checkpointing else ()):
-            return write_chunks(
-                [each.chunk for each in ready],
-                fast=self.fast,
-                loss=self.loss,
-                update=self.update,
-                epochs=ready[0].epochs,
-                ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
-                rates=rates,
-                on_chunk=on_chunk,
-            )
+        return write_chunks(
+            [each.chunk for each in ready],
+            fast=self.fast,
+            loss=self.loss,
+            update=self.update,
+            epochs=ready[0].epochs,
+            ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
+            rates=rates,
+            on_chunk=on_chunk,
+            around=partial(checkpointed, self.adapted if self.config.inner_gradient_checkpointing else ()),
+        )
 
     def _prepared(self, part: Text, randomness: Randomness) -> _Prepared:
         """Draw the states of a chunk."""

@@ -87,7 +87,7 @@ class Done:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """Why there is no result; the last event. `CancelledError` if somebody cancelled the job, or the engine was stopped."""
+    """Why there is no result; the last event. CancelledError: the job was cancelled, or the engine was stopped."""
 
     error: Exception
 

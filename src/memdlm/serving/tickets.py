@@ -3,7 +3,9 @@
 import itertools
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import final
 
 from memdlm.errors import CancelledError
@@ -33,21 +35,22 @@ class Ticket:
 
         Raises TimeoutError when the next one does not come within `timeout` seconds.
         """
-        place = 0
-        while True:
+        for place in itertools.count():
             with self._changed:
-                if not self._changed.wait_for(lambda seen=place: len(self._events) > seen, timeout):
+                if not self._changed.wait_for(partial(self._has, place), timeout):
                     raise TimeoutError(f"job {self.number}: no event within {timeout} seconds.")
                 event = self._events[place]
-            place += 1
             yield event
             if isinstance(event, (Done, Failed)):
                 return
 
+    def _has(self, place: int) -> bool:
+        return len(self._events) > place
+
     def add_listener(self, listener: Listener) -> None:
         """Let `listener` be called with every event: here with those so far, then in the engine's thread.
 
-        It must return at once and not raise: all responses wait for it.
+        It must return at once: all responses wait for it. One that raises is warned about, and not called again.
         """
         with self._changed:
             for event in self._events:
@@ -68,6 +71,12 @@ class Ticket:
         """Whether there is a result, or an error."""
         return bool(self._events) and isinstance(self._events[-1], (Done, Failed))
 
+    @property
+    def error(self) -> Exception | None:
+        """The error with which the job ended; None: it has not ended, or it has a result."""
+        last = self._events[-1] if self._events else None
+        return last.error if isinstance(last, Failed) else None
+
     def result(self, timeout: float | None = None) -> Response | Memorized:
         """Wait for the result; raises the job's error, CancelledError, or TimeoutError after `timeout` seconds."""
         with self._changed:
@@ -87,8 +96,12 @@ class Ticket:
             if isinstance(event, Started):
                 self.started = time.monotonic()
             self._events.append(event)
-            for listener in self._listeners:
-                listener(event)
+            for listener in list(self._listeners):
+                try:
+                    listener(event)
+                except Exception as error:  # the job is not at fault, and neither are the others
+                    self._listeners.remove(listener)
+                    warnings.warn(f"job {self.number}: a listener raised {error!r} and is not called again.")
             self._changed.notify_all()
 
     def seconds(self) -> tuple[float, float]:

@@ -37,6 +37,29 @@ class KeyValueCache:
         for pair in self._layers.values():
             yield from pair
 
+    def grow(self, length: int) -> None:
+        """Make room for `length` columns."""
+        for layer, pair in self._layers.items():
+            wider = tuple(each.new_zeros(*each.shape[:2], length + 1, each.shape[3]) for each in pair)
+            for new, old in zip(wider, pair, strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            self._layers[layer] = (wider[0], wider[1])
+        self.length = length
+
+    def forget(self) -> None:
+        """Let go of all buffers."""
+        self._layers.clear()
+
+    def clear(self, row: int) -> None:
+        """Make a row as it was at the beginning: NaN of an earlier text must not reach another's output."""
+        for buffer in self.buffers():
+            buffer[row].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` to `target`."""
+        for buffer in self.buffers():
+            buffer[target] = buffer[source]
+
     def held(self, layer: int, row: int, end: int) -> tuple[Tensor, Tensor]:
         """Return a copy of the first `end` keys and values of a row, [H, end, P]."""
         key, value = self._layers[layer]
