@@ -161,6 +161,11 @@ class Engine:
         self._thread.start()
         return self
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's own thread does the steps now."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _run(self) -> None:
         changed = self._queue.changed
         while True:

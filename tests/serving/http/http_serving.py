@@ -42,7 +42,7 @@ def written(decoder, text, seed=0):
     import torch
 
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    with memory.write(ids, generator=[derive("memorize", seed)]):
+    with memory.write(ids, generator=[derive("memdlm.write", seed)]):
         return memory.export(0)
 
 

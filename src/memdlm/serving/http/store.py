@@ -137,8 +137,9 @@ class FolderStore(NamedStore):
         saved.save(self._places().get(str(memory), self.folder / f"{memory}{SUFFIX}"))
 
     def check(self, memory: MemoryId) -> None:
-        """Raise ConfigError for what cannot be a new memory's name."""
-        check_name(memory if isinstance(memory, str) else "")
+        """Raise ConfigError for what is no memory's name, and cannot be that of a new one."""
+        if memory not in self._places():
+            check_name(memory if isinstance(memory, str) else "")
 
     def delete(self, name: str) -> None:
         """Delete a memory; MemoryFileError if there is none of this name."""
