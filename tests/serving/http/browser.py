@@ -77,7 +77,8 @@ async def tab(folder, address):
     try:
         place, end = folder / "profile" / "DevToolsActivePort", time.monotonic() + 60
         while not (place.exists() and place.read_text().strip()):
-            assert time.monotonic() < end and browser.poll() is None, (folder / "chromium.log").read_text()
+            assert time.monotonic() < end, (folder / "chromium.log").read_text()
+            assert browser.poll() is None, (folder / "chromium.log").read_text()
             await asyncio.sleep(0.1)
         port = place.read_text().split()[0]
         async with aiohttp.ClientSession() as session:

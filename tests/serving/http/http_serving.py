@@ -5,9 +5,9 @@ import json
 import threading
 import time
 
-import chat_folder
 from starlette.testclient import TestClient
 
+import chat_folder
 from memdlm import load_model, load_tokenizer
 from memdlm.inference import Decoder, GenerationConfig
 from memdlm.memory import MemoryConfig, ParametricMemory
@@ -23,11 +23,11 @@ from memdlm.workflows.sessions.serve import listening
 
 TEXTS = {"alpha": "w1 w2 w3 w4 w5 w6", "beta": "w9 w8 w7 w6 w5 w4 w3"}
 MEMORY = MemoryConfig(num_inner_steps=2, inner_rank=4, inner_layer_fraction=1.0, inner_lr=4.0)
-CONFIG = GenerationConfig(max_new_tokens=16)
+CONFIG = GenerationConfig(max_new_tokens=16, block_size=8, steps_per_block=4)
 BASE = "tiny"
 
 
-def decoder_of(folder, family="llada2", config=CONFIG):
+def decoder_of(folder, family="llada", config=CONFIG):
     """A decoder of a tiny model, made in `folder`."""
     if not (folder / family).exists():
         chat_folder.make_model(folder / family, family)

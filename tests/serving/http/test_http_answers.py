@@ -1,12 +1,12 @@
 """Answers over HTTP are those that the decoder gives offline, whole and as streams; what cannot be done is refused."""
 
 import pytest
+from http_serving import BASE, TEXTS, client_of, decoder_of, events_of, offline, service_of, written
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from http_serving import BASE, TEXTS, client_of, decoder_of, events_of, offline, service_of, written
 from memdlm.serving.http.schemas import IGNORED, NEUTRAL, UNABLE
 from memdlm.serving.http.streams import Unfolding
 
@@ -63,7 +63,7 @@ def test_the_memories_make_a_difference(client, kept):
     assert len({offline(decoder, PROMPT, saved) for saved in (None, *memories.values())}) > 1
 
 
-SAMPLED = {"temperature": 0.8, "seed": 5, "max_tokens": 24, "block_size": 32}
+SAMPLED = {"temperature": 0.8, "seed": 5, "max_tokens": 24}
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_the_steps_of_a_stream_lead_to_its_answer(client, kept):
         told = event.get("memdlm")
         if told is not None:
             steps += 1
-            canvas |= {place: token for place, token in told["changes"]}
+            canvas |= dict(told["changes"])
         text += event["choices"][0]["text"]
     assert steps > 1
     ids = [tokenizer.convert_tokens_to_ids(canvas[place]) for place in sorted(canvas)]
-    assert sorted(canvas)[: len(canvas)] == list(range(len(canvas)))
+    assert sorted(canvas) == list(range(len(canvas)))
     assert tokenizer.decode(ids, skip_special_tokens=True).startswith(text)
     assert text
 

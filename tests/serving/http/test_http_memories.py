@@ -1,12 +1,12 @@
-"""Memories as resources: made from texts and uploads, listed, fetched, deleted, loaded and unloaded; names stay names."""
+"""Memories as resources: made from texts and uploads, listed, fetched, deleted, loaded, unloaded; names stay names."""
 
 import io
 import json
 import tarfile
 
 import pytest
-
 from http_serving import BASE, TEXTS, client_of, decoder_of, finished, offline, service_of, until, written
+
 from memdlm.memory import read_memory
 from memdlm.serving.http import memories as routes
 from memdlm.serving.http.store import FolderStore, check_name
@@ -128,7 +128,7 @@ def test_a_reader_of_uploads_is_stopped_at_its_limits(monkeypatch):
 
     deep = b"<p>w1" + b"<div>" * 400_000
     for seconds, mib in ((1, 1024), (60, 1)):
-        with pytest.raises(ValueError, match="a.html"):
+        with pytest.raises(ValueError, match=r"a\.html"):
             asyncio.run(read(seconds, mib, deep))
     assert asyncio.run(read(60, 1024, b"<p>w1 w2")).text == "w1 w2"
 

@@ -19,7 +19,7 @@ from memdlm.serving.http.service import Service
 
 log = logging.getLogger("uvicorn.error")
 KEEP_ALIVE = 5
-"""Seconds for which a connection without a request stays open."""
+"""Most seconds for which a connection without a request stays open."""
 
 
 def patient(seconds: float) -> type[H11Protocol]:
@@ -105,7 +105,7 @@ def server_of(service: Service, app: ASGIApp | None = None) -> Server:
         "log_level": "info",
         "access_log": options.access_log,
         "limit_concurrency": options.max_connections,
-        "timeout_keep_alive": KEEP_ALIVE,
+        "timeout_keep_alive": max(1, min(KEEP_ALIVE, round(options.body_seconds))),
         "timeout_graceful_shutdown": max(1, round(options.drain_seconds)),
         # Whoever speaks first with the server is the client: a proxy's word for another address is not asked for.
         "proxy_headers": False,

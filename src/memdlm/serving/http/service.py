@@ -5,7 +5,7 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -25,6 +25,17 @@ from memdlm.serving.http.schemas import Asked
 from memdlm.serving.http.shelf import Shelf
 from memdlm.serving.requests import GenerationRequest, WriteRequest
 from memdlm.serving.tickets import Ticket
+
+_FREE = ("editing_threshold", "num_to_transfer", "factor", "max_post_steps", "stable_steps")
+RIVALS: Mapping[str, tuple[str, ...]] = {
+    "steps": ("steps_per_block", *_FREE),
+    "steps_per_block": ("steps", *_FREE),
+    "threshold": ("factor",),
+    "factor": ("threshold", "num_to_transfer", "steps", "steps_per_block", "minimal_topk"),
+    "editing_threshold": ("factor", "steps", "steps_per_block", "minimal_topk"),
+    "num_to_transfer": ("factor", "steps", "steps_per_block", "minimal_topk"),
+}
+"""What a request sets -> the server's defaults that give way to it, because both together are not possible."""
 
 
 @final
@@ -148,7 +159,9 @@ class Service:
                     param="max_tokens",
                 )
             given |= {"max_new_tokens": asked.most_tokens, "max_length": None}
-        config = dataclasses.replace(self.defaults, **given)
+        plain = {each.name: each.default for each in dataclasses.fields(GenerationConfig)}
+        rivals = {rival: plain[rival] for name in given for rival in RIVALS.get(name, ()) if rival not in given}
+        config = dataclasses.replace(self.defaults, **{**rivals, **given})
         config.refuse_idle(name for name in given if name not in ("max_new_tokens", "max_length"))
         return config
 
