@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor
 
 from memdlm.errors import DataError
 from memdlm.inference.decoder import Decoder
