@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import final
 
@@ -223,8 +224,8 @@ class Engine:
         self.stop()
 
     def figures(self) -> Figures:
-        """Return what the engine does, and has done, as of its last step."""
-        return self._figures
+        """Return what the engine does, and has done, as of its last step; `waiting` is of now."""
+        return replace(self._figures, waiting=len(self._queue))
 
     def _now(self) -> Figures:
         pool, live, counts = self._batch.pool, self._memories.live, self._queue.counts
