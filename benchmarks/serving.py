@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from decoding import MODELS, V
 
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.inference import Decoder, GenerationConfig, generate
-from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory import FastWeights, MemoryConfig, ParametricMemory
+from memdlm.models import build_model
 from memdlm.randomness import derive
 from memdlm.serving import Engine, GenerationRequest, MemoriesInProcess
 
@@ -35,9 +37,16 @@ REQUESTS = 8
 
 
 def seconds(act: Callable[[], Any]) -> float:
+    """CPU time, of all threads."""
     start = time.process_time()
     act()
     return time.process_time() - start
+
+
+def both(act: Callable[[], Any]) -> tuple[float, float]:
+    """CPU time and time on the wall."""
+    start = time.perf_counter()
+    return seconds(act), time.perf_counter() - start
 
 
 class Bench:
@@ -46,7 +55,7 @@ class Bench:
     def __init__(self, family: str, prompt: int, new: int) -> None:
         self.family = family
         self.tokenizer = build_word_tokenizer(f"w{index:05}" for index in range(V - 5))
-        self.model = build(family)
+        self.model = build_model(MODELS[family](), seed=0).eval()
         self.prompts = list(torch.randint(5, V, (REQUESTS, prompt), generator=derive("serving", family)))
         self.config = GenerationConfig(max_new_tokens=new, block_size=None if family == "llada2" else new)
         self.memory = ParametricMemory(
@@ -96,12 +105,6 @@ class Bench:
         }
 
 
-def build(family: str) -> torch.nn.Module:
-    from memdlm.models import build_model
-
-    return build_model(MODELS[family](), seed=0).eval()
-
-
 def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
     ways = bench.ways()
     answers = {name: act() for name, act in ways.items()}
@@ -109,16 +112,25 @@ def throughput(bench: Bench, rounds: int) -> dict[str, Any]:
     for name in ("batch, eight memories", "engine, one by one"):
         if answers[name] != expected:
             raise SystemExit(f"{bench.family}: {name} gives other tokens than generate.")
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, act in ways.items():
-            times[name].append(seconds(act))
+            times[name].append(both(act))
     best = times["batch, eight memories"]
-    ratios = {
-        name: statistics.median(other / own for other, own in zip(times[name], best, strict=True)) for name in ways
+
+    def ratios(kind: int) -> dict[str, float]:
+        return {
+            name: statistics.median(other[kind] / own[kind] for other, own in zip(found, best, strict=True))
+            for name, found in times.items()
+        }
+
+    return {
+        "cpu_seconds": {name: [cpu for cpu, _ in found] for name, found in times.items()},
+        "wall_seconds": {name: [wall for _, wall in found] for name, found in times.items()},
+        "ratio_to_batch": ratios(0),
+        "wall_ratio_to_batch": ratios(1),
+        "tokens": sum(len(row) for row in expected),
     }
-    tokens = sum(len(row) for row in expected)
-    return {"cpu_seconds": times, "ratio_to_batch": ratios, "tokens": tokens}
 
 
 def profile(bench: Bench, rounds: int) -> dict[str, Any]:
@@ -129,13 +141,18 @@ def profile(bench: Bench, rounds: int) -> dict[str, Any]:
         ids = torch.randint(5, V, (rows, width), generator=derive("profile"))
         asked = torch.cat([torch.arange(width - 16, width) + row * width for row in range(rows)])
         with torch.no_grad():
-            call = lambda ids=ids, asked=asked: bench.model(input_ids=ids, positions=asked)  # noqa: E731
+            call = partial(bench.model, input_ids=ids, positions=asked)
             work = flops(call)
             spent = min(seconds(call) for _ in range(rounds))
         found[f"{rows} rows"] = {"gflop": work / 1e9, "seconds": spent, "gflop_per_second": work / 1e9 / spent}
     one, many = found["1 rows"], found[f"{REQUESTS} rows"]
     found["most_that_batching_can_give"] = many["gflop_per_second"] / one["gflop_per_second"]
     return found
+
+
+def attached(fast: FastWeights, tensors: list[torch.Tensor], samples: int) -> None:
+    with fast.holding(tensors, (samples, None)):
+        pass
 
 
 def membership(bench: Bench, rounds: int) -> dict[str, float]:
@@ -161,16 +178,8 @@ def membership(bench: Bench, rounds: int) -> dict[str, float]:
         submit()
         times["join"].append(seconds(batch.admit))
         reads = [each.memory for each in pool.owners]
-        times["new copies"].append(seconds(lambda: pool.stacks.of(reads)))
-        found = pool.stacks.of(reads)
-        assert found is not None
-        fast, tensors, samples = found
-
-        def attach() -> None:
-            with fast.holding(tensors, (samples, None)):
-                pass
-
-        times["attach"].append(seconds(attach))
+        times["new copies"].append(seconds(partial(pool.stacks.of, reads)))
+        times["attach"].append(seconds(partial(attached, *pool.stacks.of(reads))))
     for running in list(batch.running):
         running.ticket.cancel()
     while engine.step():
@@ -216,8 +225,8 @@ def main() -> None:
 def report(family: str, found: dict[str, Any]) -> None:
     print(f"{family}: {found['tokens']} tokens")
     for name, times in found["cpu_seconds"].items():
-        ratio = found["ratio_to_batch"][name]
-        print(f"  {name:<24} {statistics.median(times):8.3f} s   {ratio:5.2f} times the batch's time")
+        cpu, wall = found["ratio_to_batch"][name], found["wall_ratio_to_batch"][name]
+        print(f"  {name:<24} {statistics.median(times):8.3f} s   {cpu:5.2f} times the batch's (wall {wall:.2f})")
     for name, part in found["profile"].items():
         if isinstance(part, dict):
             print(f"  a pass of {name}: {part['gflop']:.2f} Gflop at {part['gflop_per_second']:.1f} Gflop/s")

@@ -38,6 +38,20 @@ FIRST: dict[str, tuple[str, ...]] = {
         *("model", "adapter", "memory", "questions", "output", "keep_context", "max_new_tokens", "steps", "preset"),
         "device",
     ),
+    "serve": (
+        *(
+            "model",
+            "adapter",
+            "memories",
+            "host",
+            "port",
+            "api_key_file",
+            "slots",
+            "max_new_tokens",
+            "preset",
+            "device",
+        ),
+    ),
     "eval": (
         *("model", "adapter", "tasks", "mem_enabled", "memory", "max_new_tokens", "steps", "block_size", "max_length"),
         "device",

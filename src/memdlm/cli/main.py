@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": "hold a conversation in the terminal",
     "memorize": "write a document into a memory once, and keep it as a file",
     "ask": "answer questions from memories, with or without the documents",
+    "serve": "answer requests over HTTP, from a model and its memories, as OpenAI's API does",
     "memory": "list, show, rename, combine, compress, export and delete saved memories",
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",

@@ -13,6 +13,7 @@ from memdlm.serving.requests import (
     Response,
     Settled,
     Started,
+    Stepped,
     WriteRequest,
 )
 from memdlm.serving.store import MemoriesInProcess, MemoryFolder, MemoryStore
@@ -34,6 +35,7 @@ __all__ = [
     "Response",
     "Settled",
     "Started",
+    "Stepped",
     "Ticket",
     "WriteRequest",
 ]

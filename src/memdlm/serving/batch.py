@@ -99,6 +99,8 @@ class Batch:
             message = "the model's logits hold NaN or infinity, from which no token can be chosen."
             raise NotFiniteError(f"{message} {blame(self.pool.decoder.model)}")
         settled, text = running.take(found), None
+        if running.request.steps:
+            running.ticket.tell(running.stepped())
         if settled is not None:
             running.ticket.tell(settled)
             text = running.stop_text()

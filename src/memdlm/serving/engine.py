@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import final
 
@@ -161,6 +162,11 @@ class Engine:
         self._thread.start()
         return self
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's own thread does the steps now."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _run(self) -> None:
         changed = self._queue.changed
         while True:
@@ -218,8 +224,8 @@ class Engine:
         self.stop()
 
     def figures(self) -> Figures:
-        """Return what the engine does, and has done, as of its last step."""
-        return self._figures
+        """Return what the engine does, and has done, as of its last step; `waiting` is of now."""
+        return replace(self._figures, waiting=len(self._queue))
 
     def _now(self) -> Figures:
         pool, live, counts = self._batch.pool, self._memories.live, self._queue.counts

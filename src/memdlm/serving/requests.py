@@ -26,6 +26,8 @@ class GenerationRequest:
     """Seed of all draws. With 0, the response is that of `generate` without a generator."""
     stop: tuple[str, ...] = ()
     """Texts before which the response ends."""
+    steps: bool = False
+    """Whether every denoising step is told, as a `Stepped`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +62,15 @@ class Settled:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Stepped:
+    """What one denoising step changed in a response; nothing of it is final. For whoever watches."""
+
+    block: int
+    changes: tuple[tuple[int, int], ...]
+    """Places in the response, from 0 on, and the ids that stand there now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a write has come, in gradients: every update takes one for each chunk of the text."""
 
@@ -81,7 +92,7 @@ class Failed:
     error: Exception
 
 
-Event: TypeAlias = Started | Settled | Progress | Done | Failed
+Event: TypeAlias = Started | Settled | Stepped | Progress | Done | Failed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.diffusion.sampling import Filling
+from memdlm.diffusion.sampling import Filling, Step
 from memdlm.inference.decoder import Job
 from memdlm.inference.prompts import visible
 from memdlm.serving.live import LiveMemory
-from memdlm.serving.requests import GenerationRequest, Response, Settled
+from memdlm.serving.requests import GenerationRequest, Response, Settled, Stepped
 from memdlm.serving.tickets import Ticket
 
 
@@ -49,6 +49,8 @@ class Running:
     """Its rows of the batch."""
     settled: list[int] = field(default_factory=list)
     """The tokens that are final and follow each other from the response's beginning."""
+    last: tuple[int, Step] | None = None
+    """The last step, and the block that it belonged to."""
 
     def __post_init__(self) -> None:
         self.filling = self.job.filling()
@@ -73,13 +75,22 @@ class Running:
         block = self.filling.block
         self.job.meter.passes += self.num_rows
         self.job.meter.positions += found.num_positions
-        self.filling.commit(self.wanted, found.token, found.confidence)
+        self.last = (block, self.filling.commit(self.wanted, found.token, found.confidence))
         self.wanted = self.filling.wanted()
         new = self._final()[len(self.settled) :]
         if not new:
             return None
         self.settled += new
         return Settled(block=block, ids=tuple(new))
+
+    def stepped(self) -> Stepped:
+        """Return what the last step changed in the response."""
+        assert self.last is not None
+        (block, step), canvas = self.last, self.job.canvas
+        part = slice(int(canvas.prompt_lengths[0]), int(canvas.response_ends[0]))
+        changed = (step.is_new | step.is_edited)[0, part].nonzero()[:, 0].tolist()
+        ids = step.ids[0, part].tolist()
+        return Stepped(block=block, changes=tuple((place, ids[place]) for place in changed))
 
     def _final(self) -> list[int]:
         """Return the tokens that no later step changes, from the response's beginning to the first that is not known.
