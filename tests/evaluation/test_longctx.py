@@ -26,7 +26,7 @@ def pieces():
 
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("wording", WORDINGS)
-@pytest.mark.parametrize("length", [180, 300])
+@pytest.mark.parametrize("length", [260, 400])
 def test_contexts_are_filled_up_to_their_length(name, wording, length):
     """Short of a word of symbols, or of a sentence of English."""
     tokenizer, task = pieces(), make_task(name, {name: {"wording": wording}})

@@ -270,7 +270,10 @@ class CommonWords(Task):
         words = choose(everything, self.num_common + self.num_rare, generator)
         common, rare = words[: self.num_common], words[self.num_common :]
         listed = common * self.common_count + rare * self.rare_count
-        facts = [self.said.fact("entry", word=listed[index]) for index in torch.randperm(len(listed), generator=generator).tolist()]
+        facts = [
+            self.said.fact("entry", word=listed[index])
+            for index in torch.randperm(len(listed), generator=generator).tolist()
+        ]
         return facts, [(self.said.question("ask common"), " ".join(sorted(common, key=everything.index)))]
 
 
@@ -323,7 +326,7 @@ class OneFact(_People):
 @final
 @dataclass(frozen=True, kw_only=True)
 class TwoFacts(_People):
-    """ "PERSON took the THING" and "PERSON went to the PLACE"; asked where a thing is, answer where its owner went last."""
+    """ "PERSON took the THING" and "PERSON went to the PLACE"; asked where a thing is, answer where its owner is."""
 
     name: ClassVar[str] = "two_facts"
 

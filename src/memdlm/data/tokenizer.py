@@ -26,8 +26,9 @@ def build_word_tokenizer(
     EOS pads, on the right. Other words become <unk>; with `spells`, they are spelled instead: a space, then their
     UTF-8 bytes, with 256 more ids behind those of the words, so that names and numbers survive. With `sentences`,
     punctuation behind a word is dropped, and a known word may begin with a capital letter: "Bring Hugo tea." is read as
-    "bring Hugo tea". Runs of white space become one space. In the chat template <|user|> starts a question and <|eot|> ends an answer. No token separates the
-    two, so that an answer follows its question's last words as a fact's value follows its key.
+    "bring Hugo tea". Runs of white space become one space. In the chat template <|user|> starts a question and <|eot|>
+    ends an answer. No token separates the two, so that an answer follows its question's last words as a fact's value
+    follows its key.
     """
     known = sorted(set(words) - set(SPECIAL))
     tokenizer = _spelling(known) if spells else _words_alone(known)

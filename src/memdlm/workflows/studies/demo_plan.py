@@ -88,10 +88,10 @@ def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
         name="recall from memory alone",
         description=f"{task.num_pairs} errands such as 'Bring Hugo tea.' lie scattered between sentences that do not "
         f"matter. Then {task.num_questions} questions name a person, as in 'Bring Hugo'; the answer is what to bring, "
-        f"one of {task.num_values} words. Attention reaches {plan.window} tokens to either side, so when a question is answered its fact is out of reach: only "
-        "the fast weights written before can hold it. Memory on: the prompt is written as the model was "
-        "trained to write it (standard MDLM and the published recipe: as published for inference). Memory "
-        "off: nothing is written.",
+        f"one of {task.num_values} words. Attention reaches {plan.window} tokens to either side, so when a "
+        "question is answered its fact is out of reach: only the fast weights written before can hold it. "
+        "Memory on: the prompt is written as the model was trained to write it (standard MDLM and the published "
+        "recipe: as published for inference). Memory off: nothing is written.",
         answer_cost=0.01,
     )
 
@@ -115,9 +115,9 @@ def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
         },
         seeds=seeds,
         name="key-value recall",
-        description=f"{task.num_pairs} facts such as 'Hugo likes tea.' lie scattered between sentences that do not matter; "
-        f"{task.num_questions} questions name a person, as in 'Hugo likes', and the answer is what they like, one of "
-        f"{task.num_values} words.",
+        description=f"{task.num_pairs} facts such as 'Hugo likes tea.' lie scattered between sentences that do not "
+        f"matter; {task.num_questions} questions name a person, as in 'Hugo likes', and the answer is what they "
+        f"like, one of {task.num_values} words.",
         answer_cost=0.2,
     )
 
@@ -144,9 +144,7 @@ class DemoPlan:
         )
     )
     """The first panel, with half of the study's conversations per length, and a length that the study leaves out."""
-    open_book: RecallPlan = field(
-        default_factory=lambda: open_book(task=KeyValueRecall(num_keys=24), tokenizer=READS)
-    )
+    open_book: RecallPlan = field(default_factory=lambda: open_book(task=KeyValueRecall(num_keys=24), tokenizer=READS))
     is_quick: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Device of all models."""
