@@ -96,19 +96,21 @@ def workshop(tmp_path_factory):
     """A folder with tiny models, an adapter, data and the recipes, where the documentation's commands find them."""
     datasets = importlib.import_module("datasets")
     folder, task = tmp_path_factory.mktemp("workshop"), KeyValueRecall()
-    tokenizer = build_word_tokenizer(task.words())
+    tokenizer = build_word_tokenizer(task.words(), spells=True, sentences=True)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     for seed, name in enumerate(("mdlm-seed0", "memdlm-seed0", "recall-learned-to-be-written-seed0")):
         build_model(SmallDLMConfig(vocab_size=len(tokenizer), **sizes), seed=seed).save_pretrained(folder / DEMO / name)
         tokenizer.save_pretrained(folder / DEMO / name)
     rows = [{"messages": sample.messages} for sample in task.records(30, 30, seed=0)]
     write_jsonl(rows, folder / "chat.jsonl")
-    write_jsonl([{**row, "document": "k1 is v3 the grass is green"} for row in rows], folder / "documents.jsonl")
+    write_jsonl(
+        [{**row, "document": "Hugo likes tea. The grass is green."} for row in rows], folder / "documents.jsonl"
+    )
     (folder / "report.md").write_text(rows[0]["messages"][0]["content"])
     (folder / "notes").mkdir()
     (folder / "notes" / "may.md").write_text(rows[1]["messages"][0]["content"])
     (folder / "notes" / "june.txt").write_text(rows[2]["messages"][0]["content"])
-    write_jsonl([{"question": "k1 is", "answer": "v3"}], folder / "questions.jsonl")
+    write_jsonl([{"question": "Hugo likes", "answer": "tea"}], folder / "questions.jsonl")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|MASK|>", "<|role_end|>"]})
     for name, family in PUBLISHED.items():
         config = {**CONFIGS, **A2D}[family]()
@@ -283,7 +285,7 @@ def test_a_page_can_be_followed(path, page_folder, monkeypatch):
             exec(compile(filled(text), str(path), "exec"), names)
             continue
         for line in lines(text):
-            monkeypatch.setattr(sys, "stdin", io.StringIO("k1 is\n/memory on\nk2 is\n/exit\n"))
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Hugo likes\n/memory on\nAnna likes\n/exit\n"))
             follow(line)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -84,3 +85,17 @@ def test_the_installed_wheel_helps(installed, tmp_path):
     assert "llada_moe_1gpu_memdlm" in run(["recipes"], installed, tmp_path)
     assert "memdlm train --help-all lists all" in run(["help", "train"], installed, tmp_path)
     assert "_memdlm_recipes" in run(["completion", "bash"], installed, tmp_path)
+
+
+def test_the_long_description_has_no_address_that_a_package_index_cannot_follow(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as zipped:
+        (name,) = (each for each in zipped.namelist() if each.endswith("/METADATA"))
+        text = zipped.read(name).decode()
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(found) > 10
+    assert [each for each in found if not each.startswith("https://")] == []
+    pictures = [each for each in found if each.endswith((".png", ".svg"))]
+    assert pictures
+    for each in pictures:
+        assert (ROOT / each.split("/main/")[1]).is_file(), each

@@ -21,7 +21,8 @@ import torch
 from study_rows import Rows
 
 from memdlm.data.documents import plain_ids
-from memdlm.data.synthetic import Facts, Questions, Task, choose, pick
+from memdlm.data.synthetic import Questions, Task, choose, pick
+from memdlm.data.wording import Facts
 from memdlm.evaluation import recall
 from memdlm.memory import MemoryConfig
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
@@ -67,6 +68,7 @@ class Pairs(Task):
 
     name: ClassVar[str] = "pairs"
     num_questions: int = 8
+    wording: str = "symbols"
     num_keys: int = 192
     num_values: int = 64
 

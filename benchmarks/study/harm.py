@@ -22,7 +22,8 @@ from recall_suite import EVEN
 from study_rows import Rows
 
 from memdlm.data.documents import plain_ids
-from memdlm.data.synthetic import KeyValueRecall, Sample, scatter
+from memdlm.data.synthetic import KeyValueRecall, Sample
+from memdlm.data.wording import scatter
 from memdlm.evaluation import recall
 from memdlm.inference import GenerationConfig, generate, infill
 from memdlm.memory import ParametricMemory

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from study_rows import Rows, on_validation
 
-from memdlm.data.synthetic import FILLER, Sample
+from memdlm.data.synthetic import Sample
+from memdlm.data.wording import FILLER
 from memdlm.evaluation import recall
 from memdlm.memory import ParametricMemory
 from memdlm.randomness import derive

@@ -34,7 +34,9 @@ def plan_of(size: str) -> RecallPlan:
     """64 facts in 1024 words, 16 questions; rank 64, one for each fact."""
     steps = {"12M": 1200, "80M": 600}[size]
     return RecallPlan(
-        task=KeyValueRecall(num_pairs=64, num_keys=128, num_values=64, num_questions=16, is_adjacent=True),
+        task=KeyValueRecall(
+            wording="symbols", num_pairs=64, num_keys=128, num_values=64, num_questions=16, is_adjacent=True
+        ),
         train_length=1024,
         times=(1, 2, 4, 8),
         num_train=16 * 200,
@@ -52,7 +54,9 @@ def plan_of(size: str) -> RecallPlan:
 def smoke() -> RecallPlan:
     """Everything that `plan_of` uses, as small as it gets, on a CPU."""
     return RecallPlan(
-        task=KeyValueRecall(num_pairs=3, num_keys=6, num_values=6, num_questions=2, is_adjacent=True),
+        task=KeyValueRecall(
+            wording="symbols", num_pairs=3, num_keys=6, num_values=6, num_questions=2, is_adjacent=True
+        ),
         train_length=16,
         times=(1, 2),
         num_train=8,

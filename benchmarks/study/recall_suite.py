@@ -10,7 +10,8 @@ from typing import Any, ClassVar, final
 
 import torch
 
-from memdlm.data.synthetic import FILLER, Facts, KeyValueRecall, Questions, Task, choose, pick
+from memdlm.data.synthetic import KeyValueRecall, Questions, Task, choose, pick
+from memdlm.data.wording import FILLER, Facts
 from memdlm.workflows.studies.plans import UNWEIGHTED, RecallPlan
 
 EVEN = UNWEIGHTED | {"stratified_times": True}
@@ -28,6 +29,7 @@ class TwoWordRecall(Task):
 
     name: ClassVar[str] = "two_words"
     num_questions: int = 8
+    wording: str = "symbols"
     num_pairs: int = 8
     alphabet: int = 4
 
@@ -57,6 +59,7 @@ class GapRecall(Task):
 
     name: ClassVar[str] = "gap"
     num_questions: int = 8
+    wording: str = "symbols"
     num_pairs: int = 8
     num_keys: int = 24
     num_values: int = 24
@@ -91,6 +94,7 @@ class SeveralValues(Task):
 
     name: ClassVar[str] = "several_values"
     num_questions: int = 4
+    wording: str = "symbols"
     num_keys_asked: int = 4
     num_keys: int = 24
     num_values: int = 24
@@ -122,6 +126,7 @@ class Chain(Task):
 
     name: ClassVar[str] = "chain"
     num_questions: int = 4
+    wording: str = "symbols"
     num_chains: int = 4
     num_variables: int = 24
     num_values: int = 24
@@ -152,7 +157,7 @@ class Chain(Task):
 
 def many_facts(count: int, rank: int, steps: int = 400) -> RecallPlan:
     """Return the plan for `count` facts in 4.5 words of context each."""
-    task = KeyValueRecall(num_pairs=count, num_keys=48, num_questions=16, is_adjacent=True)
+    task = KeyValueRecall(wording="symbols", num_pairs=count, num_keys=48, num_questions=16, is_adjacent=True)
     length = count * 9 // 2
     return RecallPlan(
         task=task, train_length=length, times=(1, 4), rank=rank, steps=steps, num_train=32 * steps, training=EVEN

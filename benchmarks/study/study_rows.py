@@ -13,7 +13,7 @@ from memdlm.data.synthetic import KeyValueRecall
 from memdlm.workflows.studies.plans import RecallPlan
 
 SMOKE: dict[str, Any] = {
-    "task": KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True),
+    "task": KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True),
     "train_length": 8,
     "num_eval": 2,
     "batch_size": 4,

@@ -18,7 +18,7 @@ from memdlm.models.lora.files import save_outer_adapter
 from memdlm.training import TrainingArguments
 from memdlm.workflows.studies import demo
 
-TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
+TASK = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=1)
 TINY_SUITE = json.dumps({"max_seq_lengths": [12], "num_samples": 1, "task_options": {"kv": {"num_pairs": 2}}})
 WITHOUT_MODEL = ("info", "preprocess", "memory", "report", "recipes", "completion")
 """Commands that load no weights, which `test_the_others_load_no_weights` holds them to."""

@@ -10,7 +10,7 @@ from memdlm.cli.main import COMMANDS, main
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
 from memdlm.models import SmallDLMConfig, build_model, load_model
 
-TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=1)
+TASK = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=1)
 
 
 @pytest.fixture(scope="module")

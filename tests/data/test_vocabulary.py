@@ -16,11 +16,11 @@ ALONE, SPELLING = build_word_tokenizer(WORDS), build_word_tokenizer(WORDS, spell
 
 @pytest.mark.parametrize("task", TASKS)
 def test_word_ids_stay_and_bytes_come_behind_them(task):
-    words = TASKS[task]().words()
+    words = TASKS[task](wording="symbols").words()
     alone, spelling = build_word_tokenizer(words), build_word_tokenizer(words, spells=True)
     assert len(spelling) == len(alone) + 256
     assert [spelling(word).input_ids for word in words] == [alone(word).input_ids for word in words]
-    sample = TASKS[task]().records(1, 60, seed=0)[0]
+    sample = TASKS[task](wording="symbols").records(1, 60, seed=0)[0]
     assert message_ids(spelling, sample.messages) == message_ids(alone, sample.messages)
     for name in ("mask", "eos", "pad", "unk"):
         assert getattr(spelling, f"{name}_token_id") == getattr(alone, f"{name}_token_id")
@@ -42,6 +42,30 @@ def test_known_words_are_decoded_as_before(text):
     ids = ALONE(text).input_ids
     assert SPELLING(text).input_ids == ids
     assert SPELLING.decode(ids) == ALONE.decode(ids)
+
+
+@pytest.mark.parametrize("spells", [False, True])
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("Bring Hugo tea. The grass, green!", "bring Hugo tea the grass green"),
+        ("bring Hugo Tea?!\nThe grass", "bring Hugo tea the grass"),
+        ("The.", "the"),
+        ("Rose rose", "Rose rose"),
+    ],
+)
+def test_sentences_are_read_as_their_words(spells, text, plain):
+    words = ("bring", "Hugo", "tea", "the", "grass", "green", "Rose", "rose")
+    tokenizer = build_word_tokenizer(words, spells=spells, sentences=True)
+    assert tokenizer(text).input_ids == build_word_tokenizer(words)(plain).input_ids
+    assert unknown_words(tokenizer, [text]).words == ()
+
+
+def test_other_capitals_and_points_inside_words_are_kept(tmp_path):
+    tokenizer = build_word_tokenizer(("bring", "tea"), spells=True, sentences=True)
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert each.decode(each("Bring Zoe 3.50 tea, T. x. Teas").input_ids) == "bring Zoe 3.50 tea T x Teas"
 
 
 def test_a_spelling_tokenizer_is_saved_and_loaded(tmp_path):

@@ -15,7 +15,7 @@ from memdlm.models import SmallDLMConfig, build_model
 
 pytest.importorskip("lm_eval")
 
-TASK = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2)
+TASK = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=2)
 METADATA = json.dumps(
     {
         "max_seq_lengths": [12, 20],

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from memdlm.data import build_word_tokenizer
 from memdlm.data.synthetic import TASKS
+from memdlm.data.wording import ENDS, SENTENCES, WORDINGS
 from memdlm.errors import ConfigError, DataError
 from memdlm.evaluation.longctx import dataset, documents_of, make_task, parse_lengths, process_results
 from memdlm.randomness import derive
@@ -24,16 +25,19 @@ def pieces():
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("length", [150, 300])
-def test_contexts_are_filled_up_to_their_length(name, length):
-    tokenizer, task = pieces(), make_task(name, {})
+@pytest.mark.parametrize("wording", WORDINGS)
+@pytest.mark.parametrize("length", [260, 400])
+def test_contexts_are_filled_up_to_their_length(name, wording, length):
+    """Short of a word of symbols, or of a sentence of English."""
+    tokenizer, task = pieces(), make_task(name, {name: {"wording": wording}})
 
     def count(text):
         return len(tokenizer(text)["input_ids"])
 
-    longest_word = max(count(f" {word}") for word in task.words())
+    parts = [*map(" ".join, (*SENTENCES, *ENDS)), *task.said.filler] if wording == "english" else task.words()
+    longest = max(count(f" {part}.") for part in parts)
     for document in documents_of(task, length, (0, name, length, 1), count):
-        assert length - longest_word <= count(document["context"]) <= length
+        assert length - longest <= count(document["context"]) <= length
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -49,7 +53,7 @@ def test_with_words_as_tokens_contexts_are_the_tasks_own(name):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    build_word_tokenizer(TASKS["kv"]().words()).save_pretrained(path)
+    build_word_tokenizer(TASKS["kv"]().words(), sentences=True).save_pretrained(path)
     return str(path)
 
 
@@ -63,7 +67,7 @@ def test_lengths_alternate_and_options_reach_the_task(folder):
         mem_enabled=True,
     )["test"]
     assert found["length"] == [30, 40, 30, 40]
-    assert all(context.count(" is v") == 2 for context in found["context"])
+    assert all(context.count(" likes ") == 2 for context in found["context"])
     again = dataset(synthetic_task="kv", max_seq_lengths=[30], num_samples=1, data_seed=1, tokenizer=folder)["test"]
     assert again[0]["context"] != found[0]["context"]
 

@@ -11,7 +11,7 @@ from memdlm.evaluation.recall import recall
 from memdlm.models import SmallDLMConfig, build_model
 from memdlm.training import MemDLMTrainer, TrainingArguments
 
-TASK = KeyValueRecall(num_pairs=4, num_keys=12, num_values=12, num_questions=4)
+TASK = KeyValueRecall(wording="symbols", num_pairs=4, num_keys=12, num_values=12, num_questions=4)
 
 
 def hits(task, model, tokenizer, length, count, **arguments):
@@ -82,7 +82,7 @@ def test_training_takes_a_model_from_chance_to_all_answers(tmp_path):
 
 def test_questions_asked_alone_are_answered_as_by_the_harness():
     """One by one: the demo's scoring and lm-eval's requests agree on every question, right or wrong."""
-    task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=3, num_questions=2)
+    task = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=3, num_questions=2)
     tokenizer = build_word_tokenizer(task.words())
     config = SmallDLMConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.3

@@ -134,7 +134,7 @@ def test_a_mask_token_in_a_context_is_not_learned():
 
 
 def test_questions_are_asked_with_the_context_dropped(network):
-    task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
+    task = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
     tokenizer = build_word_tokenizer(task.words())
     samples = task.records(3, 8, seed="context dropped")
     texts = encode_samples(tokenizer, samples, "dropped")

@@ -90,8 +90,11 @@ def test_peft_and_a_merged_checkpoint_compute_what_the_memory_does(family, kind,
         *("adapter_config.json", "adapter_model.safetensors", ".memdlm.json")
     }
     assert main(["memory", "export", memory, "--merged", "--output", str(tmp_path / "merged")]) == 0
-    jobs = [model, f"{model}:{tmp_path / 'adapter'}", tmp_path / "merged"]
-    bare, by_peft, merged = elsewhere(ids, tmp_path / "logits.pt", *jobs)
+    # A memory leaves out experts that add nothing; it is an adapter to `merge` all the same.
+    assert main(["merge", "--adapter", memory, "--output", str(tmp_path / "by_merge"), "--dtype", "auto"]) == 0
+    jobs = [model, f"{model}:{tmp_path / 'adapter'}", tmp_path / "merged", tmp_path / "by_merge"]
+    bare, by_peft, merged, by_merge = elsewhere(ids, tmp_path / "logits.pt", *jobs)
+    assert by_merge.equal(merged)
     assert (bare - expected).abs().max() > 100 * CLOSE["atol"], "the memory does something"
     assert_close(by_peft, expected, **CLOSE)
     assert_close(merged, expected, **CLOSE)

@@ -8,7 +8,7 @@ from memdlm.cli.main import main
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
 from memdlm.models import SmallDLMConfig, build_model
 
-TASK = KeyValueRecall(num_pairs=3, num_keys=6, num_values=6, num_questions=3)
+TASK = KeyValueRecall(wording="symbols", num_pairs=3, num_keys=6, num_values=6, num_questions=3)
 
 
 @pytest.fixture(scope="module")

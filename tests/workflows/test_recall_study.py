@@ -11,7 +11,7 @@ from memdlm.workflows.studies.recall_study import recall_data, run_arm
 
 @pytest.mark.parametrize("make", [RecallPlan, closed_book], ids=["kept", "dropped"])
 def test_every_arm_runs_and_is_measured_with_memory_on_and_off(make):
-    task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
+    task = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
     plan = make(task=task, train_length=8, times=(1, 2), num_train=8, num_eval=2, steps=2, batch_size=4, rank=2)
     data = recall_data(plan)
     for name, config in arms(plan).items():
@@ -30,7 +30,7 @@ def test_every_arm_runs_and_is_measured_with_memory_on_and_off(make):
 
 
 def test_a_schedule_says_how_long_the_contexts_of_each_step_are():
-    task = KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
+    task = KeyValueRecall(wording="symbols", num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True)
     small = {"task": task, "train_length": 8, "times": (1,), "num_train": 8, "num_eval": 2, "batch_size": 4, "rank": 2}
     plan = closed_book(steps=10, schedule=((0.5, 1), (0.3, 2), (0.2, 4)), **small)
     assert plan.stages() == [(5, 8), (3, 16), (2, 32)]

@@ -214,7 +214,7 @@ def show_memories(found: Sequence[MemorySummary]) -> None:
 def _console() -> PlainConsole:
     console = PlainConsole()
     if not console.is_terminal:
-        # In a file or a pipe no name is cut off.
+        # In a file or a pipe nothing is cut off.
         console.width = MOST_WIDTH
     return console
 
@@ -232,7 +232,7 @@ def _origin(facts: dict[str, Any]) -> str:
 
 def show_memory(memory: MemorySummary) -> None:
     """Print what one memory holds and where it comes from, or why it cannot be read."""
-    console = PlainConsole()
+    console = _console()
     facts = Table(title=memory.path, title_justify="left", show_header=False)
     if memory.problem is not None:
         facts.add_row("unreadable", memory.problem)

@@ -1,4 +1,4 @@
-"""`memdlm merge --adapter ADAPTER --output FOLDER`: fold an outer adapter into its base, as one ordinary model."""
+"""`memdlm merge --adapter ADAPTER --output FOLDER`: fold an outer adapter, or a memory, into its base, as one model."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from memdlm.workflows.sessions.merging import MODEL, merge
 
 def main(argv: Sequence[str]) -> int:
     """Write the merged model, in the published layout, with its tokenizer beside it."""
-    parser = Parser(prog="memdlm merge", description="Fold an outer LoRA into its base model.")
-    parser.add_argument("--adapter", required=True, help="folder or hub name of the adapter")
+    parser = Parser(prog="memdlm merge", description="Fold an outer LoRA, or a memory, into its base model.")
+    parser.add_argument("--adapter", required=True, help="folder or hub name of the adapter, or folder of a memory")
     parser.add_argument("--output", required=True, help="folder to write; it must be new or empty")
     parser.add_argument(
         "--base", default=None, help="folder or hub name of the base model; default: the one that the adapter names"

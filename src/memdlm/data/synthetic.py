@@ -1,10 +1,11 @@
 """Seeded long-context tasks in the spirit of RULER and BABILong, at any length, as chat records.
 
-A sample is a context (facts scattered in filler words) with one or more questions about it. The first user turn holds
-the context and the first question; further questions are further turns. All text is lower-case words, which are one
-token each with `build_word_tokenizer`.
+A sample is a context (facts scattered in filler) with one or more questions about it. The first user turn holds the
+context and the first question; further questions are further turns. Tasks speak a small English, or symbols
+(`WORDINGS`). What white space separates is one token with `build_word_tokenizer`; for English, with `sentences=True`.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +13,10 @@ from typing import ClassVar, final
 
 import torch
 
-from memdlm.errors import DataError
+from memdlm.data.wording import WORDINGS, Facts, Wording
+from memdlm.errors import DataError, unknown
 from memdlm.randomness import derive
 
-FILLER = (
-    *("the", "grass", "is", "green", "and", "sky", "blue", "we", "walk", "home", "slowly"),
-    *("under", "old", "trees", "while", "rain", "falls"),
-)
-"""Words without facts, repeated in this order."""
-
-Facts = list[list[str]]
 Questions = list[tuple[str, str]]
 
 
@@ -57,6 +52,17 @@ class Task(ABC):
 
     name: ClassVar[str]
     num_questions: int = 1
+    wording: str = "english"
+    """`english`, or `symbols`, the wording of the recorded studies."""
+
+    def __post_init__(self) -> None:
+        if self.wording not in WORDINGS:
+            raise DataError(unknown("wording", self.wording, WORDINGS))
+
+    @property
+    def said(self) -> Wording:
+        """Return the wording."""
+        return WORDINGS[self.wording]
 
     @property
     @abstractmethod
@@ -72,13 +78,13 @@ class Task(ABC):
         """Return facts (lists of words that stay together, in order) and (question, answer) pairs."""
 
     def words(self) -> list[str]:
-        """Return every word a sample can hold, filler included."""
-        return sorted({*FILLER, *self.vocabulary()})
+        """Return every word a sample can hold, filler included, without punctuation."""
+        return sorted({*self.said.filler, *self.vocabulary()})
 
     def sample(self, generator: torch.Generator, length: int) -> Sample:
         """Draw a sample whose context has exactly `length` words; DataError if the facts alone need more."""
         facts, questions = self.draw(generator, length)
-        context = scatter(facts, length, generator, self.name)
+        context = self.said.place(facts, length, generator, self.name)
         messages, answers = [], []
         for index, (question, answer) in enumerate(questions):
             text = " ".join([*context, question]) if index == 0 else question
@@ -107,37 +113,17 @@ def pick(items: Sequence[str], count: int, generator: torch.Generator) -> list[s
     return [items[index] for index in torch.randint(len(items), (count,), generator=generator).tolist()]
 
 
-def scatter(facts: Facts, length: int, generator: torch.Generator, name: str) -> list[str]:
-    """Place the facts in order, at uniformly random places, in filler words: `length` words in total."""
-    needed = sum(map(len, facts))
-    if needed > length:
-        raise DataError(f"{name}: the facts need {needed} words, the context has {length}; ask for a longer one.")
-    free = length - needed
-    cuts = sorted(torch.randint(free + 1, (len(facts),), generator=generator).tolist())
-    words, used = [], 0
-    start = int(torch.randint(len(FILLER), (1,), generator=generator))
-    filler = [FILLER[(start + index) % len(FILLER)] for index in range(free)]
-    for cut, fact in zip(cuts, facts, strict=True):
-        words += [*filler[used:cut], *fact]
-        used = cut
-    return [*words, *filler[used:]]
-
-
 def exact_match(answer: str, predicted: str) -> bool:
     """Whether both texts have the same words, whatever the spacing."""
     return answer.split() == predicted.split()
 
 
-def _names(prefix: str, count: int) -> list[str]:
-    return [f"{prefix}{index}" for index in range(count)]
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class KeyValueRecall(Task):
-    """Records "KEY is VALUE"; asked "KEY is", answer its value.
+    """Records "KEY likes VALUE"; asked "KEY likes", answer its value.
 
-    With `is_adjacent`, "fact KEY VALUE" and "fact KEY": the value next to its key.
+    With `is_adjacent`, "bring KEY VALUE" and "bring KEY": the value next to its key.
     """
 
     name: ClassVar[str] = "kv"
@@ -153,17 +139,19 @@ class KeyValueRecall(Task):
         return 1 / self.num_values
 
     def vocabulary(self) -> list[str]:
-        """Keys, values and the record marker."""
-        return ["fact" if self.is_adjacent else "is", *_names("k", self.num_keys), *_names("v", self.num_values)]
+        """Keys, values and the other words of the record."""
+        form = "errand" if self.is_adjacent else "record"
+        keys, values = self.said.names("key", self.num_keys), self.said.names("value", self.num_values)
+        return [*self.said.words_of(form, f"ask {form}"), *keys, *values]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw different keys with independent values; ask for different keys."""
-        keys = choose(_names("k", self.num_keys), self.num_pairs, generator)
-        values = pick(_names("v", self.num_values), self.num_pairs, generator)
+        form = "errand" if self.is_adjacent else "record"
+        keys = choose(self.said.names("key", self.num_keys), self.num_pairs, generator)
+        values = pick(self.said.names("value", self.num_values), self.num_pairs, generator)
         asked = torch.randperm(self.num_pairs, generator=generator)[: self.num_questions].tolist()
-        cues = [["fact", key] if self.is_adjacent else [key, "is"] for key in keys]
-        facts = [[*cue, value] for cue, value in zip(cues, values, strict=True)]
-        return facts, [(" ".join(cues[index]), values[index]) for index in asked]
+        facts = [self.said.fact(form, key=key, value=value) for key, value in zip(keys, values, strict=True)]
+        return facts, [(self.said.question(f"ask {form}", key=keys[index]), values[index]) for index in asked]
 
 
 @final
@@ -183,17 +171,21 @@ class MultiValueNeedles(Task):
 
     def vocabulary(self) -> list[str]:
         """Keys, values and words of the record and the question."""
-        return ["number", "of", "all", *_names("n", self.num_keys * 4), *_names("v", self.num_values)]
+        owners, values = self.said.names("owner", self.num_keys * 4), self.said.names("value", self.num_values)
+        return [*self.said.words_of("gift", "ask gifts"), *owners, *values]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw keys, give each its values, and shuffle the records."""
-        keys = choose(_names("n", self.num_keys * 4), self.num_keys, generator)
+        keys = choose(self.said.names("owner", self.num_keys * 4), self.num_keys, generator)
         owners = keys * self.values_per_key
         owners = [owners[index] for index in torch.randperm(len(owners), generator=generator).tolist()]
-        values = pick(_names("v", self.num_values), len(owners), generator)
-        facts = [["number", "of", owner, value] for owner, value in zip(owners, values, strict=True)]
+        values = pick(self.said.names("value", self.num_values), len(owners), generator)
+        facts = [self.said.fact("gift", owner=owner, value=value) for owner, value in zip(owners, values, strict=True)]
         questions = [
-            (f"all {key}", " ".join(value for owner, value in zip(owners, values, strict=True) if owner == key))
+            (
+                self.said.question("ask gifts", owner=key),
+                " ".join(value for owner, value in zip(owners, values, strict=True) if owner == key),
+            )
             for key in choose(keys, min(self.num_questions, self.num_keys), generator)
         ]
         return facts, questions
@@ -202,7 +194,7 @@ class MultiValueNeedles(Task):
 @final
 @dataclass(frozen=True, kw_only=True)
 class VariableTracking(Task):
-    """Chains "let X V", "let Y X"; asked for the last variable of a chain, answer the value it started from."""
+    """Chains "X has V", "Y has what X has"; asked what the last of a chain has, answer the value it started from."""
 
     name: ClassVar[str] = "variable_tracking"
     num_chains: int = 3
@@ -215,23 +207,25 @@ class VariableTracking(Task):
         return 1 / self.num_values
 
     def _variables(self) -> list[str]:
-        return _names("x", 4 * self.num_chains * (self.num_hops + 1))
+        return self.said.names("variable", 4 * self.num_chains * (self.num_hops + 1))
 
     def vocabulary(self) -> list[str]:
         """Variables, values and words of the assignment and the question."""
-        return ["let", "value", *self._variables(), *_names("v", self.num_values)]
+        values = self.said.names("value", self.num_values)
+        return [*self.said.words_of("start", "link", "ask variable"), *self._variables(), *values]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw disjoint chains and interleave their assignments, each chain in its own order."""
         links = self.num_hops + 1
         variables = choose(self._variables(), self.num_chains * links, generator)
-        values = pick(_names("v", self.num_values), self.num_chains, generator)
+        values = pick(self.said.names("value", self.num_values), self.num_chains, generator)
         chains, questions = [], []
         for chain, value in enumerate(values):
             names = variables[chain * links : (chain + 1) * links]
-            sources = [value, *names[:-1]]
-            chains.append([["let", name, source] for name, source in zip(names, sources, strict=True)])
-            questions.append((f"value {names[-1]}", value))
+            links_of = [self.said.fact("start", variable=names[0], source=value)]
+            links_of += [self.said.fact("link", variable=b, source=a) for a, b in itertools.pairwise(names)]
+            chains.append(links_of)
+            questions.append((self.said.question("ask variable", variable=names[-1]), value))
         turns = [chain for chain in range(self.num_chains) for _ in range(links)]
         order = [turns[index] for index in torch.randperm(len(turns), generator=generator).tolist()]
         facts = [chains[chain].pop(0) for chain in order]
@@ -252,6 +246,7 @@ class CommonWords(Task):
     num_words: int = 40
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rare_count >= self.common_count:
             raise DataError(f"rare_count {self.rare_count} must be less than common_count {self.common_count}.")
         if self.num_questions != 1:
@@ -267,16 +262,19 @@ class CommonWords(Task):
 
     def vocabulary(self) -> list[str]:
         """The listed words and the question's."""
-        return ["most", "common", *_names("w", self.num_words)]
+        return [*self.said.words_of("entry", "ask common"), *self.said.names("listed", self.num_words)]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw the words and shuffle their repetitions."""
-        everything = _names("w", self.num_words)
+        everything = self.said.names("listed", self.num_words)
         words = choose(everything, self.num_common + self.num_rare, generator)
         common, rare = words[: self.num_common], words[self.num_common :]
         listed = common * self.common_count + rare * self.rare_count
-        facts = [[listed[index]] for index in torch.randperm(len(listed), generator=generator).tolist()]
-        return facts, [("most common", " ".join(sorted(common, key=everything.index)))]
+        facts = [
+            self.said.fact("entry", word=listed[index])
+            for index in torch.randperm(len(listed), generator=generator).tolist()
+        ]
+        return facts, [(self.said.question("ask common"), " ".join(sorted(common, key=everything.index)))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,26 +289,29 @@ class _People(Task):
         return 1 / self.num_places
 
     def _everyone(self) -> list[str]:
-        return _names("person", 3 * self.num_people)
+        return self.said.names("person", 3 * self.num_people)
+
+    def _places(self) -> list[str]:
+        return self.said.names("place", self.num_places)
 
     def _moves(self, people: list[str], generator: torch.Generator) -> list[tuple[str, str]]:
         """Let everyone move at least once."""
         extra = pick(people, max(0, self.num_moves - len(people)), generator)
         movers = [*people, *extra]
         movers = [movers[index] for index in torch.randperm(len(movers), generator=generator).tolist()]
-        return list(zip(movers, pick(_names("place", self.num_places), len(movers), generator), strict=True))
+        return list(zip(movers, pick(self._places(), len(movers), generator), strict=True))
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class OneFact(_People):
-    """ "PERSON went to PLACE"; asked where someone is, answer where they went last."""
+    """ "PERSON went to the PLACE"; asked where someone is, answer where they went last."""
 
     name: ClassVar[str] = "one_fact"
 
     def vocabulary(self) -> list[str]:
         """People, places and words of sentence and question."""
-        return ["went", "to", "where", *self._everyone(), *_names("place", self.num_places)]
+        return [*self.said.words_of("move", "ask person"), *self._everyone(), *self._places()]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Draw moves; ask for different people."""
@@ -318,23 +319,24 @@ class OneFact(_People):
         moves = self._moves(people, generator)
         last = dict(moves)
         asked = choose(people, min(self.num_questions, len(people)), generator)
-        return [[who, "went", "to", where] for who, where in moves], [(f"where {who}", last[who]) for who in asked]
+        facts = [self.said.fact("move", person=who, place=where) for who, where in moves]
+        return facts, [(self.said.question("ask person", person=who), last[who]) for who in asked]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class TwoFacts(_People):
-    """ "PERSON took THING" and "PERSON went to PLACE"; asked where a thing is, answer where its owner went last."""
+    """ "PERSON took the THING" and "PERSON went to the PLACE"; asked where a thing is, answer where its owner is."""
 
     name: ClassVar[str] = "two_facts"
 
     def _things(self) -> list[str]:
-        return _names("thing", 3 * self.num_people)
+        return self.said.names("thing", 3 * self.num_people)
 
     def vocabulary(self) -> list[str]:
         """People, things, places and words of the sentences and the question."""
-        places = _names("place", self.num_places)
-        return ["went", "to", "took", "where", *self._everyone(), *self._things(), *places]
+        said = self.said.words_of("move", "take", "ask thing")
+        return [*said, *self._everyone(), *self._things(), *self._places()]
 
     def draw(self, generator: torch.Generator, length: int) -> tuple[Facts, Questions]:
         """Give everyone one thing, at a random time among the moves; ask for different things."""
@@ -342,13 +344,13 @@ class TwoFacts(_People):
         things = choose(self._things(), self.num_people, generator)
         moves = self._moves(people, generator)
         last = dict(moves)
-        facts = [[who, "went", "to", where] for who, where in moves]
+        facts = [self.said.fact("move", person=who, place=where) for who, where in moves]
         for who, thing in zip(people, things, strict=True):
             place = int(torch.randint(len(facts) + 1, (1,), generator=generator))
-            facts.insert(place, [who, "took", thing])
+            facts.insert(place, self.said.fact("take", person=who, thing=thing))
         owner = dict(zip(things, people, strict=True))
         asked = choose(things, min(self.num_questions, len(things)), generator)
-        return facts, [(f"where {thing}", last[owner[thing]]) for thing in asked]
+        return facts, [(self.said.question("ask thing", thing=thing), last[owner[thing]]) for thing in asked]
 
 
 TASKS: dict[str, type[Task]] = {

@@ -1,8 +1,10 @@
 """Tokenizers for studies, saved and loaded like any other: word by word for synthetic text, byte pairs for English."""
 
+import re
 from collections.abc import Iterable
+from itertools import groupby
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 EOS, MASK, USER, EOT, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|user|>", "<|eot|>", "<unk>"
@@ -16,16 +18,22 @@ TEMPLATE = (
 )
 
 
-def build_word_tokenizer(words: Iterable[str], *, spells: bool = False) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(
+    words: Iterable[str], *, spells: bool = False, sentences: bool = False
+) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one id per word: special tokens first, then `words` sorted, duplicates removed.
 
     EOS pads, on the right. Other words become <unk>; with `spells`, they are spelled instead: a space, then their
-    UTF-8 bytes, with 256 more ids behind those of the words, so that names and numbers survive. Runs of white space
-    become one space. In the chat template <|user|> starts a question and <|eot|> ends an answer. No token separates the
-    two, so that an answer follows its question's last words as a fact's value follows its key.
+    UTF-8 bytes, with 256 more ids behind those of the words, so that names and numbers survive. With `sentences`,
+    punctuation behind a word is dropped, and a known word may begin with a capital letter: "Bring Hugo tea." is read as
+    "bring Hugo tea". Runs of white space become one space. In the chat template <|user|> starts a question and <|eot|>
+    ends an answer. No token separates the two, so that an answer follows its question's last words as a fact's value
+    follows its key.
     """
     known = sorted(set(words) - set(SPECIAL))
     tokenizer = _spelling(known) if spells else _words_alone(known)
+    if sentences:
+        tokenizer.normalizer = _plain(known)
     return _wrapped(tokenizer, unk_token=UNKNOWN, chat_template=TEMPLATE)
 
 
@@ -93,6 +101,16 @@ def _spelling(known: list[str]) -> Tokenizer:
         ]
     )
     return tokenizer
+
+
+def _plain(known: list[str]) -> normalizers.Normalizer:
+    """Drop punctuation at the ends of words, and turn the capital of a word that is known in small letters."""
+    small = [word for word in known if word[0].islower() and word.capitalize() not in known]
+    steps = [normalizers.Replace(Regex(r"(?<=\w)[.,;:!?]+(?!\S)"), "")]
+    for letter, words in groupby(small, lambda word: word[0]):
+        rest = "|".join(re.escape(word[1:]) for word in words)
+        steps.append(normalizers.Replace(Regex(rf"(?<!\S){letter.upper()}(?=(?:{rest})(?!\S))"), letter))
+    return normalizers.Sequence(steps)
 
 
 def _quoted(token: str) -> str:

@@ -1,6 +1,7 @@
 """Monte-Carlo bound on the likelihood of a continuation, with stratified mask counts."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +58,37 @@ def monte_carlo_nll(
     values = torch.stack(rounds).double()
     error = values.std().item() / len(rounds) ** 0.5 if len(rounds) > 1 else math.nan
     return Likelihood(finite(values.mean().item(), "the likelihood"), stderr=error, num_samples=num_samples)
+
+
+@torch.no_grad()
+def monte_carlo_rows(
+    denoise: Denoise,
+    clean: Ids,
+    spans: Sequence[tuple[int, int]],
+    *,
+    mask_token_id: int,
+    num_samples: int,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Return [B] bounds in nats, one per row of `clean` [B, L]: those of `monte_carlo_nll` with one round, in one pass.
+
+    `spans` has the lengths (prompt, target) of every row; what follows in the row is padding, which `denoise` hides.
+    The network gets B * num_samples rows. Raises NotFiniteError when it computes NaN or infinity.
+    """
+    # Every row has draws of its own, so its bound does not depend on its neighbours.
+    drawn = [
+        _stratified(*span, num_samples, generator, clean.device)
+        for span, generator in zip(spans, generators, strict=True)
+    ]
+    width = clean.shape[1]
+    is_masked = torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each, _ in drawn])
+    share = torch.cat([each for _, each in drawn])
+    copies = clean.repeat_interleave(num_samples, 0)
+    nats = weighted_nll(denoise, copies, is_masked, share, mask_token_id=mask_token_id)
+    values = nats.view(len(spans), num_samples).mean(1)
+    if not bool(values.isfinite().all()):
+        raise NotFiniteError("a likelihood is not finite: the model's logits hold NaN or infinity.")
+    return values
 
 
 def finite(value: float, what: str) -> float:

@@ -4,11 +4,13 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lm_eval.caching.cache as request_cache
+import lm_eval.evaluator as evaluator
 from datasets.exceptions import DatasetsError
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
@@ -53,7 +55,8 @@ def run(argv: Sequence[str]) -> None:
     if getattr(options, "command", None) == "run":
         prepare(options)
     try:
-        cli.execute(options)
+        with _without_git():
+            cli.execute(options)
     except MemDLMError:
         raise
     except Exception as error:
@@ -61,6 +64,18 @@ def run(argv: Sequence[str]) -> None:
         if told is None:
             raise
         raise told from error
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Outside a checkout, let lm-eval not ask git for the commit: git would print an error that means nothing."""
+    here, known = Path.cwd(), evaluator.get_git_commit_hash
+    if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+        evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = known
 
 
 def _parsed(cli: HarnessCLI, argv: Sequence[str]) -> argparse.Namespace:

@@ -5,7 +5,8 @@ One document is one question about one context. `--metadata` chooses what is ask
     max_seq_lengths   lengths of the context in tokens, e.g. [1024, 4096] or "4k"; default [1024]
     num_samples       contexts per length; each has `num_questions` documents of its own; default 100
     data_seed         a number or a text; contexts of equal seeds are equal
-    task_options      per task the fields of its class, e.g. {"kv": {"num_pairs": 8, "num_keys": 24}}
+    task_options      per task the fields of its class, e.g. {"kv": {"num_pairs": 8, "num_keys": 24}};
+                      "wording": "symbols" gives words without meaning (fact k3 v17) in place of English
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 import datasets
 
-from memdlm.data.synthetic import TASKS, Task, exact_match, scatter
+from memdlm.data.synthetic import TASKS, Task, exact_match
 from memdlm.errors import ConfigError, DataError, unknown
 from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.options import from_mapping
@@ -103,7 +104,7 @@ def parse_lengths(given: Any, *, zero: bool = False) -> list[int]:
 def documents_of(task: Task, length: int, key: tuple[int | str, ...], count: CountTokens) -> list[Document]:
     """Return one document per question of the sample that `key` draws, with a context of up to `length` tokens.
 
-    If every word is one token, context and questions are those of `task.sample(derive(*key), length)`.
+    If what white space separates is one token, context and questions are those of `task.sample(derive(*key), length)`.
     """
     words = length
     low, high = 0, length  # numbers of words: known to fit, and the most that can fit (a word has at least one token)
@@ -115,7 +116,7 @@ def documents_of(task: Task, length: int, key: tuple[int | str, ...], count: Cou
         if high < needed:
             break
         words = max(words, needed)
-        context = " ".join(scatter(facts, words, generator, task.name))
+        context = " ".join(task.said.place(facts, words, generator, task.name))
         used = count(context)
         if used <= length:
             best, low = [_document(task, length, context, *each) for each in questions], words

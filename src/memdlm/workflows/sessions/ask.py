@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from memdlm.data.documents import read_document
 from memdlm.data.records import read_file
 from memdlm.data.synthetic import exact_match
+from memdlm.diffusion.likelihood import monte_carlo_rows
 from memdlm.errors import ConfigError, DataError
-from memdlm.inference import Decoder, GenerationConfig, score
+from memdlm.inference import Decoder, GenerationConfig
+from memdlm.inference.decoder import Job
 from memdlm.inference.prompts import Prompt
 from memdlm.memory import SavedMemory
 from memdlm.memory.files.library import sources_of
+from memdlm.models.border.denoiser import ModelDenoiser
+from memdlm.models.networks.soundness import blaming
 from memdlm.options import option
+from memdlm.padding import right_padded
 from memdlm.randomness import derive
 from memdlm.templates import check_text
 from memdlm.workflows.display import Display
@@ -126,25 +132,32 @@ class Asker:
             texts = [text.strip() for text in result.texts]
             if len(self.readers) == 1:
                 return [(text, 0.0) for text in texts]
-            return [
-                (text, self._nats(decoder, prompt, sequence, number))
-                for text, prompt, sequence, number in zip(texts, job.rows, result.sequences, numbers, strict=True)
-            ]
+            return list(zip(texts, self._nats(decoder, job, result.sequences, numbers), strict=True))
 
-    def _nats(self, decoder: Decoder, prompt: Tensor, sequence: Tensor, number: int) -> float:
-        answer = sequence[len(prompt) :]
-        found = score(
+    def _nats(self, decoder: Decoder, job: Job, sequences: Sequence[Tensor], numbers: Sequence[int]) -> list[float]:
+        """Return the nats per token of every answer, all of them from one pass of the network."""
+        ids, lengths = right_padded(sequences, decoder.special.eos)
+        device = decoder.model.device
+        is_text = torch.arange(ids.shape[1]) < lengths[:, None]
+        spans = [
+            (len(prompt), len(sequence) - len(prompt)) for prompt, sequence in zip(job.rows, sequences, strict=True)
+        ]
+        denoise = ModelDenoiser(
             decoder.model,
-            prompt,
-            answer,
-            num_samples=SAMPLES,
-            batch_size=SAMPLES,
-            generator=derive("memdlm ask likelihood", self.seed, number),
-            mask_token_id=decoder.special.mask,
-            right_shift_logits=decoder.options.right_shift_logits,
+            attention_mask=None if bool(is_text.all()) else is_text.to(device),
             attention_pattern=decoder.pattern,
+            right_shift_logits=decoder.options.right_shift_logits,
         )
-        return float(found) / len(answer)
+        with blaming(decoder.model):
+            found = monte_carlo_rows(
+                denoise,
+                ids.to(device),
+                spans,
+                mask_token_id=decoder.special.mask,
+                num_samples=SAMPLES,
+                generators=[derive("memdlm ask likelihood", self.seed, number) for number in numbers],
+            )
+        return [nats / length for nats, (_, length) in zip(found.tolist(), spans, strict=True)]
 
     def _prompt(self, question: str, context: str | None) -> Prompt:
         text = question if context is None else f"{context}{BETWEEN}{question}"

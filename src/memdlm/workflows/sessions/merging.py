@@ -9,6 +9,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory import ParametricMemory, SavedMemory, read_memory
 from memdlm.memory.files.combining import fold
 from memdlm.memory.files.library import find_memory
+from memdlm.memory.files.saved import is_memory
 from memdlm.models import load_model, load_tokenizer, merge_outer_adapter
 from memdlm.models.blocks.looped import check_not_looped
 from memdlm.models.hub.devices import AUTO, DEVICE_HELP
@@ -24,7 +25,13 @@ ADAPTER = Kind(name="adapter", words="an exported adapter")
 
 
 def merge(base: str, adapter: str, output: Output, *, dtype: str, device: str, display: Display) -> None:
-    """Fold an outer adapter into its base, and write the model in the published layout, with its tokenizer."""
+    """Fold an outer adapter into its base, and write the model in the published layout, with its tokenizer.
+
+    `adapter` may be the folder of a memory. Raises MemoryFileError when it was written for another base.
+    """
+    if is_memory(adapter):
+        _merge_memory(Path(adapter), read_memory(adapter), base, output, display, dtype=dtype, device=device)
+        return
     # Sums are taken in the base's own precision, not in the one that the device prefers, and rounded once.
     model = load_model(base, dtype=base_dtype(base), device=device, adapter=adapter)
     display.say(line_of(model))
@@ -84,7 +91,8 @@ def export_memory(path: str, options: ExportOptions, display: Display) -> SavedM
         check_not_looped(saved.fingerprint.options, "a memory is not exported")
         base = saved.fingerprint.model if options.model is None else options.model
         if options.merged:
-            _merge_memory(place, saved, base, options, output, display)
+            more = {"dtype": options.dtype, "device": options.device, "adapter": options.adapter}
+            _merge_memory(place, saved, base, output, display, **more)
         else:
             named = replace(saved, fingerprint=replace(saved.fingerprint, model=base))
             with output.replaced() as folder:
@@ -93,10 +101,18 @@ def export_memory(path: str, options: ExportOptions, display: Display) -> SavedM
 
 
 def _merge_memory(
-    place: Path, saved: SavedMemory, name: str, options: ExportOptions, output: Output, display: Display
+    place: Path,
+    saved: SavedMemory,
+    name: str,
+    output: Output,
+    display: Display,
+    *,
+    dtype: str,
+    device: str,
+    adapter: str | None = None,
 ) -> None:
     base = base_of_adapter(name) if is_adapter(name) else name
-    model = load_model(name, dtype=base_dtype(base), device=options.device, adapter=options.adapter)
+    model = load_model(name, dtype=base_dtype(base), device=device, adapter=adapter)
     display.say(line_of(model))
     tokenizer = load_tokenizer(name)
 
@@ -108,4 +124,4 @@ def _merge_memory(
         merge_outer_adapter(model)
     # Built again: merging puts other modules in the place of the adapted ones.
     fold(saved, memory().fast)
-    _write(model, tokenizer, output, options.dtype)
+    _write(model, tokenizer, output, dtype)

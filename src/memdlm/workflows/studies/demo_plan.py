@@ -16,6 +16,8 @@ from memdlm.workflows.studies.plans import MAIN, OURS, RecallPlan, arms, open_bo
 PUBLISHED = "MemDLM (published)"
 LEAK = ("MDLM", PUBLISHED)
 """Models whose training losses the first panel shows."""
+READS = {"spells": True, "sentences": True}
+"""What users write is read: names and numbers that no model has seen, too."""
 ABOUT = {
     "MDLM": "A standard masked diffusion model, trained without memory.",
     PUBLISHED: "Trained with the memory of the MemDLM paper, which is written from the answer in training.",
@@ -84,12 +86,12 @@ def recall_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
         },
         seeds=seeds,
         name="recall from memory alone",
-        description=f"{task.num_pairs} facts of the form 'fact k3 v17' lie scattered in filler words. Then "
-        f"{task.num_questions} questions name a key; the answer is its value, one of {task.num_values}. Attention "
-        f"reaches {plan.window} tokens to either side, so when a question is answered its fact is out of reach: only "
-        "the fast weights written before can hold it. Memory on: the prompt is written as the model was "
-        "trained to write it (standard MDLM and the published recipe: as published for inference). Memory "
-        "off: nothing is written.",
+        description=f"{task.num_pairs} errands such as 'Bring Hugo tea.' lie scattered between sentences that do not "
+        f"matter. Then {task.num_questions} questions name a person, as in 'Bring Hugo'; the answer is what to bring, "
+        f"one of {task.num_values} words. Attention reaches {plan.window} tokens to either side, so when a "
+        "question is answered its fact is out of reach: only the fast weights written before can hold it. "
+        "Memory on: the prompt is written as the model was trained to write it (standard MDLM and the published "
+        "recipe: as published for inference). Memory off: nothing is written.",
         answer_cost=0.01,
     )
 
@@ -113,8 +115,9 @@ def open_book_panel(plan: RecallPlan, seeds: tuple[int, ...]) -> Panel:
         },
         seeds=seeds,
         name="key-value recall",
-        description=f"{task.num_pairs} facts of the form 'k3 is v17' lie scattered in filler words; "
-        f"{task.num_questions} questions name a key, and the answer is its value, one of {task.num_values}.",
+        description=f"{task.num_pairs} facts such as 'Hugo likes tea.' lie scattered between sentences that do not "
+        f"matter; {task.num_questions} questions name a person, as in 'Hugo likes', and the answer is what they "
+        f"like, one of {task.num_values} words.",
         answer_cost=0.2,
     )
 
@@ -131,9 +134,17 @@ class DemoPlan:
 
     seeds: tuple[int, ...] = (0, 1)
     num_recall_seeds: int = 2
-    recall: RecallPlan = field(default_factory=lambda: RecallPlan(times=(1, 4, 16, 64), num_eval=32, few_from=64))
+    recall: RecallPlan = field(
+        default_factory=lambda: RecallPlan(
+            task=KeyValueRecall(num_keys=24, is_adjacent=True),
+            tokenizer=READS,
+            times=(1, 4, 16, 64),
+            num_eval=32,
+            few_from=64,
+        )
+    )
     """The first panel, with half of the study's conversations per length, and a length that the study leaves out."""
-    open_book: RecallPlan = field(default_factory=open_book)
+    open_book: RecallPlan = field(default_factory=lambda: open_book(task=KeyValueRecall(num_keys=24), tokenizer=READS))
     is_quick: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Device of all models."""
@@ -151,6 +162,7 @@ class DemoPlan:
             num_recall_seeds=1,
             recall=RecallPlan(
                 task=KeyValueRecall(num_pairs=4, num_keys=8, num_values=8, num_questions=4, is_adjacent=True),
+                tokenizer=READS,
                 train_length=18,
                 times=(1, 4),
                 num_train=1600,
@@ -161,6 +173,7 @@ class DemoPlan:
             ),
             open_book=open_book(
                 task=KeyValueRecall(num_pairs=4, num_keys=12, num_values=12, num_questions=4),
+                tokenizer=READS,
                 train_length=20,
                 num_train=2000,
                 num_eval=48,

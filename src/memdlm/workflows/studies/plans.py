@@ -24,7 +24,7 @@ UNWEIGHTED: dict[str, Any] = {"loss_weight_type": "uniform"}
 class RecallPlan:
     """Task, network, budget and measures, the same for all arms."""
 
-    task: Task = field(default_factory=lambda: KeyValueRecall(num_keys=24, is_adjacent=True))
+    task: Task = field(default_factory=lambda: KeyValueRecall(wording="symbols", num_keys=24, is_adjacent=True))
     train_length: int = 36
     """Words of context in training."""
     times: tuple[int, ...] = (1, 4, 16)
@@ -49,6 +49,8 @@ class RecallPlan:
     network: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the network's configuration."""
     answer_words: int = 1
+    tokenizer: Mapping[str, bool] = field(default_factory=dict)
+    """Options of `build_word_tokenizer`."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the training arguments, such as `use_cpu` and `bf16`."""
     num_evals: int = 0
@@ -113,7 +115,7 @@ def closed_book(**changes: Any) -> RecallPlan:
 def open_book(**changes: Any) -> RecallPlan:
     """Return the plan in which attention reaches everything and exposure bias is measured."""
     options: dict[str, Any] = {
-        "task": KeyValueRecall(num_keys=24),
+        "task": KeyValueRecall(wording="symbols", num_keys=24),
         "train_length": 40,
         "times": (1, 2, 4),
         "num_train": 4000,

@@ -51,7 +51,7 @@ class RecallData:
 
 def recall_data(plan: RecallPlan) -> RecallData:
     """Draw the conversations of training and of every evaluated length."""
-    tokenizer = build_word_tokenizer(plan.task.words())
+    tokenizer = build_word_tokenizer(plan.task.words(), **plan.tokenizer)
 
     def drawn(count: int, length: int, name: str) -> list[Sample]:
         return plan.task.records(count, length, seed=plan.draws[name])
