@@ -9,7 +9,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.chunks import Text
 from memdlm.randomness import derive
-from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, families, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -158,7 +158,7 @@ def test_accumulated_chunks_take_the_step_of_their_gradients_sum(family, norm, c
     assert not all(torch.allclose(a, -b) for a, b in zip(sequential, expected, strict=True))
 
 
-@every_family
+@families("dream", "sdar")
 @pytest.mark.parametrize(
     "options", [{}, {"num_inner_steps": 2}, {"num_inner_epochs": 2}, {"outer_gradient": "exact_top"}]
 )
