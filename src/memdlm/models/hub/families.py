@@ -60,6 +60,8 @@ class Family:
     None: there are none, and every position sees every other. A configuration's own `block_size` goes first."""
     chat_template: str | None = None
     """Replaces the tokenizer's own template; None keeps that one."""
+    spare_template: str | None = None
+    """The template of a tokenizer that has none, if its vocabulary has the end of turn."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
 
@@ -89,6 +91,22 @@ LLADA_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' and DEFAULT %}"
+    "{{ '<|im_start|>system\n' + DEFAULT + '<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat format of Qwen; `DEFAULT` stands for the system message of a conversation that has none."""
+QWEN_TEMPLATE = CHATML.replace("DEFAULT", "''")
+DREAM_TEMPLATE = CHATML.replace("DEFAULT", "'You are a helpful assistant.'")
+NO_THINKING = "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
+"""Put before a template of Qwen3, so that answers begin behind an empty thinking block unless the caller asks."""
 
 
 LLADA = Family(
@@ -129,6 +147,7 @@ DREAM = Family(
     other_configs=(DreamLowerCaseConfig,),
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=DREAM_TEMPLATE,
 )
 SDAR = Family(
     name="SDAR",
@@ -139,6 +158,7 @@ SDAR = Family(
     mask_token="<|MASK|>",
     other_mask_tokens=("<MASK>",),
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_QWEN2 = Family(
     name="A2D-Qwen2",
@@ -147,6 +167,7 @@ A2D_QWEN2 = Family(
     lm_class=A2DQwen2LMHeadModel,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_QWEN3 = Family(
     name="A2D-Qwen3",
@@ -155,6 +176,7 @@ A2D_QWEN3 = Family(
     lm_class=A2DQwen3LMHeadModel,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_LLAMA = Family(
     name="A2D-Llama",
