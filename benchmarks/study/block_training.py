@@ -140,8 +140,8 @@ def pretrained(seed: int, steps: int) -> PreTrainedModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--first-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--first-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tasks", nargs="+", default=["sum", "difference"])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "block_training.json")

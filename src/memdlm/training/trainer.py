@@ -184,7 +184,8 @@ class MemDLMTrainer(GuardedTrainer):
             world_size=self.args.world_size,
             hosts=self._hosts,
         )
-        self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self._speed.add(tokens, sum(map(self.objective.passed, batches)))
         for batch in batches:
             batch.update({name: batch[name].to(device, non_blocking=True) for name in (TIMES, UNIFORM, SOFT)})
         counted = [self.objective.learnable(batch).sum().to(device, non_blocking=True) for batch in batches]
