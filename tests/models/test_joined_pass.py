@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from block_passes import by_block
 from memdlm.diffusion import positions_of
 from memdlm.errors import ConfigError
-from memdlm.models import ModelDenoiser
+from memdlm.models import BlockCausal, Full, ModelDenoiser, load_model
 from memdlm.models.blocks.masks import SEGMENT, BlockDiffusion, DiffusionSegments, segments_for
-from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser, check_block_diffusion
+from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser, prepare_block_diffusion
+from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.networks.shifting import shift_of
 from tiny import A2D, CONFIGS, MASK, V, random_ids, rng, tiny
 
@@ -203,16 +204,27 @@ def test_several_views_of_a_text_share_its_clean_half():
 def test_networks_that_would_mix_the_halves_are_refused(family):
     model, (clean, noised, is_masked) = tiny(family), texts()
     with pytest.raises(ConfigError, match="token mixing or a sliding window"):
-        check_block_diffusion(model)
+        prepare_block_diffusion(model, BLOCK)
     with pytest.raises(ConfigError, match="token mixing or a sliding window"):
         BlockDiffusionDenoiser(model, clean, BLOCK).logits(noised, positions_of(is_masked))
 
 
+def test_a_model_that_states_its_block_size_is_decoded_as_it_was_trained(tmp_path):
+    model = tiny("a2d_qwen3")
+    assert decoding_pattern(model.config) == Full()
+    prepare_block_diffusion(model, 8)
+    model.save_pretrained(tmp_path)
+    assert decoding_pattern(load_model(tmp_path).config) == BlockCausal(8)
+    other = tiny("llada2")
+    prepare_block_diffusion(other, 8)
+    assert decoding_pattern(other.config) == BlockCausal(32), "LLaDA2.x states none: --block_size says it in decoding"
+
+
 def test_what_makes_no_sense_is_refused():
     model, (clean, _, _) = tiny("llada2"), texts()
-    check_block_diffusion(model)
+    prepare_block_diffusion(model, BLOCK)
     with pytest.raises(ConfigError, match="memdlm's own families"):
-        check_block_diffusion(torch.nn.Linear(2, 2))
+        prepare_block_diffusion(torch.nn.Linear(2, 2), BLOCK)
     with pytest.raises(ConfigError, match="2-D attention_mask"):
         BlockDiffusionDenoiser(model, clean, BLOCK, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
     for block in (0, True, "4"):

@@ -14,15 +14,22 @@ from memdlm.models.networks.shifting import shift_of
 from memdlm.types import Denoise, Features, Ids, Logits, PerToken, Positions
 
 
-def check_block_diffusion(model: nn.Module) -> None:
-    """Raise ConfigError unless `model` can see a noised and a clean text in one pass without mixing them."""
+def prepare_block_diffusion(model: nn.Module, block_size: int) -> None:
+    """Make `model` ready to be trained in blocks of `block_size` tokens.
+
+    A configuration that states its block size (SDAR, A2D) states this one from now on, so that the saved model is
+    decoded as it was trained. Raises ConfigError unless the network can see a noised and a clean text in one pass
+    without mixing them.
+    """
     network = unwrap(model)
     if not isinstance(network, MaskedDiffusionLM):
         raise ConfigError(
             "block_size (block diffusion) needs a network of memdlm's own families, which take the noised and the "
             f"clean text in one pass; {type(network).__name__} does not. Leave block_size out."
         )
-    network.model.check_pattern(BlockDiffusion(1))
+    network.model.check_pattern(BlockDiffusion(block_size))
+    if "block_size" in network.config.to_dict():
+        network.config.block_size = block_size
 
 
 @final
