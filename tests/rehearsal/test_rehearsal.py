@@ -214,11 +214,11 @@ def test_a_training_step(family, preset):
 def test_figures_of_a_training_run_are_waited_for_when_they_are_read():
     with counting() as waits:
         means, watch = Means(), FiniteWatch(("loss",), torch.device(DEVICE))
-        values, times = (OnDevice(torch.tensor(each)) for each in ([1.0, 3.0], [0.1, 0.7]))
+        values, times = (OnDevice(torch.tensor(each)) for each in ([[1.0], [3.0]], [[0.1], [0.7]]))
         for step in range(3):
             means.add("one", values.sum(), 2)
             means.add("counted", values.sum(), OnDevice(torch.tensor(4)))
-            means.add_rows("nll", values, OnDevice(torch.tensor([1, 2])), times)
+            means.add_rows("nll", values, OnDevice(torch.tensor([[1], [2]])), times)
             watch.note("loss", values.sum(), step)
             watch.flag()
         assert waits == {}

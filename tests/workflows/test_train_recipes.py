@@ -22,7 +22,7 @@ from tiny import CONFIGS
 RECIPES = Path(__file__).parents[2] / "src" / "memdlm" / "recipes"
 WHOLE = sorted(RECIPES.glob("*.yaml"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
-NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall)")
+NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall|bd3lm)")
 
 
 def parse(recipe, argv=()):
@@ -36,7 +36,10 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
     recipe = read_recipe(path)
     plan = parse(recipe, ["--output_dir", str(tmp_path)])
     method = NAME.fullmatch(path.stem)[3]
-    assert plan.arguments.mem_enabled == (method != "mdlm")
+    assert plan.arguments.mem_enabled == (method in ("memdlm", "recall"))
+    # What is not as published trains a block-causal network as it decodes.
+    is_block_causal = path.stem.startswith("llada21") and method in ("recall", "bd3lm")
+    assert plan.arguments.block_size == (32 if is_block_causal else None)
     if method == "recall":
         shown = {"sync_inner": False}  # what training makes of "unset"
         assert plan.arguments.memory == MemoryConfig.recall(**shown)
@@ -48,8 +51,13 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
 
 
 def test_there_is_a_recipe_for_every_backbone_machine_and_method():
-    assert len(WHOLE) == 18
-    assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 18
+    # Block diffusion is for the block-causal family alone.
+    found = [NAME.fullmatch(path.stem).groups() for path in WHOLE]
+    assert len(set(found)) == len(WHOLE) == 20
+    assert {(family, machine) for family, machine, method in found if method == "bd3lm"} == {
+        ("llada21_mini", "1gpu"),
+        ("llada21_mini", "8gpu"),
+    }
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

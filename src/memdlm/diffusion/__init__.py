@@ -15,7 +15,15 @@ from memdlm.diffusion.losses import (
     row_sums,
     weight_of,
 )
-from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
+from memdlm.diffusion.masking import (
+    BlockTimes,
+    Corrupted,
+    corrupt,
+    corrupt_blocks,
+    draw_times,
+    maskable_positions,
+    positions_of,
+)
 from memdlm.diffusion.reveal import Above, AtLeast, Even, Factor, Reveal, Scheduled, reveal_counts
 from memdlm.diffusion.sampling import Edit, Step, denoise_canvas
 from memdlm.diffusion.schedules import SCHEDULES, Cosine, Linear, Schedule, make_schedule
@@ -28,6 +36,7 @@ __all__ = [
     "WEIGHTINGS",
     "Above",
     "AtLeast",
+    "BlockTimes",
     "ClassifierFree",
     "Confidence",
     "Corrupted",
@@ -52,6 +61,7 @@ __all__ = [
     "absolute_blocks_from",
     "blocks_after_prompt",
     "corrupt",
+    "corrupt_blocks",
     "cross_entropy",
     "denoise_canvas",
     "draw_times",
