@@ -18,7 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from memdlm.errors import CheckpointError
+from memdlm.errors import CheckpointError, ConfigError
+from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import A2DLlamaConfig, BlockCausal, Full, build_model, load_model, load_tokenizer, model_skeleton
 from memdlm.models.hub.families import block_size_of, decoding_pattern, shifts_logits
 from tiny import QWEN, random_ids, tiny
@@ -243,3 +244,27 @@ def test_a_tokenizer_without_a_template_gets_that_of_qwen(tmp_path):
         told[family] = load_tokenizer(tmp_path).apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert told["sdar"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert told["dream"] == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + told["sdar"]
+
+
+@pytest.mark.parametrize("family", ["sdar", "a2d_qwen3"])
+def test_a_memory_is_written_under_the_blocks_that_the_network_was_trained_in(family):
+    """What a later block holds does not change the gradient of an earlier one's tokens."""
+    model = tiny(family, torch.float64)
+    model.config.block_size = 4
+    ids, options = random_ids(1, 12), {"inner_layer_fraction": 0.5, "inner_rank": 2, "inner_lr": 0.5}
+    changed = ids.where(torch.arange(12) < 4, 5)
+    # Only the first block is learned; the rest is there to be seen.
+    labels = [each.where(torch.arange(12) < 4, -100) for each in (ids, changed)]
+
+    def written(text, label, **more):
+        memory = ParametricMemory(model, MemoryConfig(**options, **more), mask_token_id=31)
+        with memory.write(text, label, generator=torch.Generator().manual_seed(1)):
+            return [each.detach().clone() for each in memory.fast.tensors()]
+
+    for more, is_same in (({}, True), ({"attention": "decode"}, True), ({"attention": "full"}, False)):
+        one, other = (written(text, label, **more) for text, label in zip((ids, changed), labels, strict=True))
+        assert all(torch.allclose(a, b) for a, b in zip(one, other, strict=True)) is is_same
+    with pytest.raises(ConfigError, match=r"cuts through the blocks of 4 tokens"):
+        ParametricMemory(model, MemoryConfig(chunk_length=6), mask_token_id=31)
+    assert ParametricMemory(tiny("dream"), MemoryConfig(**options), mask_token_id=31).attention_pattern is None
+    assert ParametricMemory(tiny("llada2"), MemoryConfig(**options), mask_token_id=31).attention_pattern is None

@@ -65,6 +65,10 @@ class Family:
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
 
+    writes_in_blocks: bool = False
+    """A memory is written under the blocks of decoding, unless told otherwise: the network was trained in blocks, and
+    has not seen text that sees all of itself."""
+
     @property
     def model_type(self) -> str:
         """The name under which transformers knows the configuration."""
@@ -155,6 +159,7 @@ SDAR = Family(
     backbone_class=SDARModel,
     lm_class=SDARForCausalLM,
     block_size=4,
+    writes_in_blocks=True,
     mask_token="<|MASK|>",
     other_mask_tokens=("<MASK>",),
     eot_token="<|im_end|>",
@@ -165,6 +170,7 @@ A2D_QWEN2 = Family(
     config_class=A2DQwen2Config,
     backbone_class=A2DQwen2Model,
     lm_class=A2DQwen2LMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
     spare_template=QWEN_TEMPLATE,
@@ -174,6 +180,7 @@ A2D_QWEN3 = Family(
     config_class=A2DQwen3Config,
     backbone_class=A2DQwen3Model,
     lm_class=A2DQwen3LMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
     spare_template=QWEN_TEMPLATE,
@@ -183,6 +190,7 @@ A2D_LLAMA = Family(
     config_class=A2DLlamaConfig,
     backbone_class=A2DLlamaModel,
     lm_class=A2DLlamaLMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|eot_id|>",
 )
@@ -225,6 +233,12 @@ def decoding_pattern(config: object, block: int | None = None) -> AttentionPatte
     """Return the pattern under which a model of this configuration decodes: blocks of `block` (LLaDA2.x), or full."""
     own = block_size_of(config)
     return Full() if own is None else BlockCausal(block or own)
+
+
+def writing_pattern(config: object) -> AttentionPattern:
+    """Return the pattern under which a memory is written unless told otherwise: full, or that of decoding."""
+    family = family_of(config)
+    return decoding_pattern(config) if family is not None and family.writes_in_blocks else Full()
 
 
 def shifts_logits(config: object) -> bool:
