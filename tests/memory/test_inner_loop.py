@@ -14,7 +14,8 @@ SOUND = torch.tensor([True, True])
 
 def memory_of(model, **options):
     options = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "inner_lr": 1.0, **options}
-    return ParametricMemory(model, MemoryConfig(**options), mask_token_id=MASK)
+    # Chunks of any length, and losses that a plain call gives: SDAR's own writes are in blocks.
+    return ParametricMemory(model, MemoryConfig(**{"attention": "full", **options}), mask_token_id=MASK)
 
 
 def pair(seed):
