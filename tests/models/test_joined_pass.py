@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from block_passes import by_block
 from memdlm.diffusion import positions_of
 from memdlm.errors import ConfigError
-from memdlm.models import ModelDenoiser
+from memdlm.models import BlockCausal, Full, ModelDenoiser, load_model
 from memdlm.models.blocks.masks import SEGMENT, BlockDiffusion, DiffusionSegments, segments_for
-from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser, check_block_diffusion
+from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser, prepare_block_diffusion
+from memdlm.models.hub.families import decoding_pattern
 from memdlm.models.networks.shifting import shift_of
 from tiny import A2D, CONFIGS, MASK, V, random_ids, rng, tiny
 
@@ -66,6 +67,23 @@ def test_padding_of_a_row_changes_nothing(attention, size, monkeypatch):
         assert_close(found, by_block(model, clean, noised, BLOCK, keep), **CLOSE)
 
 
+@pytest.mark.parametrize("size", [SEGMENT, 3], ids=["whole", "in segments"])
+@pytest.mark.parametrize("family", ["llada2", "dream"])
+def test_what_is_not_predicted_is_left_out_and_changes_nothing(family, size, monkeypatch):
+    cut(monkeypatch, size)
+    model, (clean, noised, is_masked) = tiny(family, torch.float64), texts()
+    keep = torch.arange(LENGTH) < torch.tensor([LENGTH, 10])[:, None]
+    for start in (0, 3, 4, 7, 8, 9, LENGTH):
+        behind = is_masked & keep & (torch.arange(LENGTH) >= start)
+        every = {"attention_mask": keep}
+        cut_short = BlockDiffusionDenoiser(model, clean, BLOCK, start=start, **every)
+        assert cut_short.start in (start // BLOCK * BLOCK, max(0, start - 1) // BLOCK * BLOCK)
+        with torch.no_grad():
+            found = cut_short.logits(noised, positions_of(behind))
+            expected = BlockDiffusionDenoiser(model, clean, BLOCK, **every).logits(noised, positions_of(behind))
+        assert_close(found, expected, **CLOSE)
+
+
 def leaks(model, clean, noised):
     """Whether some block of the noised text sees clean tokens of its own block or of a later one."""
     before = joined(model, clean, noised)
@@ -87,25 +105,38 @@ def test_a_noised_block_never_sees_its_own_clean_block(family, size, monkeypatch
     with torch.no_grad():
         assert not leaks(model, clean, noised)
 
-        def leaky(self, query, key, half):
-            return (key % half) // self.block <= (query % half) // self.block
+        def leaky(self, query, key, noised):
+            return (key % noised) // self.block <= (query % noised) // self.block
 
         monkeypatch.setattr(BlockDiffusion, "sees", leaky)
         assert leaks(model, clean, noised), "the test notices a mask that leaks"
 
 
-@given(block=st.integers(1, 9), half=st.integers(1, 40), size=st.integers(1, 12))
-def test_the_parts_are_the_mask(block, half, size):
-    pattern = BlockDiffusion(block)
+@given(block=st.integers(1, 9), half=st.integers(1, 40), size=st.integers(1, 12), left_out=st.integers(0, 3))
+def test_the_parts_are_the_mask(block, half, size, left_out):
+    check_parts(BlockDiffusion(block), half, size)
+    start = min(left_out, (half - 1) // block) * block
+    pattern = BlockDiffusion(block, start)
+    whole = BlockDiffusion(block).allowed(2 * half, CPU)
+    assert pattern.allowed(2 * half - start, CPU).equal(whole[start:, start:]), "only what is left out is missing"
+    assert pattern.places(2 * half - start, CPU)[0].tolist() == [*range(start, half), *range(half)]
+    check_segments(DiffusionSegments(pattern, half - start), whole[start:, start:], size)
+
+
+def check_parts(pattern, half, size):
+    block = pattern.block
     whole = pattern.allowed(2 * half, CPU)
     number = torch.arange(half) // block
     own, before = number[:, None] == number, number[:, None] > number
     none = torch.zeros_like(own)
     assert whole.equal(torch.cat((torch.cat((own, before), 1), torch.cat((none, own | before), 1))))
     assert pattern.places(2 * half, CPU)[0].tolist() == [*range(half), *range(half)]
-    mask = DiffusionSegments(pattern, half)
+    check_segments(DiffusionSegments(pattern, half), whole, size)
+
+
+def check_segments(mask, whole, size):
     assert mask.whole(CPU)[0, 0].equal(whole)
-    places = torch.arange(2 * half).flip(0)[None]
+    places = torch.arange(len(whole)).flip(0)[None]
     assert mask.rows(places)[0, 0].equal(whole.flip(0))
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, size)
@@ -116,7 +147,7 @@ def test_the_parts_are_the_mask(block, half, size):
             keys = torch.cat([torch.arange(each.start, each.stop) for each in seen])
             covered[asked, keys] = mask.of(asked, seen, CPU)[0, 0]
         assert covered.equal(whole), "what a part leaves out is hidden"
-        assert asked_so_far == 2 * half
+        assert asked_so_far == len(whole)
 
 
 def test_a_long_pass_forms_no_mask_of_all_columns():
@@ -173,20 +204,33 @@ def test_several_views_of_a_text_share_its_clean_half():
 def test_networks_that_would_mix_the_halves_are_refused(family):
     model, (clean, noised, is_masked) = tiny(family), texts()
     with pytest.raises(ConfigError, match="token mixing or a sliding window"):
-        check_block_diffusion(model)
+        prepare_block_diffusion(model, BLOCK)
     with pytest.raises(ConfigError, match="token mixing or a sliding window"):
         BlockDiffusionDenoiser(model, clean, BLOCK).logits(noised, positions_of(is_masked))
 
 
+def test_a_model_that_states_its_block_size_is_decoded_as_it_was_trained(tmp_path):
+    model = tiny("a2d_qwen3")
+    assert decoding_pattern(model.config) == Full()
+    prepare_block_diffusion(model, 8)
+    model.save_pretrained(tmp_path)
+    assert decoding_pattern(load_model(tmp_path).config) == BlockCausal(8)
+    other = tiny("llada2")
+    prepare_block_diffusion(other, 8)
+    assert decoding_pattern(other.config) == BlockCausal(32), "LLaDA2.x states none: --block_size says it in decoding"
+
+
 def test_what_makes_no_sense_is_refused():
     model, (clean, _, _) = tiny("llada2"), texts()
-    check_block_diffusion(model)
+    prepare_block_diffusion(model, BLOCK)
     with pytest.raises(ConfigError, match="memdlm's own families"):
-        check_block_diffusion(torch.nn.Linear(2, 2))
+        prepare_block_diffusion(torch.nn.Linear(2, 2), BLOCK)
     with pytest.raises(ConfigError, match="2-D attention_mask"):
         BlockDiffusionDenoiser(model, clean, BLOCK, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
     for block in (0, True, "4"):
         with pytest.raises(ConfigError, match=r"BlockDiffusion\.block must be an integer"):
             BlockDiffusion(block)
-    with pytest.raises(ConfigError, match="even number of columns, got 11"):
+    with pytest.raises(ConfigError, match="start 6 is not the start of a block of 4 tokens"):
+        BlockDiffusion(4, 6)
+    with pytest.raises(ConfigError, match="11 columns are no such pair"):
         ModelDenoiser(model, attention_pattern=BlockDiffusion(BLOCK)).logits(clean, torch.arange(3))

@@ -12,6 +12,7 @@ from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.training.arguments import DiffusionConfig
 from memdlm.training.noise import SOFT, evaluation_noise
 from memdlm.training.outer import Batch, learnable, noise_batch, score
+from memdlm.training.rows import FIRST_TARGET
 
 
 @final
@@ -52,6 +53,14 @@ class OuterObjective:
             inputs.get("is_padding"),
             spare_padding=self.spare_padding,
         )
+
+    def passed(self, inputs: Mapping[str, Any]) -> int:
+        """Return how many columns go through the network for a collated batch, a write apart."""
+        rows, length = inputs["input_ids"].shape
+        if self.options.block_size is None:
+            return int(rows * length)
+        left_out = inputs.get(FIRST_TARGET, 0) // self.options.block_size * self.options.block_size
+        return int(rows * (2 * length - left_out))
 
     def softens(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the rows [B] that are soft-masked; None without soft-masking."""

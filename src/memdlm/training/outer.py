@@ -31,7 +31,7 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
-from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
+from memdlm.training.rows import FIRST_TARGET, PROMPT_WIDTH, prompt_columns, prompt_width
 from memdlm.types import IGNORE_INDEX, ContextIds, ContextSet, Denoise, Ids, PositionSet
 
 
@@ -51,6 +51,8 @@ class Batch:
     """[B, C], false at the context's padding."""
     prompt_width: int | None = None
     """Number of columns up to the end of the longest prompt; None if the host does not know it."""
+    first_target: int = 0
+    """Number of columns before the first target of any row; 0 if the host does not know it."""
 
 
 def learnable(
@@ -100,6 +102,7 @@ def noise_batch(
         context=inputs.get("context_ids"),
         is_context=inputs.get("is_context"),
         prompt_width=inputs.get(PROMPT_WIDTH),
+        first_target=inputs.get(FIRST_TARGET, 0),
     )
 
 
@@ -232,6 +235,7 @@ def score(
             model,
             batch.clean,
             block_size,
+            start=batch.first_target,
             attention_mask=batch.attention_mask,
             right_shift_logits=right_shift_logits,
         )

@@ -65,25 +65,27 @@ class Speed:
 
     def __init__(self, model: nn.Module) -> None:
         self.active = active_parameters(model)
-        self._start, self._tokens = time.perf_counter(), 0
+        self._start, self._tokens, self._passed = time.perf_counter(), 0, 0
 
-    def add(self, tokens: int) -> None:
-        """Count tokens of this rank, padding included."""
+    def add(self, tokens: int, passed: int) -> None:
+        """Count tokens of this rank, padding included, and the columns that go through the network for them."""
         self._tokens += tokens
+        self._passed += passed
 
     def read(self, device: torch.device) -> dict[str, float]:
         """Return this rank's metrics since the last `read`.
 
-        `mfu` counts 6 operations per active parameter and token (forward and backward pass; neither attention's score
-        matrix nor the inner loop), divided by the device's peak; it is left out for devices without a known peak.
+        `mfu` counts 6 operations per active parameter and column that passes (forward and backward pass; neither
+        attention's score matrix nor the inner loop), divided by the device's peak; it is left out for devices without a
+        known peak. In block diffusion a token has two columns, its noised and its clean one.
         """
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        self._start, self._tokens = now, 0
-        figures = {"tokens_per_second": rate}
+        seconds = max(now - self._start, 1e-9)
+        figures = {"tokens_per_second": self._tokens / seconds}
         peak = peak_flops(device)
         if peak is not None:
-            figures["mfu"] = 6 * self.active * rate / peak
+            figures["mfu"] = 6 * self.active * self._passed / seconds / peak
+        self._start, self._tokens, self._passed = now, 0, 0
         return figures
 
 

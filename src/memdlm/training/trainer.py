@@ -16,7 +16,7 @@ from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, SlidingWindow
-from memdlm.models.border.block_diffusion import check_block_diffusion
+from memdlm.models.border.block_diffusion import prepare_block_diffusion
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
@@ -86,6 +86,8 @@ class MemDLMTrainer(GuardedTrainer):
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_token_id: int = int(found if pad is None else pad)
         self.schedule = make_schedule(args.schedule)
+        if args.block_size is not None:
+            prepare_block_diffusion(model, args.block_size)
         self.memory = None if args.memory is None else self._new_memory(model)
         self._learned = self._new_learned()
         if args.memory is not None and args.memory.write_source == "response":
@@ -93,8 +95,6 @@ class MemDLMTrainer(GuardedTrainer):
                 "mem_write_source=response: memory is written from the labels that the loss then scores, as published; "
                 "compare models by nll, never by nll_memory."
             )
-        if args.block_size is not None:
-            check_block_diffusion(model)
         self.objective = OuterObjective(
             options=args.diffusion,
             schedule=self.schedule,
@@ -184,7 +184,8 @@ class MemDLMTrainer(GuardedTrainer):
             world_size=self.args.world_size,
             hosts=self._hosts,
         )
-        self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self._speed.add(tokens, sum(map(self.objective.passed, batches)))
         for batch in batches:
             batch.update({name: batch[name].to(device, non_blocking=True) for name in (TIMES, UNIFORM, SOFT)})
         counted = [self.objective.learnable(batch).sum().to(device, non_blocking=True) for batch in batches]

@@ -70,39 +70,49 @@ class BlockDiffusion(AttentionPattern):
         x_0           never         own and earlier blocks
 
     So each noised block is predicted exactly as in decoding, after clean blocks, and all blocks of a text in one pass.
-    Blocks start at column 0 of each half; both halves have the positions 0..L-1.
+    Blocks start at column 0 of the text. The noised part may begin at column `start` of the text, the start of a block:
+    no other block sees what is left out. Positions are the columns of the text.
     """
 
     block: int
+    start: int = 0
 
     def __post_init__(self) -> None:
         _check_block("BlockDiffusion", self.block)
+        if self.start % self.block:
+            raise ConfigError(f"BlockDiffusion.start {self.start} is not the start of a block of {self.block} tokens.")
 
     def allowed(self, length: int, device: torch.device) -> Tensor:
-        """Return the four parts of the table; raises ConfigError when `length` is odd."""
+        """Return the four parts of the table; raises ConfigError when `length` is no pair of texts."""
         column = torch.arange(length, device=device)
-        return self.sees(column[:, None], column[None, :], self.half(length))
+        return self.sees(column[:, None], column[None, :], self.noised(length))
 
     def places(self, length: int, device: torch.device) -> Tensor:
-        """Return 0..L-1 twice."""
-        return torch.arange(self.half(length), device=device).repeat(2)[None]
+        """Return start..L-1, 0..L-1."""
+        noised = self.noised(length)
+        return self._text(torch.arange(length, device=device), noised)[None]
 
-    def half(self, length: int) -> int:
-        """Return L of a pass over `length` = 2 L columns."""
-        if length % 2:
+    def noised(self, length: int) -> int:
+        """Return the width of the noised part, L - start, of a pass over `length` = 2 L - start columns."""
+        noised, rest = divmod(length - self.start, 2)
+        if rest or noised < 1:
             raise ConfigError(
-                f"BlockDiffusion takes a noised text with its clean text behind it, an even number of columns, got "
-                f"{length}."
+                f"BlockDiffusion takes a noised text from column {self.start} on, and the clean text behind it; "
+                f"{length} columns are no such pair."
             )
-        return length // 2
+        return noised
 
-    def sees(self, query: Tensor, key: Tensor, half: int) -> Tensor:
+    def sees(self, query: Tensor, key: Tensor, noised: int) -> Tensor:
         """Return which `query` columns see which `key` columns; the two are broadcast."""
-        from_clean, to_clean = query >= half, key >= half
-        asking, asked = (query % half) // self.block, (key % half) // self.block
+        from_clean, to_clean = query >= noised, key >= noised
+        asking, asked = (self._text(each, noised) // self.block for each in (query, key))
         return torch.where(
             to_clean, torch.where(from_clean, asked <= asking, asked < asking), ~from_clean & (asked == asking)
         )
+
+    def _text(self, column: Tensor, noised: int) -> Tensor:
+        """Return the columns of the text that columns of the pass are."""
+        return torch.where(column >= noised, column - noised, column + self.start)
 
 
 def _check_block(name: str, block: object) -> None:
@@ -202,30 +212,31 @@ class Segments(Segmented):
 @final
 @dataclass(frozen=True, slots=True)
 class DiffusionSegments(Segmented):
-    """The mask of `BlockDiffusion` over two halves of `half` columns each.
+    """The mask of `BlockDiffusion` over a noised part of `noised` columns and a clean text.
 
     A segment of x_t sees its own blocks of x_t and x_0 up to its last block; a segment of x_0 sees x_0 to the end of
     its last block. Of a long text, little more than a quarter of the 2L * 2L scores is computed.
     """
 
     pattern: BlockDiffusion
-    half: int
+    noised: int
     is_visible: Tensor | None = None
-    """[B, 1, 1, 2 * half] bool, true where a key is not padding; None: everywhere."""
+    """[B, 1, 1, keys] bool, true where a key is not padding; None: everywhere."""
 
     def parts(self) -> Iterator[tuple[slice, tuple[slice, ...]]]:
         """Yield the segments of x_t, then those of x_0."""
-        block, half = self.pattern.block, self.half
-        for is_clean in (False, True):
-            for start in range(0, half, SEGMENT):
-                stop = min(start + SEGMENT, half)
-                first, last = start // block * block, (stop - 1) // block * block
-                end = min(half, last + block)
+        block, behind, first = self.pattern.block, self.noised, self.pattern.start
+        length = behind + first
+        for is_clean, begin in ((False, first), (True, 0)):
+            for start in range(begin, length, SEGMENT):
+                stop = min(start + SEGMENT, length)
+                own, last = start // block * block, (stop - 1) // block * block
+                end = min(length, last + block)
                 if is_clean:
-                    yield slice(half + start, half + stop), (slice(half, half + end),)
+                    yield slice(behind + start, behind + stop), (slice(behind, behind + end),)
                 else:
-                    before = (slice(half, half + last),) if last else ()
-                    yield slice(start, stop), (slice(first, end), *before)
+                    before = (slice(behind, behind + last),) if last else ()
+                    yield slice(start - first, stop - first), (slice(own - first, end - first), *before)
 
     def of(self, queries: slice, keys: Sequence[slice], device: torch.device) -> Tensor:
         """Return the mask of a part."""
@@ -233,21 +244,25 @@ class DiffusionSegments(Segmented):
             torch.cat([torch.arange(each.start, each.stop, device=device) for each in ranges])
             for ranges in ((queries,), keys)
         )
-        seen = self.pattern.sees(column[:, None], key[None, :], self.half)[None, None]
+        seen = self.pattern.sees(column[:, None], key[None, :], self.noised)[None, None]
         if self.is_visible is None:
             return seen
         return seen & torch.cat([self.is_visible[..., each] for each in keys], dim=-1)
 
     def rows(self, queries: Tensor) -> Tensor:
         """Return the mask of some queries of each row."""
-        key = torch.arange(2 * self.half, device=queries.device)
-        seen = self.pattern.sees(queries[..., None], key, self.half)[:, None]
+        key = torch.arange(self._width, device=queries.device)
+        seen = self.pattern.sees(queries[..., None], key, self.noised)[:, None]
         return seen if self.is_visible is None else seen & self.is_visible
 
     def whole(self, device: torch.device) -> Tensor:
         """Return all of it."""
-        every = slice(0, 2 * self.half)
+        every = slice(0, self._width)
         return self.of(every, (every,), device)
+
+    @property
+    def _width(self) -> int:
+        return 2 * self.noised + self.pattern.start
 
 
 def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern) -> Segmented | None:
@@ -267,7 +282,7 @@ def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: Attenti
         if is_bias:
             return None
     if isinstance(pattern, BlockDiffusion):
-        return DiffusionSegments(pattern, pattern.half(length), is_visible)
+        return DiffusionSegments(pattern, pattern.noised(length), is_visible)
     return Segments(pattern.block, 0, length, length, is_visible)
 
 

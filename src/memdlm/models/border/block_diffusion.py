@@ -10,18 +10,26 @@ from memdlm.models.blocks.masks import BlockDiffusion
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
+from memdlm.models.networks.shifting import shift_of
 from memdlm.types import Denoise, Features, Ids, Logits, PerToken, Positions
 
 
-def check_block_diffusion(model: nn.Module) -> None:
-    """Raise ConfigError unless `model` can see a noised and a clean text in one pass without mixing them."""
+def prepare_block_diffusion(model: nn.Module, block_size: int) -> None:
+    """Make `model` ready to be trained in blocks of `block_size` tokens.
+
+    A configuration that states its block size (SDAR, A2D) states this one from now on, so that the saved model is
+    decoded as it was trained. Raises ConfigError unless the network can see a noised and a clean text in one pass
+    without mixing them.
+    """
     network = unwrap(model)
     if not isinstance(network, MaskedDiffusionLM):
         raise ConfigError(
             "block_size (block diffusion) needs a network of memdlm's own families, which take the noised and the "
             f"clean text in one pass; {type(network).__name__} does not. Leave block_size out."
         )
-    network.model.check_pattern(BlockDiffusion(1))
+    network.model.check_pattern(BlockDiffusion(block_size))
+    if "block_size" in network.config.to_dict():
+        network.config.block_size = block_size
 
 
 @final
@@ -29,9 +37,11 @@ class BlockDiffusionDenoiser(Denoise):
     """A model that sees a noised text [B, L] block by block: block b behind the `clean` blocks 0 .. b - 1.
 
     One pass over [x_t | x_0], 2 L columns, gives for every block what a block-causal pass over the clean text before
-    it and the noised block alone would give (BD3-LM, arXiv 2503.09573). `attention_mask` [B, L] hides padding
-    in both halves. With `right_shift_logits` (None: as the family was trained) column i of the noised text is predicted
-    by the output at its column i - 1, also where a block begins, as published (dLLM).
+    it and the noised block alone would give (BD3-LM, arXiv 2503.09573). `attention_mask` [B, L] hides padding in both
+    parts. No token before column `start` may be asked for; the noised text before the block of that column is then
+    left out of the pass, because nothing else sees it. With `right_shift_logits` (None: as the family was trained)
+    column i of the noised text is predicted by the output at its column i - 1, also where a block begins, as published
+    (dLLM).
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class BlockDiffusionDenoiser(Denoise):
         clean: Ids,
         block_size: int,
         *,
+        start: int = 0,
         attention_mask: Tensor | None = None,
         right_shift_logits: bool | None = None,
     ) -> None:
@@ -48,10 +59,15 @@ class BlockDiffusionDenoiser(Denoise):
                 f"block diffusion takes a 2-D attention_mask [B, L], got {attention_mask.dim()} dimensions."
             )
         self.clean = clean
+        # At least one block is left, and the column that a shifted prediction is read from.
+        first = (
+            min(start, clean.shape[1]) - 1 if shift_of(model, right_shift_logits) else min(start, clean.shape[1] - 1)
+        )
+        self.start = max(0, first) // block_size * block_size
         self._network = ModelDenoiser(
             model,
-            attention_mask=None if attention_mask is None else attention_mask.repeat(1, 2),
-            attention_pattern=BlockDiffusion(block_size),
+            attention_mask=None if attention_mask is None else self._pair(attention_mask, attention_mask),
+            attention_pattern=BlockDiffusion(block_size, self.start),
             right_shift_logits=right_shift_logits,
         )
 
@@ -80,4 +96,8 @@ class BlockDiffusionDenoiser(Denoise):
         clean, width = self.clean, ids.shape[1]
         if len(ids) != len(clean):
             clean = clean.repeat_interleave(len(ids) // len(clean), dim=0)
-        return torch.cat((ids, clean), dim=1), positions + positions // width * width
+        joined = self._pair(ids, clean)
+        return joined, positions // width * joined.shape[1] + positions % width - self.start
+
+    def _pair(self, noised: Tensor, clean: Tensor) -> Tensor:
+        return torch.cat((noised[:, self.start :], clean), dim=1)
