@@ -1,5 +1,6 @@
 """Recorded decodings of the Qwen-shaped families: their options in our names, and their canvases row by row."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
@@ -127,7 +128,12 @@ class Recording:
         must_know(self, ids, ["eos", "pad"], "token")
         if "eos" in ids:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids["eos"])
-        decoder = Decoder(model(self.family), tokenizer, GenerationConfig(**options))
+        network = model(self.family)
+        if options.get("right_shift_logits") is False and sampler_of(self.family) == "dream":
+            # Refused for Dream, which was trained with the shift. The recording needs a network that was not.
+            network, options = copy.copy(network), options | {"right_shift_logits": None}
+            network.right_shift_logits = False
+        decoder = Decoder(network, tokenizer, GenerationConfig(**options))
         infills = self.kind == "infill" if infills is None else infills
         return decoder.prepare(self.rows() if rows is None else rows, infills=infills)
 
