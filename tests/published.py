@@ -16,8 +16,7 @@ from memdlm.models import load_tokenizer
 from ties import Sureness, describe, is_tie
 
 MASK = 505
-PASSED_ON = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "temperature", "cfg_scale")
-ALSO_DREAM = ("right_shift_logits", "eps", "alg_temp")
+OURS = [field.name for field in dataclasses.fields(GenerationConfig)]
 SDAR_NAMES = {
     "gen_length": "max_new_tokens",
     "block_length": "block_size",
@@ -81,7 +80,7 @@ class Recording:
     @property
     def is_drawn(self) -> bool:
         """Whether the positions were drawn."""
-        return self.record["kwargs"].get("alg") == "origin"
+        return self.kind == "gen" and self.record["kwargs"].get("alg", "origin") == "origin"
 
     def rows(self, what: str | None = None) -> list[Tensor]:
         """The prompts, or the texts to be filled."""
@@ -94,26 +93,31 @@ class Recording:
         """The recorded options in our names."""
         must_know(self, self.record, HONOURED | MEASURED)
         given = dict(self.record["kwargs"])
-        if self.file == "bd3lm":
-            must_know(self, given, [*PASSED_ON, "right_shift_logits"], "option")
-            return {"attention": "bd3lm"} | given
-        if sampler_of(self.family) == "sdar":
+        if sampler_of(self.family) == "sdar" and self.file == "sampler":
             return self._of_sdar(given)
-        must_know(self, given, [*PASSED_ON, *ALSO_DREAM, "alg", "top_k", "top_p"], "option")
+        must_know(self, given, [*OURS, "alg"], "option")
+        if given.get("temperature") or given.get("alg_temp") or given.get("stochastic_transfer"):
+            cannot_replay(self, "its random numbers were not recorded")
+        if self.file == "bd3lm":
+            return {"attention": "bd3lm"} | given
+        if self.kind != "gen":
+            given.pop("eps", None)  # dLLM's sampler takes it and does not read it
+        if self.is_drawn:
+            given = {name: value for name, value in given.items() if name not in ("top_k", "top_p", "alg_temp")}
         schedule = "dream" if self.kind == "gen" else "dllm"
         return {"transfer_schedule": schedule, "remasking": given.pop("alg", "origin")} | given
 
     def _of_sdar(self, given: dict[str, Any]) -> dict[str, Any]:
         must_know(self, given, [*SDAR_NAMES, "temperature", "top_k", "top_p"], "option")
-        if "greedy" not in self.record:
+        if "greedy" not in self.record or given.get("temperature", 1.0) != 1.0:
             cannot_replay(self, "its random numbers were not recorded")
         given = SDAR_DEFAULTS | given
         found = {SDAR_NAMES[name]: value for name, value in given.items() if name in SDAR_NAMES}
         if found["remasking"] != "low_confidence_dynamic":
             del found["threshold"]
-        if given.get("top_k"):
+        if given.get("top_k") == 1:
             # The recorded choice is the likeliest token; a draw among one is that, too.
-            found |= {"top_k": given["top_k"], "temperature": 1.0}
+            found |= {"top_k": 1, "temperature": 1.0}
         return found
 
     def job(self, *, infills: bool | None = None, rows: list[Tensor] | None = None, **changes: Any) -> Job:
