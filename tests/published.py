@@ -1,5 +1,6 @@
 """Recorded decodings of the Qwen-shaped families: their options in our names, and their canvases row by row."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,8 +16,7 @@ from memdlm.models import load_tokenizer
 from ties import Sureness, describe, is_tie
 
 MASK = 505
-PASSED_ON = ("max_new_tokens", "max_length", "steps", "steps_per_block", "block_size", "temperature", "cfg_scale")
-ALSO_DREAM = ("right_shift_logits", "eps", "alg_temp")
+OURS = [field.name for field in dataclasses.fields(GenerationConfig)]
 SDAR_NAMES = {
     "gen_length": "max_new_tokens",
     "block_length": "block_size",
@@ -80,7 +80,7 @@ class Recording:
     @property
     def is_drawn(self) -> bool:
         """Whether the positions were drawn."""
-        return self.record["kwargs"].get("alg") == "origin"
+        return self.kind == "gen" and self.record["kwargs"].get("alg", "origin") == "origin"
 
     def rows(self, what: str | None = None) -> list[Tensor]:
         """The prompts, or the texts to be filled."""
@@ -93,26 +93,31 @@ class Recording:
         """The recorded options in our names."""
         must_know(self, self.record, HONOURED | MEASURED)
         given = dict(self.record["kwargs"])
-        if self.file == "bd3lm":
-            must_know(self, given, [*PASSED_ON, "right_shift_logits"], "option")
-            return {"attention": "bd3lm"} | given
-        if sampler_of(self.family) == "sdar":
+        if sampler_of(self.family) == "sdar" and self.file == "sampler":
             return self._of_sdar(given)
-        must_know(self, given, [*PASSED_ON, *ALSO_DREAM, "alg", "top_k", "top_p"], "option")
+        must_know(self, given, [*OURS, "alg"], "option")
+        if given.get("temperature") or given.get("alg_temp") or given.get("stochastic_transfer"):
+            cannot_replay(self, "its random numbers were not recorded")
+        if self.file == "bd3lm":
+            return {"attention": "bd3lm"} | given
+        if self.kind != "gen":
+            given.pop("eps", None)  # dLLM's sampler takes it and does not read it
+        if self.is_drawn:
+            given = {name: value for name, value in given.items() if name not in ("top_k", "top_p", "alg_temp")}
         schedule = "dream" if self.kind == "gen" else "dllm"
         return {"transfer_schedule": schedule, "remasking": given.pop("alg", "origin")} | given
 
     def _of_sdar(self, given: dict[str, Any]) -> dict[str, Any]:
         must_know(self, given, [*SDAR_NAMES, "temperature", "top_k", "top_p"], "option")
-        if "greedy" not in self.record:
+        if "greedy" not in self.record or given.get("temperature", 1.0) != 1.0:
             cannot_replay(self, "its random numbers were not recorded")
         given = SDAR_DEFAULTS | given
         found = {SDAR_NAMES[name]: value for name, value in given.items() if name in SDAR_NAMES}
         if found["remasking"] != "low_confidence_dynamic":
             del found["threshold"]
-        if given.get("top_k"):
+        if given.get("top_k") == 1:
             # The recorded choice is the likeliest token; a draw among one is that, too.
-            found |= {"top_k": given["top_k"], "temperature": 1.0}
+            found |= {"top_k": 1, "temperature": 1.0}
         return found
 
     def job(self, *, infills: bool | None = None, rows: list[Tensor] | None = None, **changes: Any) -> Job:
@@ -127,7 +132,12 @@ class Recording:
         must_know(self, ids, ["eos", "pad"], "token")
         if "eos" in ids:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids["eos"])
-        decoder = Decoder(model(self.family), tokenizer, GenerationConfig(**options))
+        network = model(self.family)
+        if options.get("right_shift_logits") is False and sampler_of(self.family) == "dream":
+            # Refused for Dream, which was trained with the shift. The recording needs a network that was not.
+            network, options = copy.copy(network), options | {"right_shift_logits": None}
+            network.right_shift_logits = False
+        decoder = Decoder(network, tokenizer, GenerationConfig(**options))
         infills = self.kind == "infill" if infills is None else infills
         return decoder.prepare(self.rows() if rows is None else rows, infills=infills)
 

@@ -80,8 +80,8 @@ def plain(model, tokenizer, prompts, config, pattern):
     return [row[:end] for row, end in zip(steps[-1].ids, canvas.response_ends.tolist(), strict=True)], steps
 
 
-def until_end(row, prompt, end):
-    is_end = row[prompt.numel() :] == end
+def until_end(row, prompt, *ends):
+    is_end = torch.isin(row[prompt.numel() :], torch.tensor(ends))
     return row[: prompt.numel() + int(is_end.int().argmax()) + 1] if is_end.any() else row
 
 
@@ -163,7 +163,8 @@ def test_bidirectional_decoding_gives_the_tokens_of_recomputation(
         as_sure(
             decoded(model, prompts, dataclasses.replace(config, eos_early_stop=False), attention_pattern=Full()), steps
         )
-        same(together.sequences, [until_end(r, p, 0) for r, p in zip(recomputed, prompts, strict=True)])
+        ends = Decoder(model, words(), config).stops
+        same(together.sequences, [until_end(r, p, *ends) for r, p in zip(recomputed, prompts, strict=True)])
     singles = [generate(model, words(), [p], config, memory=memory, attention_pattern=Full()) for p in prompts]
     same(together.sequences, [single.sequences[0] for single in singles])
 

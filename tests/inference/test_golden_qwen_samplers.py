@@ -77,8 +77,8 @@ def is_mean_count(case: Recording) -> bool:
 
 
 def is_certain(case: Recording) -> bool:
-    """SDAR: confidences of the only token that top_k left."""
-    return case.record["kwargs"].get("top_k") == 1
+    """SDAR: confidences among the tokens that top_k left."""
+    return sampler_of(case.family) == "sdar" and bool(case.record["kwargs"].get("top_k"))
 
 
 def is_overwritten(case: Recording) -> bool:

@@ -89,7 +89,7 @@ def resolved(config: GenerationConfig, pattern: AttentionPattern, conventions: C
                 "the tokens of one block together. Leave block_size out."
             )
         changes["block_size"] = pattern.block
-    algorithm = ALGORITHMS[config.remasking or conventions.remasking]
+    algorithm = ALGORITHMS[config.remasking or _order(config, conventions)]
     changes["remasking"] = algorithm.order
     if config.threshold is None and config.factor is None and config.eb_threshold is None:
         changes |= _looking(config, algorithm, conventions)
@@ -97,6 +97,13 @@ def resolved(config: GenerationConfig, pattern: AttentionPattern, conventions: C
         changes |= _paced(config, algorithm, conventions)
     _refuse_unread(config, changes, conventions)
     return replace(config, **changes)
+
+
+def _order(config: GenerationConfig, conventions: Conventions) -> str:
+    """Return the default of `remasking`: what the rule reads that says how many tokens a step commits."""
+    if config.eb_threshold is not None:
+        return "entropy"
+    return "low_confidence" if config.looks else conventions.remasking
 
 
 def _looking(config: GenerationConfig, algorithm: Algorithm, conventions: Conventions) -> dict[str, Any]:
