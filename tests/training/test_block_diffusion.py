@@ -17,13 +17,13 @@ from memdlm.models.networks.shifting import shift_of
 from memdlm.training import DiffusionConfig, TrainingArguments, memory_of
 from memdlm.training.noise import ATTEMPTS, TIMES, UNIFORM, NoiseShape, add_noise, evaluation_noise
 from memdlm.training.objective import OuterObjective
-from memdlm.training.rows import SAMPLE
+from memdlm.training.rows import FIRST_TARGET, SAMPLE, first_target
 from run_kinds import MEMORY, RECALL, TRAINED, is_same, losses, new_model, state, trainer_of
 from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
 
 FAMILIES = [name for name in CONFIGS if tiny(name).model.is_cacheable and not shift_of(tiny(name))]
-BLOCK, LENGTH, PROMPT = 4, 11, 3
-"""The prompt ends inside the first block; the last block is short."""
+BLOCK, LENGTH, PROMPT = 4, 11, 5
+"""The prompt ends inside the second block, so the first is left out of the noised half; the last block is short."""
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 
 
@@ -31,8 +31,10 @@ def inputs_of(rows=3):
     ids = random_ids(rows, LENGTH)
     labels = ids.clone()
     labels[:, :PROMPT] = -100
-    keep = torch.arange(LENGTH) < torch.tensor([LENGTH, 6, 9])[:rows, None]
-    return {"input_ids": ids, "labels": labels.where(keep, -100), "attention_mask": keep.long(), SAMPLE: range(rows)}
+    keep = torch.arange(LENGTH) < torch.tensor([LENGTH, 8, 9])[:rows, None]
+    labels = labels.where(keep, -100)
+    numbers = {SAMPLE: range(rows), FIRST_TARGET: first_target(labels)}
+    return {"input_ids": ids, "labels": labels, "attention_mask": keep.long(), **numbers}
 
 
 def objective_of(**options):
@@ -86,6 +88,7 @@ def test_the_loss_is_that_of_one_pass_per_block(family, options):
     model, objective = tiny(family, torch.float64), objective_of(**options)
     batch = batch_of(objective)
     assert batch.noised.is_masked.any(1).all()
+    assert batch.first_target == PROMPT
     found = objective.score(model, batch, totals=totals_of(batch))
     expected = brute_force(model, batch, objective.options)
     assert_close(found.loss, expected, **CLOSE)
@@ -122,7 +125,7 @@ def test_with_memory_every_block_reads_it_and_the_gradient_is_exact(trained, mem
     found = []
     for is_joined in (True, False):
         rows = [rng(row) for row in range(len(batch.clean))]
-        with memory_of(keeper, batch, pad_token_id=PAD, randomness=rows):
+        with memory_of(keeper, batch, pad_token_id=PAD, randomness=rows, is_read_at_anchor=False):
             if is_joined:
                 loss = objective.score(model, batch, keeper.lower_layers, totals=totals_of(batch)).loss
             else:
@@ -231,11 +234,11 @@ def test_noise_is_drawn_again_until_a_token_is_masked():
     assert objective.options.noise_shape.attempts == ATTEMPTS
     uniform = torch.full((3, ATTEMPTS, LENGTH), 0.99)
     uniform[0, 4, 7] = 0.01
-    uniform[1, 0, 3] = 0.01
+    uniform[1, 0, 6] = 0.01
     uniform[2, :, PROMPT - 1] = 0.01
     times = torch.linspace(0.1, 0.5, ATTEMPTS).expand(3, -1)
     noised = objective.noised(inputs, times, uniform).noised
-    assert noised.is_masked.nonzero().tolist() == [[0, 7], [1, 3]], "a prompt token does not count"
+    assert noised.is_masked.nonzero().tolist() == [[0, 7], [1, 6]], "a prompt token does not count"
     assert_close(noised.t, 1e-3 + (1 - 1e-3) * times[0, [4, 0, ATTEMPTS - 1]])
 
 

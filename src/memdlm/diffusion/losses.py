@@ -150,7 +150,8 @@ def shares(
     """Return [B] float64, the factors of `normalise` for the rows' sums: one sample's loss is (sums * shares).sum()."""
     wide = counts.double()
     if norm == "token":
-        return 1 / (wide.sum().clamp_min(1) if total_tokens is None else total_tokens) * torch.ones_like(wide)
+        # Ones of float64 first: one over a tensor of integers would be float32.
+        return torch.ones_like(wide) / (wide.sum().clamp_min(1) if total_tokens is None else total_tokens)
     rows = len(counts) if total_rows is None else total_rows
     if norm == "sequence":
         return 1 / (wide.clamp_min(1) * rows)

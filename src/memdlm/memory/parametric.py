@@ -148,6 +148,7 @@ class ParametricMemory:
         anchor: Corrupted | None = None,
         is_padding: PositionSet | None = None,
         is_alone: bool = False,
+        is_read_at_anchor: bool = True,
         attention_pattern: AttentionPattern | None = None,
         on_chunk: Callable[[int], None] | None = None,
     ) -> Iterator[Written]:
@@ -159,8 +160,10 @@ class ParametricMemory:
         probability `mem_prompt_mask_ratio` (inference). With a memory per row, row i of any later call reads memory
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
         fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
-        ranks must write at the same time, unless the write `is_alone`. `attention_pattern` is this write's; None: the
-        memory's. `on_chunk` is told how many columns are written (with `mem_chunk_length`, several times).
+        ranks must write at the same time, unless the write `is_alone`. Unless `is_read_at_anchor`, the caller reads
+        nothing through `lower_layers`, and no graph of the anchor's lower blocks is kept. `attention_pattern` is this
+        write's; None: the memory's. `on_chunk` is told how many columns are written (with `mem_chunk_length`, several
+        times).
 
         Raises DataError for malformed ids, ConfigError when a block of this model is open already, and, unless the
         model is in training mode, NotFiniteError when the memory or the loss under it is not finite.
@@ -171,7 +174,7 @@ class ParametricMemory:
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
         pattern = self.attention_pattern if attention_pattern is None else attention_pattern
-        is_read_at_anchor = anchor is not None and torch.is_grad_enabled()
+        is_read_at_anchor = is_read_at_anchor and anchor is not None and torch.is_grad_enabled()
         writer = self._writer(pattern, is_tracked=is_tracked, is_read_at_anchor=is_read_at_anchor)
         with self._opened("write"):
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.

@@ -177,11 +177,13 @@ def memory_of(
     pad_token_id: int,
     randomness: Randomness,
     is_alone: bool = False,
+    is_read_at_anchor: bool = True,
     attention_pattern: AttentionPattern | None = None,
 ) -> AbstractContextManager[Written]:
     """Write the part of the batch that `mem_write_source` names; yield the write's record, with the memory open.
 
-    With `mem_sync_inner` all ranks take part, unless the write `is_alone`.
+    With `mem_sync_inner` all ranks take part, unless the write `is_alone`. Block diffusion does not read the anchor's
+    lower blocks (`is_read_at_anchor`).
     """
     is_own = memory.config.write_source == "response"
     return memory.write(
@@ -190,6 +192,7 @@ def memory_of(
         anchor=batch.noised if is_own else None,
         is_padding=batch.is_padding if is_own else None,
         is_alone=is_alone,
+        is_read_at_anchor=is_read_at_anchor,
         attention_pattern=attention_pattern,
     )
 

@@ -316,6 +316,7 @@ class MemDLMTrainer(GuardedTrainer):
             pad_token_id=self.pad_token_id,
             randomness=randomness,
             is_alone=is_alone,
+            is_read_at_anchor=self.args.block_size is None,
             attention_pattern=attention_pattern,
         )
 
