@@ -1,4 +1,4 @@
-"""A decoder becomes an A2D model: the same function under causal attention, one more token, a folder for all commands."""
+"""A decoder becomes an A2D model: the same function under causal attention, one more token, a folder like others."""
 
 import json
 

@@ -20,7 +20,7 @@ from memdlm.workflows.runs.plan import RunPlan, resolved
 from tiny import CONFIGS
 
 RECIPES = Path(__file__).parents[2] / "src" / "memdlm" / "recipes"
-WHOLE = sorted(RECIPES.glob("*.yaml"))
+WHOLE = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.endswith("_convert"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
 NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall)")
 
@@ -50,6 +50,13 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
 def test_there_is_a_recipe_for_every_backbone_machine_and_method():
     assert len(WHOLE) == 18
     assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 18
+
+
+def test_the_recipe_for_a_converted_decoder_trains_all_weights_on_a_single_gpu(tmp_path):
+    plan = parse(read_recipe(RECIPES / "a2d_qwen3_convert.yaml"), ["--output_dir", str(tmp_path)])
+    assert not plan.arguments.mem_enabled
+    assert not plan.lora.lora
+    assert not plan.model.load_in_4bit
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

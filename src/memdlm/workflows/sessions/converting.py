@@ -10,6 +10,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.models import load_model, load_tokenizer
 from memdlm.models.hub.converting import Converted, convert_decoder, source_type
 from memdlm.models.hub.loading import DTYPES, cast_parameters
+from memdlm.models.hub.resolution import resolve_config
 from memdlm.models.networks.checking import vocabulary_of
 from memdlm.options import option, validate
 from memdlm.outputs import Kind, Output, output_folder
@@ -89,6 +90,12 @@ def _of_encoder(options: ConvertOptions) -> Converted:
                 f"{name}={getattr(options, name)!r} has no effect: {options.model} is not one of the decoders that are "
                 "made to look both ways (Qwen2, Qwen3, Llama). Leave it out."
             )
+    family, _ = resolve_config(str(options.model), revision=options.revision)
+    if family is not None:
+        raise ConfigError(
+            f"{options.model} is a {family.name} model, which fills masks already: there is nothing to convert. Use it "
+            "as it is."
+        )
     model = load_model(str(options.model), revision=options.revision, tie_head=options.tie_head)
     notes = ["The head is new: it is tied to the embeddings, and untrained."] if options.tie_head else []
     if options.vocabulary is None:
