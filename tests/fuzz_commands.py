@@ -85,7 +85,7 @@ FITTING: dict[str, list[str]] = {}
 ENDED: Counter[str] = Counter()
 IS_OUTPUT = ("output", "output_dir", "output_path", "trace", "out", "use_cache")
 IS_PATH = ("model", "adapter", "dataset_args", "eval_dataset_args", "file", "memory", "questions", "base", "model2")
-IS_PATH += ("adapter2", "preprocessed_dir", "tokenizer", "resume", "base_model_name_or_path")
+IS_PATH += ("adapter2", "preprocessed_dir", "tokenizer", "resume", "base_model_name_or_path", "vocabulary")
 
 
 def confine(folder: Path) -> None:
@@ -200,6 +200,7 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
     from memdlm.workflows.sessions.ask import AskOptions
     from memdlm.workflows.sessions.chat import ChatOptions
     from memdlm.workflows.sessions.combine import CombineOptions
+    from memdlm.workflows.sessions.converting import ConvertOptions
     from memdlm.workflows.sessions.decoding import DecodingOptions
     from memdlm.workflows.sessions.memorize import MemorizeOptions
 
@@ -264,6 +265,7 @@ def options() -> dict[str, tuple[list[str], list[str]]]:
             names(BiasOptions) + memory,
         ),
         "merge": (["--adapter", "inputs/adapter_alone", "--output", "out"], ["base", "dtype", "device", "overwrite"]),
+        "convert": (["--model", "inputs/good", "--output", "out"], names(ConvertOptions)),
         "report": (["inputs/run"], ["output"]),
         "recipes": (["llada_moe_1gpu_memdlm"], ["folder", "name"]),
         "completion": (["bash"], ["shell"]),

@@ -18,11 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM, Qwen3Config, Qwen3ForCausalLM
 
 from memdlm.cli import eval as evaluation
 from memdlm.cli.main import COMMANDS, main
 from memdlm.cli.names import NOT_HERE
 from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
+from memdlm.data.tokenizer import PATTERNS, build_pattern_tokenizer
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.models import SmallDLMConfig, build_model
 from tiny import A2D, CONFIGS
@@ -91,6 +93,25 @@ DATASETS = ("Yukang/LongAlpaca-12k", "tatsu-lab/alpaca")
 # What stands behind the placeholders. -------------------------------------------------------------------------------
 
 
+def sources(folder, tokenizer):
+    """What `memdlm convert` reads: a decoder, and a masked model of 2019 with a vocabulary and no tokenizer."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    decoder = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=len(tokenizer)))
+    decoder.save_pretrained(folder / "Qwen/Qwen3-0.6B")
+    tokenizer.save_pretrained(folder / "Qwen/Qwen3-0.6B")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"CNOFScnos()=#123.-~", "Br", "Cl", "[Na+]", "[O-]", ">>"]
+    encoder = BertForMaskedLM(BertConfig(**sizes, vocab_size=len(tokens)))
+    for place, model in (("rxnfp/models/transformers/bert_pretrained", encoder), ("minilm", encoder.base_model)):
+        model.save_pretrained(folder / "real" / place)
+        (folder / "real" / place / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    path = folder / "real/rxnfp/models/transformers/bert_pretrained/config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in ("model_type", "architectures")}))
+    build_pattern_tokenizer(tokens, PATTERNS["smiles"]).save_pretrained(folder / "real" / "minilm")
+    write_jsonl([{"text": "CC[O-].[Na+].BrCC>>CCOCC"}] * 4, folder / "reactions.jsonl")
+    (folder / "reaction.txt").write_text("CC[O-].[Na+].BrCC>>CCOCC")
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     """A folder with tiny models, an adapter, data and the recipes, where the documentation's commands find them."""
@@ -119,6 +140,7 @@ def workshop(tmp_path_factory):
             config.embedding_size = len(tokenizer)
         build_model(config, seed=0).save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)
+    sources(folder, tokenizer)
     split = {"train": datasets.Dataset.from_list(rows[:26]), "test": datasets.Dataset.from_list(rows[26:])}
     for name in DATASETS:
         datasets.DatasetDict(split).save_to_disk(folder / "datasets" / name)

@@ -66,7 +66,8 @@ def words_of(command, inputs, out):
     }[command]
 
 
-LOADING = tuple(name for name in COMMANDS if name not in WITHOUT_MODEL)
+LOADING = tuple(name for name in COMMANDS if name not in (*WITHOUT_MODEL, "convert"))
+"""Conversion computes nothing, so it has no device: it reads weights and writes them."""
 NAMED = tuple(name for name in LOADING if name != "train")
 """Commands that take --device; of training's, transformers decides, and its use_cpu."""
 READING = tuple(name for name in NAMED if name != "demo")

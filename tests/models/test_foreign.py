@@ -264,8 +264,8 @@ def test_a_write_shares_what_lies_below_its_first_block(name, objective, wrapped
     ids, results, calls = random_ids(2, 9), [], []
     blocks = blocks_of(unwrap(model))
     if name == "albert":
-        # Its two passes have the same layer, so the calls of the upper one are seen too: four of them are computed again
-        # for a gradient, and one reads.
+        # Its two passes have the same layer, so the calls of the upper one are seen too: four of them are computed
+        # again for a gradient, and one reads.
         blocks, upper = unwrap(model).albert.encoder.albert_layer_groups, (4 if objective == "ce" else 8) + 4 + 1
     else:
         upper = 0

@@ -20,7 +20,7 @@ from memdlm.workflows.runs.plan import RunPlan, resolved
 from tiny import CONFIGS
 
 RECIPES = Path(__file__).parents[2] / "src" / "memdlm" / "recipes"
-WHOLE = sorted(RECIPES.glob("*.yaml"))
+WHOLE = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.endswith("_convert"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
 NAME = re.compile(
     r"(llada_8b|llada_moe|llada21_mini|dream_7b|a2d_qwen3_06b|sdar_4b)_(1gpu|8gpu)_(mdlm|memdlm|recall|bd3lm)"
@@ -67,6 +67,13 @@ def test_there_is_a_recipe_for_every_backbone_machine_and_method():
     found = [NAME.fullmatch(path.stem).groups() for path in WHOLE]
     assert len(found) == len(expected)
     assert set(found) == expected
+
+
+def test_the_recipe_for_a_converted_decoder_trains_all_weights_on_a_single_gpu(tmp_path):
+    plan = parse(read_recipe(RECIPES / "a2d_qwen3_convert.yaml"), ["--output_dir", str(tmp_path)])
+    assert not plan.arguments.mem_enabled
+    assert not plan.lora.lora
+    assert not plan.model.load_in_4bit
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

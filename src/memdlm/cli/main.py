@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "evaluate a model with lm-evaluation-harness, with or without memory",
     "exposure-bias": "measure how much a model suffers from decoding from its own tokens, with and without memory",
     "merge": "fold an outer adapter into its base model",
+    "convert": "make a masked diffusion model of a decoder (Qwen2, Qwen3, Llama), a masked model or an encoder",
     "report": "put training runs, evaluations and demos side by side on one page",
     "completion": "print a script that completes commands and options in a shell",
 }

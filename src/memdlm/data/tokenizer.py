@@ -1,14 +1,29 @@
-"""Tokenizers for studies, saved and loaded like any other: word by word for synthetic text, byte pairs for English."""
+"""Tokenizers, saved and loaded like any other: by word for synthetic text, by byte pairs for English, by a pattern."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from memdlm.errors import ConfigError, DataError
 
 EOS, MASK, USER, EOT, UNKNOWN = "<|endoftext|>", "<|mask|>", "<|user|>", "<|eot|>", "<unk>"
 SPECIAL = (EOS, MASK, USER, EOT, UNKNOWN)
+
+BERT = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+"""The special tokens of BERT-like models."""
+PATTERNS = {
+    "smiles": r"\[[^\]]+\]|Br|Cl|%\([0-9]{3}\)|%[0-9]{2}|>>|[BCNOSPFIbcnosp0-9().=#+\\/:~@?>*$|-]",
+}
+"""Patterns by name. smiles: a match per atom, bond, ring or branch of a molecule or reaction (Schwaller et al.)."""
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -56,6 +71,46 @@ def build_byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedToke
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _wrapped(tokenizer)
+
+
+def build_pattern_tokenizer(vocabulary: Sequence[str], pattern: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits text into the matches of `pattern` and looks each up in `vocabulary`, in id order.
+
+    The special tokens are BERT's; [CLS] begins a text and [SEP] ends it, where special tokens are asked for. What the
+    pattern does not match, or the vocabulary does not have, becomes [UNK]. Decoded tokens follow each other without
+    spaces. `PATTERNS` has patterns by name.
+
+    Raises DataError for a vocabulary with a token twice or without BERT's special tokens, ConfigError for a pattern
+    that is no regular expression.
+    """
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    missing = [token for token in BERT.values() if token not in ids]
+    if missing:
+        raise DataError(f"the vocabulary of {len(ids)} tokens lacks {', '.join(missing)}; it must have BERT's.")
+    if len(ids) != len(vocabulary):
+        twice = next(token for index, token in enumerate(vocabulary) if ids[token] != index)
+        raise DataError(f"the vocabulary has {twice!r} twice; every token has one id.")
+    try:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    except Exception as error:  # tokenizers raises a plain one
+        raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from error
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=BERT["unk_token"]))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    start, end = BERT["cls_token"], BERT["sep_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A {end} $B:1 {end}:1",
+        special_tokens=[(start, ids[start]), (end, ids[end])],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **BERT,
+        bos_token=start,
+        eos_token=end,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _wrapped(tokenizer: Tokenizer, **more: str) -> PreTrainedTokenizerFast:

@@ -47,8 +47,8 @@ SYNCHRONOUS = "HF_DEACTIVATE_ASYNC_LOAD"
 """The environment variable that keeps transformers from reading weights in threads."""
 
 HEADLESS = (
-    " If this is an encoder without a head, tie_head=True (memdlm convert --tie_head) puts a new one on it, tied to its "
-    "embeddings and untrained."
+    " If this is an encoder without a head, tie_head=True (memdlm convert --tie_head) puts a new one on it, tied to "
+    "its embeddings and untrained."
 )
 CONVERTIBLE = ("qwen2", "qwen3", "llama")
 CONVERSION = " If not, `memdlm convert` makes an A2D model of it, which training then teaches to fill masks."
@@ -93,8 +93,9 @@ def load_model(
     `ParametricMemory` starts from it.
 
     Raises CheckpointError when the folder is missing or damaged, the family is unknown, or any tensor is missing,
-    unexpected or of the wrong size; ConfigError for a head that is there already, for an unknown dtype, for 4 bits in float64 or without bitsandbytes,
-    and for a name that is not a device's; MachineError for a device that this machine does not have.
+    unexpected or of the wrong size; ConfigError for a head that is there already, for an unknown dtype, for 4 bits in
+    float64 or without bitsandbytes, and for a name that is not a device's; MachineError for a device that this machine
+    does not have.
     """
     for what, value in (("name_or_path", name_or_path), ("adapter", adapter)):
         if value is not None or what == "name_or_path":

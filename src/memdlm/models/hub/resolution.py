@@ -73,9 +73,9 @@ def resolve_config(
     except TypeError as error:
         raise CheckpointError(f"model: the configuration of {name!r} could not be read: {error}") from error
     if target is None:
-        target = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
-    if target is None:
         target = _by_prefix(name, fields, revision=revision, token=token)
+    if target is None:
+        target = config_class_of_tensors(tensor_names(name, revision=revision, token=token))
     if target is None:
         stated = fields.get("model_type")
         known = [family.name for family in FAMILIES]

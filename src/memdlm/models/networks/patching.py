@@ -67,8 +67,9 @@ def _restore(module: nn.Module, forward: Forward | None) -> None:
 def copied_bare(network: nn.Module, changed: Mapping[nn.Module, Mapping[str, Any]], hooks: set[int]) -> Iterator[None]:
     """Inside the block, let copies and pickles of `network` and its parts be as they are without the block.
 
-    `changed` are the modules to which something was attached, with the attributes that they had before (`ABSENT`: none of
-    that name); `hooks` are the ids of the hooks' handles. A shallow copy of `network` gets its own modules around the same tensors.
+    `changed` are the modules to which something was attached, with the attributes that they had before (`ABSENT`: none
+    of that name); `hooks` are the ids of the hooks' handles. A shallow copy of `network` gets its own modules around
+    the same tensors.
     """
 
     def state_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
