@@ -99,7 +99,7 @@ class Engine:
         check_kind(request.seed, int, "seed", "a whole number")
         decoder = self.decoder.configured(request.config)
         options = decoder.options
-        for name in ("cache", "compile", "soft_mask"):
+        for name in ("cache", "compile"):
             value, plain = getattr(options, name), getattr(type(options)(), name)
             if value != plain:
                 raise ConfigError(
