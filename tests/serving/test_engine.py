@@ -142,7 +142,9 @@ def test_soft_masked_rows_join_move_and_grow_with_what_they_have_learned():
     run(serving)
     for each, ticket in zip(asked, tickets, strict=True):
         check("llada", each, ticket)
-    hard = replace(asked[1], config=replace(asked[1].config, soft_mask=False, soft_mask_scale=0.25, soft_mask_centre=-1.0))
+    hard = replace(
+        asked[1], config=replace(asked[1].config, soft_mask=False, soft_mask_scale=0.25, soft_mask_centre=-1.0)
+    )
     assert alone("llada", hard).sequences[0].tolist() != alone("llada", asked[1]).sequences[0].tolist()
 
 
@@ -442,8 +444,12 @@ def test_a_memory_of_monstrous_values_fails_alone_and_leaves_no_nan_in_its_row(f
     serving = engine(family, slots=2)
     serving.store.keep("huge", huge)
     # The row that takes the place of the bad one is shorter than its neighbour: what it may not see is left of before.
-    asked = [request(1, 40, "low", max_new_tokens=20), request(2, 4)]
-    good, bad, later = serving.submit(asked[0]), serving.submit(request(0, 60, "huge")), serving.submit(asked[1])
+    asked = [request(1, 40, "low", max_new_tokens=24, suppress_tokens=(0,)), request(2, 4)]
+    good, bad = serving.submit(asked[0]), serving.submit(request(0, 60, "huge"))
+    while not bad.is_done:
+        serving.step()
+    later = serving.submit(asked[1])
+    assert not good.is_done
     run(serving)
     with pytest.raises(NotFiniteError, match="the memory that is read"):
         bad.result(0)
@@ -486,8 +492,9 @@ def test_bad_requests_are_refused_before_they_wait():
             serving.submit(asked)
     with pytest.raises(DataError):
         serving.submit(GenerationRequest(prompt=[]))
-    with pytest.raises(DataError):
-        serving.write(WriteRequest(ids=[V], memory="new"))
+    for ids in ([V], [], [[5, 6]], [0.5]):
+        with pytest.raises(DataError):
+            serving.write(WriteRequest(ids=ids, memory="new"))
     with pytest.raises(ConfigError, match="nothing_proj"):
         serving.write(WriteRequest(ids=[5, 6], memory="new", config=MemoryConfig(inner_target_modules="nothing_proj")))
     assert serving.figures().waiting == 0

@@ -184,12 +184,12 @@ class Pool:
             token, sure = sampler.choose(mixed, generators, torch.arange(len(alike)).repeat_interleave(counts))
             chosen.append((alike, counts.tolist(), token, sure, mixed.amax(-1).isfinite()))
         found = {}
-        for alike, sizes, *there in chosen:
+        for alike, sizes, token, sure, is_sound in chosen:
             # The first copy waits for the device; it has computed the others by then.
-            token, sure, is_sound = (each.cpu().split(sizes) for each in there)
-            for index, each in enumerate(alike):
-                sound = bool(is_sound[index].all())
-                found[each] = Predicted(token[index], sure[index], sound, widths[each])
+            tokens, confidences, sound = _on_the_host(token), _on_the_host(sure), _on_the_host(is_sound)
+            parts = zip(tokens.split(sizes), confidences.split(sizes), sound.split(sizes), strict=True)
+            for each, (token, sure, is_sound) in zip(alike, parts, strict=True):
+                found[each] = Predicted(token, sure, bool(is_sound.all()), widths[each])
         return found
 
     def _widths(self, kind: Kind, responses: Sequence[Running]) -> dict[Running, int]:
@@ -239,6 +239,11 @@ class Pool:
         fast, tensors, samples = found
         with fast.holding(tensors, (samples, None)):
             yield
+
+
+def _on_the_host(tensor: Tensor) -> Tensor:
+    """Copy what a step decides on to the CPU; the only wait of a step."""
+    return tensor.cpu()
 
 
 def _wanted(running: Running) -> Tensor:
