@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import CONFIGS, alone, check, engine, network, request, run, saved, store, text_ids, words
+from served import CONFIGS, alone, check, engine, memory_of, network, request, run, saved, store, text_ids, words
 
 from memdlm.errors import CancelledError, ConfigError, DataError, EngineFullError, MemoryFileError, NotFiniteError
 from memdlm.inference import Decoder, GenerationConfig, PromptCache
@@ -215,6 +215,44 @@ def test_no_more_bytes_are_on_the_device_than_allowed_and_nobody_starves():
     run(serving)
     with pytest.raises(ConfigError, match="memory_bytes"):
         ticket.result(0)
+
+
+def test_a_response_that_cannot_join_holds_no_memory(monkeypatch):
+    size = bytes_of(engine("llada"))
+    serving = engine("llada", memory_bytes=size["low"])
+    plain = serving._batch.pool._widen
+
+    def widen(length):
+        if length > 40:
+            raise RuntimeError("out of memory")
+        plain(length)
+
+    monkeypatch.setattr(serving._batch.pool, "_widen", widen)
+    bad, good = serving.submit(request(0, 60, "low")), serving.submit(request(0, 5, "again"))
+    run(serving)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(0)
+    check("llada", request(0, 5, "again"), good)
+
+
+@pytest.mark.parametrize("family", ["llada2"])
+def test_a_memory_in_every_block_ends_the_prefix_cache_and_nothing_else(family):
+    serving = engine(family, slots=3)
+    memory = memory_of(family, MemoryConfig(inner_layer_fraction=1.0, inner_rank=2, inner_lr=1.0))
+    with memory.write(text_ids(9, 40)[None]):
+        whole = memory.export()
+    serving.store.keep("whole", whole)
+    soft = request(0, 30, "low", soft_mask=True, soft_mask_centre=-9.0, max_new_tokens=12)
+    asked = [soft, request(0, 30), request(0, 30, "whole")]
+    tickets = [serving.submit(each) for each in asked[:2]]
+    while not serving.figures().running:
+        serving.step()
+    tickets.append(serving.submit(asked[2]))
+    run(serving)
+    for each, ticket in zip(asked[:2], tickets, strict=False):
+        check(family, each, ticket)
+    check(family, replace(asked[2], memory=whole), tickets[2])
+    assert serving.figures().prefix_entries == 0
 
 
 def test_a_forgotten_memory_is_read_again():

@@ -69,7 +69,8 @@ class Pool:
             self.prefixes.lower(running.memory.first_block)
             if self.prefixes.first == 0:
                 self.prefixes = self._prefill = None
-                self._denoisers.clear()
+                for denoiser in self._denoisers.values():
+                    denoiser.prefill = None
         pattern = running.job.decoder.pattern
         for _ in range(running.num_rows):
             row = len(self.owners)
