@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from served import CONFIGS, alone, check, engine, memory_of, network, request, run, saved, store, text_ids, words
 
 from memdlm.errors import CancelledError, ConfigError, DataError, EngineFullError, MemoryFileError, NotFiniteError
-from memdlm.inference import Decoder, GenerationConfig, PromptCache
+from memdlm.inference import Decoder, GenerationConfig, PromptCache, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora
 from memdlm.randomness import derive
 from memdlm.serving import (
     Done,
@@ -146,6 +148,33 @@ def test_soft_masked_rows_join_move_and_grow_with_what_they_have_learned():
         asked[1], config=replace(asked[1].config, soft_mask=False, soft_mask_scale=0.25, soft_mask_centre=-1.0)
     )
     assert alone("llada", hard).sequences[0].tolist() != alone("llada", asked[1]).sequences[0].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_with_an_outer_adapter_reads_memories_that_begin_at_a_learned_start(family):
+    model = add_outer_lora(tiny(family, torch.float64), LoRAOptions(r=2), seed=1).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    config = MemoryConfig(inner_layer_fraction=0.5, inner_rank=3, inner_lr=1.0, learn_start=True)
+    memory = ParametricMemory(model, config, mask_token_id=words().mask_token_id)
+    with torch.no_grad():
+        for start in memory.learned.starts:
+            start.normal_(std=0.3, generator=torch.Generator().manual_seed(start.numel()))
+    with memory.write(text_ids(4, 40)[None]):
+        kept = memory.export()
+    serving = Engine(Decoder(model, words()), slots=2)
+    serving.store.keep("learned", kept)
+    asked = [request(index, 9, name, temperature=0.7) for index, name in enumerate(["learned", None, "learned"])]
+    tickets = [serving.submit(each) for each in asked]
+    run(serving)
+    reader = ParametricMemory(model, kept.reading_config, mask_token_id=words().mask_token_id)
+    for each, ticket in zip(asked, tickets, strict=True):
+        draws = [derive("memdlm.generate", each.seed)]
+        with nullcontext() if each.memory is None else reader.recall(kept):
+            expected = generate(model, words(), [torch.tensor(each.prompt)], each.config, generator=draws)
+        assert ticket.result(0).generation.sequences[0].equal(expected.sequences[0])
 
 
 def test_rows_that_read_one_memory_hold_it_once():
