@@ -103,6 +103,13 @@ def memory_routes(service: Service) -> APIRouter:
         await run_in_threadpool(service.check_writable().delete, name)
         return Reply({"id": name, "object": "memory", "deleted": True})
 
+    return routes
+
+
+def job_routes(service: Service) -> APIRouter:
+    """Return the routes of jobs that write memories."""
+    routes = APIRouter(tags=["memories"])
+
     @routes.get("/v1/jobs", response_model=None)
     async def list_jobs() -> Reply:
         """List the jobs that write memories, the latest first."""
