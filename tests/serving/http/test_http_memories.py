@@ -204,6 +204,7 @@ def test_memories_are_loaded_and_unloaded_as_vllm_does(client, decoder, folder):
     assert words == "Success: LoRA adapter 'other' added successfully."
     assert answer(client, "other") == offline(decoder, PROMPT, written(decoder, TEXTS["beta"]))
     call("load", 400, lora_name="other", lora_path="kept.mem")
+    assert client.post("/v1/memories", json={"name": "other", "text": "w1", "overwrite": True}).status_code == 409
     call("load", lora_name="other", lora_path=str(folder / "kept.mem"), load_inplace=True)
     call("load", 400, lora_name=BASE, lora_path="kept.mem")
     for place in ("..", "../kept.mem", "/etc", "nothing", "kept.mem/memory.json", "\0", "~"):
