@@ -1,6 +1,6 @@
 """What continuous batching is worth: 8 requests with 8 memories in one batch, against one by one and one memory.
 
-    python benchmarks/serving.py [--families llada llada2] [--rounds 5] [--threads 1] [--quick] [--out FILE]
+    python benchmarks/serving.py [--families llada2 llada] [--rounds 3] [--threads 1] [--quick] [--out FILE]
 
 Medium models (hidden 512, 10 layers, vocabulary 32768; random weights, float32). All ways take turns in one process;
 what counts are the ratios of their CPU times, paired by round (with one thread; the machine may be shared). The answers
@@ -189,10 +189,10 @@ def membership(bench: Bench, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--families", nargs="+", default=["llada", "lladamoe", "llada2"], choices=sorted(MODELS))
+    parser.add_argument("--families", nargs="+", default=["llada2", "llada"], choices=sorted(MODELS))
     parser.add_argument("--prompt", type=int, default=32)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="8 new tokens, one round")
     parser.add_argument("--out", default=None)

@@ -4,6 +4,8 @@ Everything runs on the device double of `double.py`, beside the same on the CPU:
 be those of the tables here, no more.
 """
 
+import concurrent.futures
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,10 +13,11 @@ from torch.testing import assert_close
 import memdlm
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import Linear
-from memdlm.inference import GenerationConfig, generate
+from memdlm.inference import Decoder, GenerationConfig, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.inner_loop import LocalSGD
 from memdlm.randomness import derive
+from memdlm.serving import Engine, GenerationRequest, WriteRequest
 from memdlm.training.finite import FiniteWatch
 from memdlm.training.outer import memory_of, noise_batch, score
 from memdlm.training.rows import PROMPT_WIDTH, prompt_width
@@ -155,6 +158,61 @@ def test_decoding(family, name, has_memory):
     assert not is_known or steps[1] > BLOCKS
     assert waits.pop(SOUND) <= BLOCKS + 1
     assert waits == {**TEXTS, **(WRITTEN if has_memory else {})}
+
+
+class AtOnce(concurrent.futures.Executor):
+    """The double's checks are those of one thread."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+
+    def submit(self, function, /, *arguments):
+        done = concurrent.futures.Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+SERVED = {
+    ("copy to host", "serving/pool.py:_on_the_host"),  # what a step predicted: the only wait of every step
+    ("copy to host", "inference/prompt_cache.py:restore"),  # of a response that joins: its prompt
+    ("copy to host", "inference/prompt_cache.py:keep"),
+    ("item", "memory/files/fingerprint.py:_weighed"),  # of a memory that is read or kept: what it was written for
+    ("copy to host", "memory/files/packing.py:pack"),
+    ("copy to host", "memory/files/packing.py:<listcomp>"),
+    ("copy to host", "memory/files/exporting.py:provenance"),
+    ("index by booleans", "memory/files/exporting.py:provenance"),
+    ("copy to host", "memory/files/exporting.py:exported"),
+    ("copy to host", "memory/files/exporting.py:check_written"),
+    *WRITTEN,
+}
+
+
+@pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2"])
+def test_serving(family, monkeypatch):
+    monkeypatch.setattr("memdlm.serving.memories.ThreadPoolExecutor", AtOnce)
+    tokenizer = build_word_tokenizer([f"w{index:02}" for index in range(V - 5)])
+    asked = [{}, {"temperature": 1.0}, {"cfg_scale": 1.0}, {"threshold": 0.2, "editing_threshold": 0.1}]
+
+    def run(model, put):
+        engine = Engine(Decoder(model, tokenizer), slots=3)
+        engine.write(WriteRequest(ids=IDS[0].tolist(), memory="text", config=config_of()))
+        tickets = []
+        for index, options in enumerate(asked):
+            config = GenerationConfig(**{"max_new_tokens": 6, "block_size": 4, **options})
+            memory = "text" if index % 2 else None
+            tickets.append(engine.submit(GenerationRequest(prompt=[5, 6, 7, 8, 9], config=config, memory=memory)))
+        while engine.step():
+            pass
+        figures.append(engine.figures())
+        return [torch.tensor(ticket.result(0).ids) for ticket in tickets]
+
+    figures = []
+    host, found, waits = both(family, torch.float32, run)
+    for ours, theirs in zip(found, host, strict=True):
+        assert ours.equal(theirs)
+    assert set(waits) <= SERVED
+    # Three small copies for every pass and every sampler in it; the first of them waits.
+    assert waits["copy to host", "serving/pool.py:_on_the_host"] <= 3 * len(asked) * figures[1].steps
 
 
 @every_family

@@ -47,7 +47,7 @@ def memory_of(family, config):
 def saved(family, name):
     """A memory, written from a text of its own."""
     memory = memory_of(family, CONFIGS[name])
-    with memory.write(text_ids(sorted(CONFIGS).index(name), 24)[None]):
+    with memory.write(text_ids(sorted(CONFIGS).index(name), 40)[None]):
         return memory.export()
 
 

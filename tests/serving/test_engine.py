@@ -2,17 +2,19 @@
 
 import itertools
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served import CONFIGS, alone, check, engine, network, request, run, saved, store, text_ids, words
+from served import CONFIGS, alone, check, engine, memory_of, network, request, run, saved, store, text_ids, words
 
 from memdlm.errors import CancelledError, ConfigError, DataError, EngineFullError, MemoryFileError, NotFiniteError
-from memdlm.inference import Decoder, GenerationConfig, PromptCache
+from memdlm.inference import Decoder, GenerationConfig, PromptCache, generate
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models.lora.adapters import LoRAOptions, add_outer_lora
 from memdlm.randomness import derive
 from memdlm.serving import (
     Done,
@@ -45,6 +47,7 @@ SAMPLERS = {
     "factor": st.just({"factor": 1.5}),
     "edited": st.fixed_dictionaries({"threshold": st.just(0.2), "editing_threshold": st.sampled_from([0.0, 0.2])}),
     "stable": st.just({"stable_steps": 1}),
+    "soft": st.fixed_dictionaries({"soft_mask": st.just(True)}, optional={"soft_mask_top_k": st.integers(1, 4)}),
 }
 ONLY_FULL = ("remasking", "stochastic_transfer")
 
@@ -58,6 +61,8 @@ def arrivals(draw, family):
         options = draw(PLAIN) | sampler
         if family == "llada2":
             options = {name: value for name, value in options.items() if name not in ONLY_FULL}
+        if "soft_mask" in options:
+            options.pop("cfg_scale", None)
         if "remasking" in options and not options.get("temperature"):
             options.pop("top_k", None)
         memory = draw(st.sampled_from([None, *CONFIGS]))
@@ -128,6 +133,50 @@ def test_memories_of_every_kind_and_none_share_a_pass(family):
     assert len(different) > 1, "the memories must matter"
 
 
+def test_soft_masked_rows_join_move_and_grow_with_what_they_have_learned():
+    serving = engine("llada", slots=3)
+    soft = {"soft_mask": True, "soft_mask_scale": 1.0, "soft_mask_centre": -9.0, "steps": 8, "max_new_tokens": 8}
+    asked = [request(0, 5, max_new_tokens=2), *(request(index, 5 + 60 * index, "low", **soft) for index in (1, 2))]
+    tickets = [serving.submit(asked[0]), serving.submit(asked[1])]
+    for _ in range(4):
+        serving.step()
+    tickets.append(serving.submit(asked[2]))
+    run(serving)
+    for each, ticket in zip(asked, tickets, strict=True):
+        check("llada", each, ticket)
+    hard = replace(
+        asked[1], config=replace(asked[1].config, soft_mask=False, soft_mask_scale=0.25, soft_mask_centre=-1.0)
+    )
+    assert alone("llada", hard).sequences[0].tolist() != alone("llada", asked[1]).sequences[0].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_with_an_outer_adapter_reads_memories_that_begin_at_a_learned_start(family):
+    model = add_outer_lora(tiny(family, torch.float64), LoRAOptions(r=2), seed=1).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    config = MemoryConfig(inner_layer_fraction=0.5, inner_rank=3, inner_lr=1.0, learn_start=True)
+    memory = ParametricMemory(model, config, mask_token_id=words().mask_token_id)
+    with torch.no_grad():
+        for start in memory.learned.starts:
+            start.normal_(std=0.3, generator=torch.Generator().manual_seed(start.numel()))
+    with memory.write(text_ids(4, 40)[None]):
+        kept = memory.export()
+    serving = Engine(Decoder(model, words()), slots=2)
+    serving.store.keep("learned", kept)
+    asked = [request(index, 9, name, temperature=0.7) for index, name in enumerate(["learned", None, "learned"])]
+    tickets = [serving.submit(each) for each in asked]
+    run(serving)
+    reader = ParametricMemory(model, kept.reading_config, mask_token_id=words().mask_token_id)
+    for each, ticket in zip(asked, tickets, strict=True):
+        draws = [derive("memdlm.generate", each.seed)]
+        with nullcontext() if each.memory is None else reader.recall(kept):
+            expected = generate(model, words(), [torch.tensor(each.prompt)], each.config, generator=draws)
+        assert ticket.result(0).generation.sequences[0].equal(expected.sequences[0])
+
+
 def test_rows_that_read_one_memory_hold_it_once():
     serving = engine("llada", slots=4)
     for index in range(4):
@@ -195,6 +244,44 @@ def test_no_more_bytes_are_on_the_device_than_allowed_and_nobody_starves():
     run(serving)
     with pytest.raises(ConfigError, match="memory_bytes"):
         ticket.result(0)
+
+
+def test_a_response_that_cannot_join_holds_no_memory(monkeypatch):
+    size = bytes_of(engine("llada"))
+    serving = engine("llada", memory_bytes=size["low"])
+    plain = serving._batch.pool._widen
+
+    def widen(length):
+        if length > 40:
+            raise RuntimeError("out of memory")
+        plain(length)
+
+    monkeypatch.setattr(serving._batch.pool, "_widen", widen)
+    bad, good = serving.submit(request(0, 60, "low")), serving.submit(request(0, 5, "again"))
+    run(serving)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(0)
+    check("llada", request(0, 5, "again"), good)
+
+
+@pytest.mark.parametrize("family", ["llada2"])
+def test_a_memory_in_every_block_ends_the_prefix_cache_and_nothing_else(family):
+    serving = engine(family, slots=3)
+    memory = memory_of(family, MemoryConfig(inner_layer_fraction=1.0, inner_rank=2, inner_lr=1.0))
+    with memory.write(text_ids(9, 40)[None]):
+        whole = memory.export()
+    serving.store.keep("whole", whole)
+    soft = request(0, 30, "low", soft_mask=True, soft_mask_centre=-9.0, max_new_tokens=12)
+    asked = [soft, request(0, 30), request(0, 30, "whole")]
+    tickets = [serving.submit(each) for each in asked[:2]]
+    while not serving.figures().running:
+        serving.step()
+    tickets.append(serving.submit(asked[2]))
+    run(serving)
+    for each, ticket in zip(asked[:2], tickets, strict=False):
+        check(family, each, ticket)
+    check(family, replace(asked[2], memory=whole), tickets[2])
+    assert serving.figures().prefix_entries == 0
 
 
 def test_a_forgotten_memory_is_read_again():
@@ -419,17 +506,22 @@ def test_a_response_that_breaks_hurts_nobody_else(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llada", "llada2"])
 def test_a_memory_of_monstrous_values_fails_alone_and_leaves_no_nan_in_its_row(family):
-    kept = saved(family, "low")
+    kept = saved(family, "high")
     huge = replace(kept, pairs={m: {"A": p["A"], "B": p["B"].sign() * 1e308} for m, p in kept.pairs.items()})
     serving = engine(family, slots=2)
     serving.store.keep("huge", huge)
-    bad, good = serving.submit(request(0, 30, "huge")), serving.submit(request(1, 6, "low"))
-    later = serving.submit(request(2, 4))
+    # The row that takes the place of the bad one is shorter than its neighbour: what it may not see is left of before.
+    asked = [request(1, 40, "low", max_new_tokens=24, suppress_tokens=(0,)), request(2, 4)]
+    good, bad = serving.submit(asked[0]), serving.submit(request(0, 60, "huge"))
+    while not bad.is_done:
+        serving.step()
+    later = serving.submit(asked[1])
+    assert not good.is_done
     run(serving)
     with pytest.raises(NotFiniteError, match="the memory that is read"):
         bad.result(0)
-    check(family, request(1, 6, "low"), good)
-    check(family, request(2, 4), later)
+    check(family, asked[0], good)
+    check(family, asked[1], later)
 
 
 @pytest.mark.parametrize("options", [{}, {"threshold": 0.2, "editing_threshold": 0.0, "block_size": 4}])
@@ -459,7 +551,6 @@ def test_bad_requests_are_refused_before_they_wait():
     for asked, error in (
         (request(0, 3, compile="default"), "compile"),
         (request(0, 3, cache="approximate"), "cache"),
-        (request(0, 3, soft_mask=True), "soft_mask"),
         (request(0, 3, cfg_scale=1.0), "slots"),
         (request(0, 3, stop=("",)), "stop"),
         (request(0, 3, suppress_tokens=(V,)), "vocabulary"),
@@ -468,8 +559,9 @@ def test_bad_requests_are_refused_before_they_wait():
             serving.submit(asked)
     with pytest.raises(DataError):
         serving.submit(GenerationRequest(prompt=[]))
-    with pytest.raises(DataError):
-        serving.write(WriteRequest(ids=[V], memory="new"))
+    for ids in ([V], [], [[5, 6]], [0.5]):
+        with pytest.raises(DataError):
+            serving.write(WriteRequest(ids=ids, memory="new"))
     with pytest.raises(ConfigError, match="nothing_proj"):
         serving.write(WriteRequest(ids=[5, 6], memory="new", config=MemoryConfig(inner_target_modules="nothing_proj")))
     assert serving.figures().waiting == 0

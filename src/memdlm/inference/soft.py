@@ -17,11 +17,35 @@ class SoftFeedback:
 
     def __init__(self, soft: SoftMask, model: nn.Module, shape: torch.Size, device: torch.device) -> None:
         self.soft, self.model = soft, model
-        count = shape.numel()
-        self._tokens = torch.zeros(count, soft.top_k, dtype=torch.int64, device=device)
-        self._weights = torch.zeros(count, soft.top_k, device=device)
+        self._begin(shape, device)
+
+    def _begin(self, shape: torch.Size, device: torch.device) -> None:
+        self._shape, count = shape, shape.numel()
+        self._tokens = torch.zeros(count, self.soft.top_k, dtype=torch.int64, device=device)
+        self._weights = torch.zeros(count, self.soft.top_k, device=device)
         self._share = torch.zeros(count, device=device)
         self._has_learned = False
+
+    def _held(self) -> list[Tensor]:
+        """Return what is held, by row: [B, T, ...]."""
+        return [each.unflatten(0, self._shape) for each in (self._tokens, self._weights, self._share)]
+
+    def admit(self, row: int) -> None:
+        """Begin anew in a row, which another text takes."""
+        self._held()[2][row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copy row `source` to `target`."""
+        for each in self._held():
+            each[target] = each[source]
+
+    def grow(self, length: int) -> None:
+        """Make room for `length` columns."""
+        before, width, has_learned = self._held(), self._shape[1], self._has_learned
+        self._begin(torch.Size((self._shape[0], length)), self._share.device)
+        for new, old in zip(self._held(), before, strict=True):
+            new[:, :width] = old
+        self._has_learned = has_learned
 
     def shown(self, ids: Ids, places: Tensor) -> AbstractContextManager[None]:
         """Let the network see, in place of the mask tokens of `ids` [R, W], what was predicted there.

@@ -187,8 +187,8 @@ class ParametricMemory:
     ) -> Writing:
         """Begin a write that is done gradient by gradient; in between the model is free, for other memories too.
 
-        What becomes of it is what `write` would make of the same arguments, and raises. It is not differentiated, and
-        it is done by this process alone. One memory object does one such write at a time (ConfigError).
+        The result is that of `write` with the same arguments, and so are the errors. It is not differentiated, and this
+        process does it alone. One memory object does one such write at a time (ConfigError).
         """
         check_text(self.model, input_ids, labels, attention_mask, generator, None, None, None)
         warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))

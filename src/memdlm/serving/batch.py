@@ -45,6 +45,7 @@ class Batch:
                 return
             if name is not None and not (each.may_begin and self.memories.is_here(name)):
                 continue
+            memory = None
             try:
                 memory = self._memory_of(each)
                 if name is not None and memory is None:
@@ -54,6 +55,8 @@ class Batch:
                 running = Running(ticket=each.ticket, request=request, job=each.job, memory=memory)
                 self.pool.admit(running)
             except Exception as error:  # whatever is wrong with one request, the others go on
+                if memory is not None:
+                    self.memories.live.leave(memory)
                 self.queue.remove(each)
                 self.queue.end(each.ticket, Failed(error=error))
                 continue

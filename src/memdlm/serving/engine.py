@@ -40,8 +40,10 @@ class Engine:
     Every response is the one that its request would get alone. `slots` are the rows of the batch (a response with
     guidance takes two). At most `memory_bytes` of memories are on the device, those read last; beside them the batch
     has its own copies of those that it reads. `prefix_bytes` bound what is kept of prompts (block-causal families), for
-    all memories alike. A write takes one gradient per step, so responses go on meanwhile. The options of `decoder` are
-    not read: every request has its own. The model belongs to the engine's thread meanwhile.
+    all memories alike. The keys and values of the batch take what `slots` rows of the longest prompt and response take,
+    and a write its own fast weights; they are not bounded here. A write takes one gradient per step, so responses go on
+    meanwhile. The options of `decoder` are not read: every request has its own. The model belongs to the engine's
+    thread.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Engine:
         check_kind(request.seed, int, "seed", "a whole number")
         decoder = self.decoder.configured(request.config)
         options = decoder.options
-        for name in ("cache", "compile", "soft_mask"):
+        for name in ("cache", "compile"):
             value, plain = getattr(options, name), getattr(type(options)(), name)
             if value != plain:
                 raise ConfigError(

@@ -5,18 +5,20 @@ S rows of the pool   T its columns   R rows of one pass   N predicted positions 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from memdlm.diffusion.choice import TokenSampler
 from memdlm.diffusion.guidance import guided
+from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.inference.decoder import Decoder
 from memdlm.inference.denoiser import CanvasDenoiser, Meter
 from memdlm.inference.prompt_cache import Prefill, PromptCache
+from memdlm.inference.soft import SoftFeedback
 from memdlm.inference.views import Asked, FinishedBlocks, View, WholeRows
-from memdlm.models.blocks.masks import BlockCausal
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
 from memdlm.models.lora.wrappers import unwrap
 from memdlm.models.networks.backbone import MaskedDiffusionLM
 from memdlm.serving.live import Stacks
@@ -28,6 +30,9 @@ ROUND = 64
 """The pool's columns are a multiple of this many, so that they seldom grow."""
 MOST_PROMPTS = 512
 """Prompts in the prefix cache, whatever they take."""
+
+Kind: TypeAlias = tuple[bool, AttentionPattern | None, bool, SoftMask | None]
+"""What all rows of a pass have in common: whether finished blocks are kept, pattern, shifted logits, soft-masking."""
 
 
 @final
@@ -50,7 +55,7 @@ class Pool:
         if isinstance(network, MaskedDiffusionLM) and network.model.is_cacheable and prefix_bytes:
             self.prefixes = PromptCache(decoder.model, max_prompts=MOST_PROMPTS, max_bytes=prefix_bytes)
         self._prefill = None if self.prefixes is None else Prefill(self.prefixes, self._finished)
-        self._denoisers: dict[Any, CanvasDenoiser] = {}
+        self._denoisers: dict[Kind, CanvasDenoiser] = {}
 
     @property
     def room(self) -> int:
@@ -64,7 +69,8 @@ class Pool:
             self.prefixes.lower(running.memory.first_block)
             if self.prefixes.first == 0:
                 self.prefixes = self._prefill = None
-                self._denoisers.clear()
+                for denoiser in self._denoisers.values():
+                    denoiser.prefill = None
         pattern = running.job.decoder.pattern
         for _ in range(running.num_rows):
             row = len(self.owners)
@@ -74,6 +80,9 @@ class Pool:
             self._finished.admit(row, pattern.block if isinstance(pattern, BlockCausal) else 1)
             if self._prefill is not None:
                 self._prefill.admit(row)
+            for denoiser in self._denoisers.values():
+                if denoiser.soft is not None:
+                    denoiser.soft.admit(row)
 
     def leave(self, running: Running) -> None:
         """Take a response's rows back; the last rows move into the gap."""
@@ -87,8 +96,13 @@ class Pool:
                 self._finished.move(last, row)
                 if self._prefill is not None:
                     self._prefill.move(last, row)
+                for denoiser in self._denoisers.values():
+                    if denoiser.soft is not None:
+                        denoiser.soft.move(last, row)
             self.owners.pop()
         running.rows.clear()
+        kinds = {self._kind(each) for each in self.owners}
+        self._denoisers = {kind: each for kind, each in self._denoisers.items() if kind in kinds}
 
     def _widen(self, length: int) -> None:
         """Make room for rows of `length` columns; an empty pool lets go of much more than that."""
@@ -100,10 +114,13 @@ class Pool:
         elif wanted > have:
             self._finished.cache.grow(wanted)
             self._ids = self._ids.new_zeros(self.slots, wanted)
+            for denoiser in self._denoisers.values():
+                if denoiser.soft is not None:
+                    denoiser.soft.grow(wanted)
 
     def groups(self, responses: Sequence[Running]) -> list[list[Running]]:
         """Return which responses go through the network together: those that are run alike, of similar width."""
-        by_kind: dict[Any, list[Running]] = {}
+        by_kind: dict[Kind, list[Running]] = {}
         for each in responses:
             by_kind.setdefault(self._kind(each), []).append(each)
         groups = []
@@ -168,15 +185,15 @@ class Pool:
             token, sure = sampler.choose(mixed, generators, torch.arange(len(alike)).repeat_interleave(counts))
             chosen.append((alike, counts.tolist(), token, sure, mixed.amax(-1).isfinite()))
         found = {}
-        for alike, sizes, *there in chosen:
+        for alike, sizes, token, sure, is_sound in chosen:
             # The first copy waits for the device; it has computed the others by then.
-            token, sure, is_sound = (each.cpu().split(sizes) for each in there)
-            for index, each in enumerate(alike):
-                sound = bool(is_sound[index].all())
-                found[each] = Predicted(token[index], sure[index], sound, widths[each])
+            tokens, confidences, sound = _on_the_host(token), _on_the_host(sure), _on_the_host(is_sound)
+            parts = zip(tokens.split(sizes), confidences.split(sizes), sound.split(sizes), strict=True)
+            for each, (token, sure, is_sound) in zip(alike, parts, strict=True):
+                found[each] = Predicted(token, sure, bool(is_sound.all()), widths[each])
         return found
 
-    def _widths(self, kind: Any, responses: Sequence[Running]) -> dict[Running, int]:
+    def _widths(self, kind: Kind, responses: Sequence[Running]) -> dict[Running, int]:
         """Return how many columns of every response a pass would take, all its rows together."""
         rows = sorted((row, each) for each in responses for row in each.rows)
         asked = Asked.of(self._positions(rows), self._ids.shape[1])
@@ -186,19 +203,20 @@ class Pool:
             found[owner] += width
         return found
 
-    def _kind(self, running: Running) -> tuple[bool, Any, bool]:
-        """Return what all rows of a pass must have in common: (whether finished blocks are kept, pattern, shift)."""
-        decoder = running.job.decoder
+    def _kind(self, running: Running) -> Kind:
+        decoder, options = running.job.decoder, running.job.decoder.options
         keeps = decoder.is_cacheable and isinstance(decoder.pattern, BlockCausal)
         # With kept blocks, every row has its own pattern.
-        return keeps, None if keeps else decoder.pattern, decoder.options.right_shift_logits
+        pattern = None if keeps else decoder.pattern
+        soft = options.soft_masking(decoder.special.mask) if options.soft_mask else None
+        return keeps, pattern, options.right_shift_logits, soft
 
-    def _view(self, kind: tuple[bool, Any, bool]) -> View:
+    def _view(self, kind: Kind) -> View:
         return self._finished if kind[0] else self._whole
 
-    def _denoiser(self, kind: tuple[bool, Any, bool]) -> CanvasDenoiser:
+    def _denoiser(self, kind: Kind) -> CanvasDenoiser:
         if kind not in self._denoisers:
-            keeps, pattern, right_shift = kind
+            keeps, pattern, right_shift, soft = kind
             is_ours = isinstance(unwrap(self.decoder.model), MaskedDiffusionLM)
             self._denoisers[kind] = CanvasDenoiser(
                 self.decoder.model,
@@ -208,6 +226,7 @@ class Pool:
                 meter=self.meter,
                 of_rows=self._reading,
                 prefill=self._prefill if keeps else None,
+                soft=None if soft is None else SoftFeedback(soft, self.decoder.model, self._ids.shape, self.device),
             )
         return self._denoisers[kind]
 
@@ -221,6 +240,11 @@ class Pool:
         fast, tensors, samples = found
         with fast.holding(tensors, (samples, None)):
             yield
+
+
+def _on_the_host(tensor: Tensor) -> Tensor:
+    """Copy what a step decides on to the CPU; the only wait of a step."""
+    return tensor.cpu()
 
 
 def _wanted(running: Running) -> Tensor:

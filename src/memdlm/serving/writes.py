@@ -9,11 +9,10 @@ import torch
 
 from memdlm.errors import DataError
 from memdlm.inference.decoder import Decoder
-from memdlm.memory.checking import check_text
 from memdlm.memory.config import MemoryConfig
 from memdlm.memory.files.saved import SavedMemory
 from memdlm.memory.parametric import ParametricMemory
-from memdlm.models.networks.checking import check_kind
+from memdlm.models.networks.checking import check_ids, check_kind, vocabulary_of
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.padding import right_padded
 from memdlm.randomness import derive
@@ -54,10 +53,10 @@ class Writers:
     def check(self, request: WriteRequest) -> None:
         """Raise DataError or ConfigError for a text that cannot be written."""
         check_kind(request.seed, int, "seed", "a whole number")
-        memory, ids = self.of(request.config), torch.as_tensor(request.ids)
-        if ids.dim() != 1:
-            raise DataError(f"ids must be the tokens of one text, got a tensor of shape {[*ids.shape]}.")
-        check_text(memory.model, ids[None], None, None, None, None, None, None)
+        model = self.of(request.config).model
+        check_ids(torch.as_tensor(request.ids), "ids", dim=1, vocabulary=vocabulary_of(model))
+        if len(request.ids) == 0:
+            raise DataError("ids is empty; give at least one token to write.")
 
     def together(self, waiting: Sequence[Ticket], most: int) -> list[Ticket]:
         """Return the first of `waiting`, and those behind it that are written in the same batch.
@@ -98,11 +97,11 @@ class WriteBatch:
         device = next(memory.model.parameters()).device
         ids, lengths = right_padded([request.ids for request in requests], memory.mask_token_id)
         is_real = torch.arange(ids.shape[1]) < lengths[:, None]
-        labels = ids.masked_fill(ids == memory.mask_token_id, IGNORE_INDEX).to(device)
-        mask = None if bool(is_real.all()) else is_real.to(device)
+        labels, is_whole = ids.masked_fill(ids == memory.mask_token_id, IGNORE_INDEX), bool(is_real.all())
+        ids, labels, is_real = (each.to(device, non_blocking=True) for each in (ids, labels, is_real))
         # One generator per row: no row depends on the others of its batch.
         generators = [derive("memdlm.write", request.seed) for request in requests]
-        self.writing = memory.writing(ids.to(device), labels, mask, generators)
+        self.writing = memory.writing(ids, labels, None if is_whole else is_real, generators)
 
     def step(self) -> bool:
         """Take one gradient; returns whether the write is done."""
