@@ -69,6 +69,7 @@ def test_a_name_is_written_once_unless_it_may_be_replaced(client, decoder):
     assert answer(client, "twice") == offline(decoder, PROMPT, written(decoder, TEXTS["beta"])) != before
 
 
+@pytest.mark.slow
 def test_an_upload_is_read_in_a_process_of_its_own(client, decoder, folder):
     page = b"<html><body><p>w1 w2 w3</p><script>w9</script><p>w4 w5 w6</p></body></html>"
     reply = client.post("/v1/memories", files={"file": ("../../page.html", page)}, data={"overwrite": "false"})
