@@ -261,7 +261,22 @@ def known_script(words):
     assert words[1] == re.search(r"^VENV \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1] + "/bin/activate"
 
 
+def known_options(words):
+    """A server, up to the loading of its model."""
+    module, seen = importlib.import_module("memdlm.cli.serve"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "serve", lambda options, *rest: seen.append(options))
+        run(words[1:])
+    assert seen
+
+
+def known_server(words):
+    assert "http://127.0.0.1:8000/" in " ".join(words)
+
+
 NOT_RUN = {
+    "memdlm serve": ("runs until it is stopped; tests/serving/http starts servers", known_options),
+    "curl": ("needs a server; tests/serving/http/test_http_docs.py sends it to one", known_server),
     "git": ("fetches from the network", known_address),
     "source": ("tests/test_first_minutes.py activates an environment", known_script),
     "make": ("installs an environment, then runs what the tests run", known_target),
@@ -303,6 +318,8 @@ def test_a_page_can_be_followed(path, page_folder, monkeypatch):
     for language, text in blocks(path):
         if language == "python" and path.name == "CONTRIBUTING.md":
             continue  # recipes that change the package: tests/test_contributing.py follows them in a copy
+        if language == "python" and path.name == "serving.md":
+            continue  # tests/serving/http/test_http_docs.py runs it against a server
         if language == "python":
             exec(compile(filled(text), str(path), "exec"), names)
             continue

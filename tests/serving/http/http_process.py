@@ -26,7 +26,7 @@ def free_port():
 
 
 @contextlib.contextmanager
-def served(model, memories, *flags, log, wait=120):
+def served(model, memories, *flags, log, wait=400):
     """Start a server; yields (process, address) when it is ready. It is killed at the end unless it has ended."""
     port = free_port()
     command = [sys.executable, "-m", "memdlm", "serve", "--model", str(model), "--memories", str(memories)]

@@ -69,6 +69,7 @@ def test_a_name_is_written_once_unless_it_may_be_replaced(client, decoder):
     assert answer(client, "twice") == offline(decoder, PROMPT, written(decoder, TEXTS["beta"])) != before
 
 
+@pytest.mark.slow
 def test_an_upload_is_read_in_a_process_of_its_own(client, decoder, folder):
     page = b"<html><body><p>w1 w2 w3</p><script>w9</script><p>w4 w5 w6</p></body></html>"
     reply = client.post("/v1/memories", files={"file": ("../../page.html", page)}, data={"overwrite": "false"})
@@ -204,6 +205,7 @@ def test_memories_are_loaded_and_unloaded_as_vllm_does(client, decoder, folder):
     assert words == "Success: LoRA adapter 'other' added successfully."
     assert answer(client, "other") == offline(decoder, PROMPT, written(decoder, TEXTS["beta"]))
     call("load", 400, lora_name="other", lora_path="kept.mem")
+    assert client.post("/v1/memories", json={"name": "other", "text": "w1", "overwrite": True}).status_code == 409
     call("load", lora_name="other", lora_path=str(folder / "kept.mem"), load_inplace=True)
     call("load", 400, lora_name=BASE, lora_path="kept.mem")
     for place in ("..", "../kept.mem", "/etc", "nothing", "kept.mem/memory.json", "\0", "~"):

@@ -77,6 +77,16 @@ def test_the_official_client_knows_the_errors(client):
     assert caught.value.param == "logprobs"
 
 
+def test_the_log_has_paths_and_no_queries(served, caplog):
+    with caplog.at_level("INFO", logger="uvicorn.access"):
+        with opened(served[1]) as connection:
+            connection.sendall(b"GET /health?api_key=secret HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            while connection.recv(4096):
+                pass
+        until(lambda: "GET /health HTTP" in caplog.text)
+    assert "secret" not in caplog.text
+
+
 def opened(port):
     found = socket.create_connection(("127.0.0.1", port), timeout=20)
     return found

@@ -12,9 +12,9 @@ from memdlm.serving.http.adapters import adapter_routes
 from memdlm.serving.http.answers import answer_routes
 from memdlm.serving.http.errors import add_handlers
 from memdlm.serving.http.guards import Guard
-from memdlm.serving.http.memories import memory_routes
+from memdlm.serving.http.memories import job_routes, memory_routes
 from memdlm.serving.http.service import Service
-from memdlm.serving.http.state import state_routes
+from memdlm.serving.http.state import page_routes, state_routes
 from memdlm.version import __version__
 
 ERROR = {
@@ -74,7 +74,7 @@ def routed(service: Service) -> FastAPI:
         openapi_url="/openapi.json",
     )
     add_handlers(app)
-    for routes in (answer_routes, adapter_routes, memory_routes, state_routes):
+    for routes in (answer_routes, adapter_routes, memory_routes, job_routes, state_routes, page_routes):
         app.include_router(routes(service))
     plain = app.openapi
     app.openapi = lambda: _described(plain())  # type: ignore[method-assign]

@@ -89,12 +89,14 @@ class Guard:
         """
         name = _host_name(headers.get("host", ""))
         if name not in (self.host, *LOCAL_NAMES, "127.0.0.1", "::1"):
-            raise ApiError(403, "the Host header is not this server's address; with an API key any name may be used.")
+            raise ApiError(
+                403, "the Host header is not this server's address; only a server with an API key has other names."
+            )
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            raise ApiError(403, "pages of other web sites may not use this server; with an API key they may.")
+            raise ApiError(403, "pages of other web sites may not use this server.")
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise ApiError(403, "pages of other web sites may not use this server; with an API key they may.")
+            raise ApiError(403, "pages of other web sites may not use this server.")
 
 
 def _is_key(header: str, key: Secret) -> bool:

@@ -103,6 +103,13 @@ def memory_routes(service: Service) -> APIRouter:
         await run_in_threadpool(service.check_writable().delete, name)
         return Reply({"id": name, "object": "memory", "deleted": True})
 
+    return routes
+
+
+def job_routes(service: Service) -> APIRouter:
+    """Return the routes of jobs that write memories."""
+    routes = APIRouter(tags=["memories"])
+
     @routes.get("/v1/jobs", response_model=None)
     async def list_jobs() -> Reply:
         """List the jobs that write memories, the latest first."""
@@ -183,9 +190,12 @@ def _checked(body: Any) -> NewMemory:
 
 def _check_free(service: Service, asked: NewMemory) -> None:
     """Raise ApiError when the name is taken, or the store has no room."""
-    stored = service.check_writable().store.names()
+    shelf = service.check_writable()
+    stored = shelf.store.names()
     if asked.name in (service.base, service.root):
         raise ApiError(400, f"{asked.name!r} is the name of the model; choose another.", param="name")
+    if shelf.is_alias(asked.name):
+        raise ApiError(409, f"{asked.name!r} is another name of a loaded memory; unload that first.", param="name")
     if asked.name in stored and not asked.overwrite:
         raise ApiError(409, f"the memory {asked.name!r} exists; choose another name, or set overwrite.", param="name")
     if asked.name not in stored and len(stored) >= service.options.max_stored:

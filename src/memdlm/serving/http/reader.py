@@ -41,7 +41,7 @@ def main(path: str, name: str, seconds: int, mib: int, characters: int) -> None:
         told = {"error": str(error).replace(repr(path), repr(name))}
     except (MemoryError, RecursionError):
         told = {"error": f"document: {name!r} needs more memory than this server gives to one upload."}
-    sys.stdout.write(json.dumps(told))
+    sys.stdout.buffer.write(json.dumps(told).encode())
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def _without_query(record: logging.LogRecord) -> bool:
+    """Leave out what follows a path: clients put keys there, although they are not read from there."""
+    if isinstance(record.args, tuple) and len(record.args) > 2:
+        record.args = (*record.args[:2], str(record.args[2]).partition("?")[0], *record.args[3:])
+    return True
+
+
 def server_of(service: Service, app: ASGIApp | None = None) -> Server:
     """Return the server, ready to run."""
     options = service.options
@@ -113,4 +120,6 @@ def server_of(service: Service, app: ASGIApp | None = None) -> Server:
         "date_header": True,
         "workers": 1,
     }
-    return Server(uvicorn.Config(build_app(service) if app is None else app, **config), service)
+    server = Server(uvicorn.Config(build_app(service) if app is None else app, **config), service)
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
+    return server

@@ -63,6 +63,11 @@ class Shelf:
             self.engine.forget(target)
         return target
 
+    def is_alias(self, name: str) -> bool:
+        """Whether `name` is a further name of a memory that is stored under another."""
+        with self._lock:
+            return name in self._aliases
+
     def load(self, name: str, place: str, *, in_place: bool) -> None:
         """Serve the memory at `place` as `name`; ApiError for a name that is taken or a place outside of the store."""
         if name == self.base:

@@ -77,19 +77,26 @@ def state_routes(service: Service) -> APIRouter:
             }
         )
 
+    return routes
+
+
+def page_routes(service: Service) -> APIRouter:
+    """Return the page and its parts."""
+    routes = APIRouter(include_in_schema=False)
+
     def asset(name: str) -> HttpResponse:
         headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
         return HttpResponse((PAGE / name).read_bytes(), media_type=KINDS[name], headers=headers)
 
-    @routes.get("/", response_model=None, include_in_schema=False)
+    @routes.get("/", response_model=None)
     async def page() -> HttpResponse:
         return asset("page.html")
 
-    @routes.get("/page.css", response_model=None, include_in_schema=False)
+    @routes.get("/page.css", response_model=None)
     async def style() -> HttpResponse:
         return asset("page.css")
 
-    @routes.get("/page.js", response_model=None, include_in_schema=False)
+    @routes.get("/page.js", response_model=None)
     async def script() -> HttpResponse:
         return asset("page.js")
 

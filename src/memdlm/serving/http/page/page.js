@@ -216,8 +216,10 @@ const refresh = async () => {
     server = await get("v1/server");
     at("model").textContent = server.model;
     const { running, waiting, writing, slots, live_memories, memory_bytes } = server.now;
-    at("now").textContent = `${running} of ${slots} answers running, ${waiting} waiting, ${writing} texts being written; ` +
-      `${live_memories} memories loaded (${(memory_bytes / 2 ** 20).toFixed(1)} MiB).`;
+    const loaded = live_memories === 1 ? "1 memory" : `${live_memories} memories`;
+    const size = memory_bytes < 2 ** 20 ? `${Math.ceil(memory_bytes / 1024)} KiB` : `${(memory_bytes / 2 ** 20).toFixed(1)} MiB`;
+    at("now").textContent = `Answers: ${running} of ${slots} running, ${waiting} jobs waiting. ` +
+      `Texts being written: ${writing}. On the device: ${loaded}, ${size}.`;
     at("main").hidden = false; at("key-form").hidden = true;
     at("text-title").parentElement.querySelector("button.main").disabled = server.read_only;
     at("length").max = server.limits.max_tokens;
