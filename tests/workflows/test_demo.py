@@ -24,13 +24,14 @@ from memdlm.outputs import MARKER, output_folder
 from memdlm.workflows.display import Display
 from memdlm.workflows.studies import recall_study
 from memdlm.workflows.studies.demo import DEMO, commands_to_try, run_demo
-from memdlm.workflows.studies.demo_plan import PUBLISHED, DemoPlan, plan_for
+from memdlm.workflows.studies.demo_plan import PUBLISHED, READS, DemoPlan, plan_for
 from memdlm.workflows.studies.plans import OURS, RecallPlan, open_book
 
 PLAN = DemoPlan(
     seeds=(0, 1),
     open_book=open_book(
         task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2),
+        tokenizer=READS,
         train_length=8,
         num_train=24,
         num_eval=6,
@@ -40,6 +41,7 @@ PLAN = DemoPlan(
     ),
     recall=RecallPlan(
         task=KeyValueRecall(num_pairs=2, num_keys=4, num_values=4, num_questions=2, is_adjacent=True),
+        tokenizer=READS,
         train_length=8,
         times=(1, 2),
         num_train=16,
@@ -126,6 +128,8 @@ def test_the_commands_at_the_end_work_as_printed(finished, tmp_path, monkeypatch
     out = capsys.readouterr().out
     assert "tokens written in" in out
     assert str(Path("runs/note.mem")) in out
+    assert re.match(r"memdlm ask .* 'Bring [A-Z][a-z]+'$", lines[1])
+    assert "tokenizer does not have" not in out
     assert (finished[0] / "note.txt").read_text().split() == PLAN.recall.task.records(
         PLAN.recall.num_eval, PLAN.recall.train_length, seed=PLAN.recall.draws["held out"]
     )[0].context.split()

@@ -139,14 +139,16 @@ class English(Wording):
     def place(self, facts: Facts, length: int, generator: torch.Generator, task: str) -> list[str]:
         """Put every fact between two sentences of filler, all places alike."""
         free = _free(facts, length, task)
-        start, others = int(torch.randint(len(SENTENCES), (1,), generator=generator)), []
+        start = int(torch.randint(len(SENTENCES), (1,), generator=generator))
+        others: list[list[str]] = []
         while free >= len(ENDS):
             others.append(SENTENCES[(start + len(others)) % len(SENTENCES)])
             free -= len(others[-1])
         if free:
             others.append(ENDS[free])
         cuts = sorted(torch.randint(len(others) + 1, (len(facts),), generator=generator).tolist())
-        sentences, used = [], 0
+        sentences: list[list[str]] = []
+        used = 0
         for cut, fact in zip(cuts, facts, strict=True):
             sentences += [*others[used:cut], fact]
             used = cut

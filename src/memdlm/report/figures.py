@@ -201,16 +201,18 @@ def recalled(axes: Axes, part: Recall) -> None:
     """Draw every model's accuracy at the training length: a bar with its memory, a tick without, and chance."""
     shares = {(row.model, row.memory): at_training_length(row, part) for row in accuracy_rows(part)}
     models = [model for model in part.model_names() if shares.get((model, True)) is not None]
+    tick: dict[str, Any] = {"color": _COLOURS[1], "linestyle": "none", "marker": "|", "mew": 3}
     for place, model in enumerate(models):
         on, off = 100 * (shares[model, True] or 0), 100 * (shares.get((model, False)) or 0)
         first = not place
         label = "with its memory" if first else "_again"
         axes.plot([0, on], [place, place], color=_COLOURS[0], linewidth=14, solid_capstyle="butt", label=label)
-        label = "memory switched off" if first else "_again"
-        axes.plot([off], [place], color=_COLOURS[1], linestyle="none", marker="|", mew=3, markersize=22, label=label)
+        axes.plot([off], [place], markersize=22, label="_tick", **tick)
         axes.text(max(on, off) + 2, place, f"{on:.0f} %", va="center")
     if not models:
         return
+    # The tick of the legend is shorter: it must not reach into the lines above and below.
+    axes.plot([], [], markersize=10, label="memory switched off", **tick)
     if part.task.chance is not None:
         chance = 100 * part.task.chance
         axes.axvline(chance, color=_GREY, linestyle=_DOTTED, linewidth=1.2, label=f"guessing, {chance:.1f} %")

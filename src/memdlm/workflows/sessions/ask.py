@@ -137,7 +137,7 @@ class Asker:
     def _nats(self, decoder: Decoder, job: Job, sequences: Sequence[Tensor], numbers: Sequence[int]) -> list[float]:
         """Return the nats per token of every answer, all of them from one pass of the network."""
         ids, lengths = right_padded(sequences, decoder.special.eos)
-        device = decoder.model.device
+        device = next(decoder.model.parameters()).device
         is_text = torch.arange(ids.shape[1]) < lengths[:, None]
         spans = [
             (len(prompt), len(sequence) - len(prompt)) for prompt, sequence in zip(job.rows, sequences, strict=True)

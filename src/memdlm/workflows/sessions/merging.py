@@ -91,8 +91,8 @@ def export_memory(path: str, options: ExportOptions, display: Display) -> SavedM
         check_not_looped(saved.fingerprint.options, "a memory is not exported")
         base = saved.fingerprint.model if options.model is None else options.model
         if options.merged:
-            more = {"dtype": options.dtype, "device": options.device, "adapter": options.adapter}
-            _merge_memory(place, saved, base, output, display, **more)
+            more = {"dtype": options.dtype, "device": options.device}
+            _merge_memory(place, saved, base, output, display, adapter=options.adapter, **more)
         else:
             named = replace(saved, fingerprint=replace(saved.fingerprint, model=base))
             with output.replaced() as folder:
