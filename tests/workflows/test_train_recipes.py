@@ -72,7 +72,7 @@ def test_there_is_a_recipe_for_every_backbone_machine_and_method():
 def test_the_recipe_for_a_converted_decoder_trains_all_weights_on_a_single_gpu(tmp_path):
     plan = parse(read_recipe(RECIPES / "a2d_qwen3_convert.yaml"), ["--output_dir", str(tmp_path)])
     assert not plan.arguments.mem_enabled
-    assert not plan.lora.lora
+    assert not plan.model.lora
     assert not plan.model.load_in_4bit
 
 

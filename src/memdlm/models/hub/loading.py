@@ -17,7 +17,7 @@ from memdlm.errors import CheckpointError, ConfigError, MemDLMError, unknown
 from memdlm.models.blocks.published import config_class_of_tensors
 from memdlm.models.hub.devices import AUTO, check_device, choose_device, choose_dtype, computes_in, job_line, name_of
 from memdlm.models.hub.families import FAMILIES, Family, family_of, register
-from memdlm.models.hub.new_head import drawing, settle_new_head
+from memdlm.models.hub.new_head import SEED, settle_new_head
 from memdlm.models.hub.plausible import check_sizes
 from memdlm.models.hub.resolution import (
     DAMAGE,
@@ -118,7 +118,9 @@ def load_model(
     if load_in_4bit:
         arguments["quantization_config"] = four_bit_config()
     loader = _foreign_loader(name, config) if family is None else family.lm_class
-    with drawing(tie_head):
+    with torch.random.fork_rng(devices=[], enabled=tie_head):
+        if tie_head:
+            torch.manual_seed(SEED)
         model, info = _read(loader, name, config, arguments)
     info = settle_new_head(model, info, name) if tie_head else info
     # Files of foreign models often hold heads of other tasks; transformers reports those.

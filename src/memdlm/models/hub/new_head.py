@@ -1,11 +1,9 @@
 """A new vocabulary projection on an encoder that has none: tied to its embeddings, and untrained."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError
@@ -13,16 +11,7 @@ from memdlm.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SEED = 0
-"""Of the new head's weights: the same every time."""
-
-
-@contextmanager
-def drawing(is_new: bool) -> Iterator[None]:
-    """Draw the weights that no file sets with `SEED` inside the block; the global random state is left alone."""
-    with torch.random.fork_rng(devices=[], enabled=is_new):
-        if is_new:
-            torch.manual_seed(SEED)
-        yield
+"""From which the new head's weights are drawn: they are the same every time."""
 
 
 def settle_new_head(model: PreTrainedModel, info: Mapping[str, Any], name: str) -> dict[str, Any]:
