@@ -8,8 +8,16 @@ from memdlm.models import build_model
 from tiny import CONFIGS
 
 WORDS = 24
-FAMILIES = ("llada", "lladamoe", "llada2")
-TOKENS = ("<|mdm_mask|>", "<|role_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+FAMILIES = ("llada", "lladamoe", "llada2", "dream", "sdar")
+TOKENS = (
+    "<|mdm_mask|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|role_end|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+)
 
 
 def make_tokenizer():

@@ -54,6 +54,7 @@ def train(options, folder, *, world=1, accumulation=1):
         ddp_backend=backend_of(options) if world > 1 else None,
         stratified_times=options.get("stratified", False),
         loss_norm_type=options.get("norm", "token"),
+        block_size=options.get("block_size"),
         deepspeed=options.get("deepspeed"),
         **({"mem_enabled": True, **memory} if options.get("mem", True) else {}),
     )

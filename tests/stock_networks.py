@@ -197,7 +197,33 @@ class LLaDA2(Mixture):
         return mixed(mlp.experts, x, expert, weight) + mlp.shared_experts(x)
 
 
-NETWORKS = {"llada": LLaDA, "lladamoe": LLaDAMoE, "llada2_moe_21": LLaDA2}
+class Qwen(Mixture):
+    """Dream (Qwen2's shape) and SDAR (Qwen3's). Their memories here are read under full attention."""
+
+    embedding = "embed_tokens"
+
+    def parts(self, index):
+        d, c, is_biased = self.c["hidden_size"], self.c, self.c["model_type"] == "Dream"
+        heads, keys = c["num_attention_heads"] * self.size, c["num_key_value_heads"] * self.size
+        linears = {
+            name: nn.Linear(d, wide, bias=is_biased)
+            for name, wide in (("q_proj", heads), ("k_proj", keys), ("v_proj", keys))
+        }
+        norms = {} if is_biased else self.norms(("q_norm", "k_norm"))
+        attention = container(**linears, o_proj=linear(heads, d), **norms)
+        return {"self_attn": attention, "mlp": Gated(d, c["intermediate_size"])}
+
+    def attention(self, layer, x):
+        at, c = layer.self_attn, self.c
+        norms = (getattr(at, "q_norm", None), getattr(at, "k_norm", None))
+        q, k, v = at.q_proj(x), at.k_proj(x), at.v_proj(x)
+        return at.o_proj(attended(q, k, v, c["num_attention_heads"], c["rope_theta"], self.size, norms))
+
+    def feed_forward(self, mlp, x):
+        return mlp(x)
+
+
+NETWORKS = {"llada": LLaDA, "lladamoe": LLaDAMoE, "llada2_moe_21": LLaDA2, "Dream": Qwen, "sdar": Qwen}
 
 
 def network(folder):

@@ -1,5 +1,6 @@
 """Tiny models of every family, and random batches."""
 
+import pytest
 import torch
 
 from memdlm.diffusion.masking import positions_of
@@ -89,6 +90,12 @@ A2D = {
 """Families whose network is that of Dream or SDAR; they run in the tests of networks, names and files."""
 
 
+def families(*slow: str) -> pytest.MarkDecorator:
+    """Every family as a parameter; those that share their network with another may be `slow` in a long test."""
+    marks = {family: pytest.mark.slow if family in slow else () for family in CONFIGS}
+    return pytest.mark.parametrize("family", [pytest.param(name, marks=marks[name]) for name in sorted(CONFIGS)])
+
+
 def tiny(name: str, dtype=torch.float32, seed: int = 0):
     return build_model({**CONFIGS, **A2D}[name](), seed=seed).to(dtype).eval()
 
@@ -111,3 +118,9 @@ def assign(fast, values: dict[str, torch.Tensor]) -> None:
 def inner_loss(memory, denoise, step) -> torch.Tensor:
     """The memory's inner loss [S] at one state."""
     return memory.loss.at(step, positions_of(step.is_read), denoise, memory.fast.num_samples)(denoise)
+
+
+def predicted(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [B, L, V] of the token at each position, whichever output of the network holds them."""
+    logits = model(ids).logits
+    return torch.cat((logits[:, :1], logits[:, :-1]), dim=1) if model.right_shift_logits else logits

@@ -35,6 +35,10 @@ Draws: TypeAlias = Float[Tensor, "B L"]
 """Uniform numbers, one per position."""
 Times: TypeAlias = Float[Tensor, "B"]
 """Diffusion time: 0 is clean text, 1 has every maskable token masked."""
+PartTimes: TypeAlias = Float[Tensor, "B P"]
+"""One diffusion time for each of the P parts (blocks) of a text; P = 1: the whole text has one."""
+OfParts: TypeAlias = Num[Tensor, "B P"]
+"""One number per part of a text."""
 ViewSet: TypeAlias = Bool[Tensor, "_ L"]
 """True at the positions that belong to the set, for some views of each text."""
 ViewTimes: TypeAlias = Float[Tensor, "_"]

@@ -23,7 +23,7 @@ def rows_of(lengths):
     multiple=st.sampled_from([None, 4]),
 )
 def test_padding_is_marked_whatever_the_tokens_are(lengths, mode, multiple):
-    batch = Collator(PAD, mode, pad_to_multiple_of=multiple)(rows_of(lengths))
+    batch = Collator(PAD, mode, pad_to_multiple_of=multiple, block_size=3)(rows_of(lengths))
     width = batch["input_ids"].shape[1]
     assert width >= max(lengths) + (mode == "first")
     assert multiple is None or width % multiple == 0
@@ -37,11 +37,15 @@ def test_padding_is_marked_whatever_the_tokens_are(lengths, mode, multiple):
         assert learned.equal(batch["is_padding"])
         assert "attention_mask" not in batch
     else:
-        assert (learned.sum(1) == (1 if mode == "first" else 0)).all()
+        of_block = -torch.tensor(lengths) % 3
+        expected = {"first": torch.ones_like(of_block), "none": torch.zeros_like(of_block), "block": of_block}[mode]
+        assert learned.sum(1).equal(expected)
         assert (learned <= seen).all()
-        assert ((~seen).sum(1) == added - int(mode == "first")).all()
+        assert (~seen).sum(1).equal(added - expected)
 
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(DataError, match=r"supervise_padding: 'some' is not known\. Possible: all, first, none"):
         Collator(PAD, "some")
+    with pytest.raises(DataError, match="'block' needs block_size"):
+        Collator(PAD, "block")

@@ -68,7 +68,9 @@ def test_loss_equals_a_loop_over_positions(name, weighting, norm):
     logits = denoise.everywhere(noised.ids)
     rows = []
     for b in range(clean.shape[0]):
-        weight = schedule.loss_weight(noised.t[b]).item() if weighting == "scheduler" else 1.0
+        t = noised.t[b]
+        by_name = {"scheduler": schedule.loss_weight(t), "uniform": 1.0, "inverse": 1 / (1 - schedule.alpha(t))}
+        weight = float(by_name[weighting])
         total = 0.0
         for i in range(clean.shape[1]):
             if noised.is_masked[b, i]:

@@ -8,7 +8,7 @@ import torch
 from memdlm.errors import DataError
 from memdlm.evaluation.masked_loss import MaskedText, interference, loss_under, masked_loss, masked_text
 from memdlm.memory import MemoryConfig, ParametricMemory, concatenate
-from tiny import CONFIGS, MASK, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, predicted, random_ids, rng, tiny
 
 IDS = random_ids(1, 23)[0]
 CONFIG = MemoryConfig(inner_rank=4, inner_layer_fraction=0.5, inner_lr=0.1, masking_strategy="strided")
@@ -35,7 +35,7 @@ def test_it_is_the_mean_cross_entropy_of_what_is_hidden(family, window):
     for hidden in text.is_masked:
         for start in range(0, 23, window or 23):
             clean, part = IDS[start : start + (window or 23)], hidden[start : start + (window or 23)]
-            logits = model(clean.masked_fill(part, MASK)[None]).logits[0]
+            logits = predicted(model, clean.masked_fill(part, MASK)[None])[0]
             values.append(-logits.log_softmax(-1).gather(1, clean[:, None])[part])
     expected = torch.cat(values)
     assert len(expected) == text.num_scored

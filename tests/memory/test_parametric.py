@@ -12,7 +12,7 @@ from memdlm.errors import ConfigError, DataError
 from memdlm.memory import ADAPTERS, OBJECTIVES, STRATEGIES, MemoryConfig, ParametricMemory
 from memdlm.memory.sites import first_adapted_layer
 from memdlm.randomness import derive
-from tiny import CONFIGS, MASK, PAD, assign, inner_loss, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, assign, families, inner_loss, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -65,7 +65,7 @@ def test_the_same_generator_writes_the_same_memory(family):
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 @pytest.mark.parametrize("adapter", sorted(ADAPTERS))
-@every_family
+@families("sdar")
 def test_a_ragged_batch_is_written_as_one_by_one(family, strategy, objective, adapter):
     """Each row has its own memory: batch equals loop, in values, losses and what is read."""
     model = tiny(family, torch.float64)

@@ -12,7 +12,7 @@ from memdlm.memory import Anchor, MemoryConfig, ParametricMemory, TrajectoryStep
 from memdlm.memory.trajectory import sampled, scored_sets
 from memdlm.models import ModelDenoiser
 from memdlm.randomness import derive, uniform
-from tiny import CONFIGS, MASK, PAD, inner_loss, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, families, inner_loss, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -59,7 +59,7 @@ def states(memory, ids, draw):
     return trajectory(path, anchor, mask_token_id=MASK, scored="student_masked"), scored
 
 
-@every_family
+@families("sdar")
 @pytest.mark.parametrize("objective", ["ce", "distill", "distill_reverse"])
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_the_estimate_s_mean_is_the_whole_loss_and_the_whole_gradient(family, objective, per_sample):

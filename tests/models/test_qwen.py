@@ -1,15 +1,26 @@
 """The Qwen-shaped families: the networks of transformers under an explicit mask, their files, and what is refused."""
 
+import functools
 import json
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from memdlm.errors import CheckpointError
-from memdlm.models import A2DLlamaConfig, BlockCausal, Full, build_model, load_model, model_skeleton
+from memdlm.errors import CheckpointError, ConfigError
+from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models import A2DLlamaConfig, BlockCausal, Full, build_model, load_model, load_tokenizer, model_skeleton
 from memdlm.models.hub.families import block_size_of, decoding_pattern, shifts_logits
 from tiny import QWEN, random_ids, tiny
 
@@ -166,3 +177,94 @@ def test_families_know_their_blocks_and_which_position_predicts_which():
     assert decoding_pattern(config, 8) == Full()
     config.block_size = 8
     assert decoding_pattern(config) == BlockCausal(8)
+
+
+QWEN3 = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }} <|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant"
+    "{% if enable_thinking is defined and enable_thinking is false %} <think> </think>{% endif %}{% endif %}"
+)
+
+
+def tokenizer_in(folder, *mask, template=None):
+    """A tokenizer as these families have: no BOS, no mask token of its own, PAD and EOS apart."""
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "hi", *mask]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="hi")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[2], pad_token=words[0])
+    made.add_special_tokens({"additional_special_tokens": [*words[:3], *mask]})
+    made.chat_template = template
+    made.save_pretrained(folder)
+    return words
+
+
+@pytest.mark.parametrize(
+    ("family", "mask"),
+    [("dream", "<|mask|>"), ("sdar", "<|MASK|>"), ("sdar", "<MASK>"), ("a2d_qwen3", "<|mask|>"), ("sdar", "<hole>")],
+)
+def test_special_tokens_are_found_although_the_tokenizer_does_not_name_them(family, mask, tmp_path):
+    config = tiny(family).config
+    words = tokenizer_in(tmp_path, mask)
+    config.mask_token_id = words.index(mask) if mask == "<hole>" else None
+    config.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.mask_token_id == words.index(mask)
+    assert tokenizer.bos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert (tokenizer.eos_token, tokenizer.eot_token) == ("<|im_end|>", "<|im_end|>")
+
+
+def test_a_tokenizer_without_the_mask_token_is_refused(tmp_path):
+    tiny("sdar").config.save_pretrained(tmp_path)
+    tokenizer_in(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none of <MASK>, <\|MASK\|>"):
+        load_tokenizer(tmp_path)
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def test_answers_begin_behind_an_empty_thinking_block_unless_the_caller_asks(tmp_path):
+    tiny("sdar").config.save_pretrained(tmp_path)
+    tokenizer_in(tmp_path, "<MASK>", template=QWEN3)
+    tokenizer = load_tokenizer(tmp_path)
+    render = functools.partial(tokenizer.apply_chat_template, CHAT, tokenize=False, add_generation_prompt=True)
+    assert render() == "<|im_start|>user hi <|im_end|><|im_start|>assistant <think> </think>"
+    assert render(enable_thinking=True) == "<|im_start|>user hi <|im_end|><|im_start|>assistant"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_without_a_template_gets_that_of_qwen(tmp_path):
+    told = {}
+    for family in ("dream", "sdar"):
+        tiny(family).config.save_pretrained(tmp_path)
+        tokenizer_in(tmp_path, "<|mask|>", "<|MASK|>")
+        told[family] = load_tokenizer(tmp_path).apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert told["sdar"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert told["dream"] == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + told["sdar"]
+
+
+@pytest.mark.parametrize("family", ["sdar", "a2d_qwen3"])
+def test_a_memory_is_written_under_the_blocks_that_the_network_was_trained_in(family):
+    """What a later block holds does not change the gradient of an earlier one's tokens."""
+    model = tiny(family, torch.float64)
+    model.config.block_size = 4
+    ids, options = random_ids(1, 12), {"inner_layer_fraction": 0.5, "inner_rank": 2, "inner_lr": 0.5}
+    changed = ids.where(torch.arange(12) < 4, 5)
+    # Only the first block is learned; the rest is there to be seen.
+    labels = [each.where(torch.arange(12) < 4, -100) for each in (ids, changed)]
+
+    def written(text, label, **more):
+        memory = ParametricMemory(model, MemoryConfig(**options, **more), mask_token_id=31)
+        with memory.write(text, label, generator=torch.Generator().manual_seed(1)):
+            return [each.detach().clone() for each in memory.fast.tensors()]
+
+    for more, is_same in (({}, True), ({"attention": "decode"}, True), ({"attention": "full"}, False)):
+        one, other = (written(text, label, **more) for text, label in zip((ids, changed), labels, strict=True))
+        assert all(torch.allclose(a, b) for a, b in zip(one, other, strict=True)) is is_same
+    with pytest.raises(ConfigError, match=r"cuts through the blocks of 4 tokens"):
+        ParametricMemory(model, MemoryConfig(chunk_length=6), mask_token_id=31)
+    assert ParametricMemory(tiny("dream"), MemoryConfig(**options), mask_token_id=31).attention_pattern is None
+    assert ParametricMemory(tiny("llada2"), MemoryConfig(**options), mask_token_id=31).attention_pattern is None

@@ -16,6 +16,7 @@ from memdlm.errors import ConfigError, DivergedError, NotFiniteError
 from memdlm.training import TrainingArguments
 from memdlm.training.finite import FiniteWatch, largest
 from memdlm.training.guarding import SKIPPED
+from memdlm.training.objective import OuterObjective
 from run_kinds import MEMORY, new_model, trainer_of
 
 
@@ -196,13 +197,13 @@ def test_an_evaluation_that_is_not_finite_is_an_error(memory, bases, tmp_path):
 def test_a_bound_with_memory_that_is_not_finite_is_not_left_out(bases, tmp_path, monkeypatch):
     trainer = trainer_of(new_model(bases, "llada", "full"), tmp_path, "on")
     assert math.isfinite(trainer.evaluate()["eval_nll_memory"])
-    real = trainer._score
+    real = OuterObjective.score
 
-    def score(model, batch, lower_layers=None, *args, **kwargs):
-        lost = real(model, batch, lower_layers, *args, **kwargs)
+    def score(self, model, batch, lower_layers=None, *args, **kwargs):
+        lost = real(self, model, batch, lower_layers, *args, **kwargs)
         return lost if lower_layers is None else SimpleNamespace(bound=lost.bound * math.nan)
 
-    monkeypatch.setattr(trainer, "_score", score)
+    monkeypatch.setattr(OuterObjective, "score", score)
     with pytest.raises(NotFiniteError, match="the evaluation's eval_nll_memory"):
         trainer.evaluate()
 

@@ -19,6 +19,8 @@ KINDS += [
     ("bert", "full", "off"),
     ("bert", "LoRA", "off"),
 ]
+# Dream shares its network with SDAR; together they meet every kind of training and of memory.
+KINDS += [("dream", "full", "learned"), ("sdar", "LoRA", "on"), ("dream", "QLoRA", "on")]
 KINDS += [("a decoder with stacked experts", "full", "off")]
 
 

@@ -21,6 +21,7 @@ CASES = {
     "memory, sequence norm": {"norm": "sequence"},
     "memory per row": {"memory": {"per_sample": True}},
     "memory, fully_shard": {"wrapper": "fsdp"},
+    "block diffusion, memory": {"family": "llada2", "block_size": 4, "stratified": True},
     "not synchronised": {"memory": {"sync_inner": False}},
     "not synchronised, fully_shard": {"wrapper": "fsdp", "sync": False},
 }
@@ -102,7 +103,14 @@ def test_without_synchronisation_the_result_is_another(name, two_ranks, tmp_path
 
 
 @pytest.mark.parametrize(
-    "options", [CASES["plain"], CASES["memory per row"], {"mem": False, "stratified": True}], ids=str
+    "options",
+    [
+        CASES["plain"],
+        CASES["memory per row"],
+        {"mem": False, "stratified": True},
+        {"mem": False, "family": "llada2", "block_size": 4},
+    ],
+    ids=str,
 )
 def test_accumulated_steps_are_the_whole_step(options, tmp_path):
     whole = alone(options, tmp_path)

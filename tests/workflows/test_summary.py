@@ -7,7 +7,7 @@ import pytest
 from memdlm.cli.main import main
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.sites import find_sites
-from memdlm.models import LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig
+from memdlm.models import DreamConfig, LLaDA2MoeConfig, LLaDAConfig, LLaDAMoEConfig, SDARConfig
 from memdlm.workflows.summary import summarise
 from tiny import CONFIGS, MASK, rng, tiny
 
@@ -39,8 +39,11 @@ def test_the_counts_are_those_of_the_loaded_model(family, adapter, tmp_path):
             16_255_638_528 - 19 * 248 * 3 * 2048 * 512,
         ),
         (LLaDAConfig(mlp_hidden_size=12288), 8_015_581_184, 8_015_581_184),
+        # Half the bytes of SDAR-4B-Chat's bfloat16 file; Dream has the tensors of Qwen2.5-7B.
+        (SDARConfig(), 4_411_424_256, 4_411_424_256),
+        (DreamConfig(), 7_615_616_512, 7_615_616_512),
     ],
-    ids=["LLaDA-MoE-7B-A1B", "LLaDA2.x-mini", "LLaDA-8B"],
+    ids=["LLaDA-MoE-7B-A1B", "LLaDA2.x-mini", "LLaDA-8B", "SDAR-4B", "Dream-7B"],
 )
 def test_released_sizes(config, total, active, tmp_path, capsys):
     config.save_pretrained(tmp_path)
@@ -48,6 +51,20 @@ def test_released_sizes(config, total, active, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["num_parameters"] == total
     assert said["num_active_parameters"] == active
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("dream", ("Dream (DreamModel)", "everything", "the next position")),
+        ("sdar", ("SDAR (SDARForCausalLM)", "blocks of 4 tokens and those before", "its own position")),
+    ],
+)
+def test_the_tables_say_who_sees_whom_and_what_is_predicted(family, words, tmp_path, capsys):
+    tiny(family).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path), "--mem_inner_layer_fraction", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in words)
 
 
 def test_the_tables_name_family_blocks_and_sizes(tmp_path, capsys):

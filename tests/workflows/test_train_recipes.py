@@ -22,7 +22,9 @@ from tiny import CONFIGS
 RECIPES = Path(__file__).parents[2] / "src" / "memdlm" / "recipes"
 WHOLE = sorted(RECIPES.glob("*.yaml"))
 OVERLAYS = sorted((RECIPES / "ablations").glob("*.yaml"))
-NAME = re.compile(r"(llada_8b|llada_moe|llada21_mini)_(1gpu|8gpu)_(mdlm|memdlm|recall)")
+NAME = re.compile(
+    r"(llada_8b|llada_moe|llada21_mini|dream_7b|a2d_qwen3_06b|sdar_4b)_(1gpu|8gpu)_(mdlm|memdlm|recall|bd3lm)"
+)
 
 
 def parse(recipe, argv=()):
@@ -36,7 +38,11 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
     recipe = read_recipe(path)
     plan = parse(recipe, ["--output_dir", str(tmp_path)])
     method = NAME.fullmatch(path.stem)[3]
-    assert plan.arguments.mem_enabled == (method != "mdlm")
+    assert plan.arguments.mem_enabled == (method in ("memdlm", "recall"))
+    # What is not as published trains a block-causal network as it decodes.
+    is_block_causal = path.stem.startswith("llada21") and method in ("recall", "bd3lm")
+    block = 4 if path.stem.startswith("sdar") else 32 if is_block_causal else None
+    assert plan.arguments.block_size == block
     if method == "recall":
         shown = {"sync_inner": False}  # what training makes of "unset"
         assert plan.arguments.memory == MemoryConfig.recall(**shown)
@@ -48,8 +54,19 @@ def test_a_recipe_is_complete_and_what_its_name_says(path, tmp_path):
 
 
 def test_there_is_a_recipe_for_every_backbone_machine_and_method():
-    assert len(WHOLE) == 18
-    assert len({NAME.fullmatch(path.stem).groups() for path in WHOLE}) == 18
+    # Block diffusion is for the block-causal families alone, and SDAR is trained by nothing else.
+    bidirectional = ("mdlm", "memdlm", "recall")
+    methods = {
+        **dict.fromkeys(("llada_8b", "llada_moe", "dream_7b", "a2d_qwen3_06b"), bidirectional),
+        "llada21_mini": (*bidirectional, "bd3lm"),
+        "sdar_4b": ("bd3lm", "memdlm", "recall"),
+    }
+    expected = {
+        (family, machine, method) for family in methods for machine in ("1gpu", "8gpu") for method in methods[family]
+    }
+    found = [NAME.fullmatch(path.stem).groups() for path in WHOLE]
+    assert len(found) == len(expected)
+    assert set(found) == expected
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

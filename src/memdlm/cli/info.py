@@ -51,6 +51,9 @@ def show(summary: ModelSummary, name: str) -> None:
     facts = Table(title=name, title_justify="left", show_header=False)
     facts.add_row("family", f"{summary.family} ({summary.model_class})")
     facts.add_row("dtype", summary.dtype)
+    blocks = summary.block_size
+    facts.add_row("sees", "everything" if blocks is None else f"blocks of {blocks} tokens and those before")
+    facts.add_row("predicts", "the next position" if summary.right_shift_logits else "its own position")
     for word, value in summary.sizes.items():
         facts.add_row(word, str(value))
     facts.add_row("parameters", _count(summary.num_parameters))

@@ -11,7 +11,7 @@ from memdlm.errors import DataError, unknown
 from memdlm.padding import right_padded
 from memdlm.types import IGNORE_INDEX
 
-SUPERVISE_PADDING = ("all", "first", "none")
+SUPERVISE_PADDING = ("all", "first", "none", "block")
 
 
 @final
@@ -23,7 +23,9 @@ class Collator:
 
     * all (as published): padding is visible and learned, so its amount depends on the rows that share a batch;
     * first: one EOS after the row is visible and learned, the rest is hidden;
-    * none: all padding is hidden.
+    * none: all padding is hidden;
+    * block: a row's last block of `block_size` tokens is filled with EOS that is visible and learned, the rest is
+      hidden (block diffusion: the model learns to end a block with EOS, whatever rows share the batch).
 
     The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at padding added here, never at
     the row's own EOS) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids` (what
@@ -33,10 +35,16 @@ class Collator:
     pad_token_id: int
     supervise_padding: str = "all"
     pad_to_multiple_of: int | None = None
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.supervise_padding not in SUPERVISE_PADDING:
             raise DataError(unknown("supervise_padding:", self.supervise_padding, SUPERVISE_PADDING))
+        if self.supervise_padding == "block" and (self.block_size is None or self.block_size < 1):
+            raise DataError(
+                f"supervise_padding='block' needs block_size, the tokens of a block, got {self.block_size}; set it, or "
+                "choose another of " + ", ".join(SUPERVISE_PADDING) + "."
+            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate rows with `input_ids` and `labels`; raises DataError if some but not all have `context_ids`."""
@@ -44,7 +52,7 @@ class Collator:
         labels, labelled = right_padded((row["labels"] for row in features), IGNORE_INDEX)
         if not lengths.equal(labelled):
             raise DataError("the rows of a batch need one label per token: input_ids and labels differ in length.")
-        width = ids.shape[1] + (self.supervise_padding == "first")
+        width = int(self._reach(lengths).max())
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
         ids, labels = (
@@ -57,9 +65,16 @@ class Collator:
         if self.supervise_padding == "all":
             labels[is_padding] = self.pad_token_id
             return batch
-        reach = length + 1 if self.supervise_padding == "first" else length
+        reach = self._reach(length)
         labels[is_padding & (column < reach)] = self.pad_token_id
         return {**batch, "attention_mask": (column < reach).long()}
+
+    def _reach(self, lengths: Tensor) -> Tensor:
+        """Return how far rows of these lengths are visible."""
+        if self.supervise_padding == "block":
+            assert self.block_size is not None
+            return -(-lengths // self.block_size) * self.block_size
+        return lengths + 1 if self.supervise_padding == "first" else lengths
 
     def _contexts(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         count = sum("context_ids" in row for row in features)

@@ -25,7 +25,15 @@ from memdlm.diffusion.losses import (
     row_sums,
     weight_of,
 )
-from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
+from memdlm.diffusion.masking import (
+    BlockTimes,
+    Corrupted,
+    corrupt,
+    corrupt_blocks,
+    draw_times,
+    maskable_positions,
+    positions_of,
+)
 from memdlm.diffusion.reveal import (
     Above,
     AtLeast,
@@ -50,6 +58,7 @@ __all__ = [
     "WEIGHTINGS",
     "Above",
     "AtLeast",
+    "BlockTimes",
     "ClassifierFree",
     "Confidence",
     "Corrupted",
@@ -80,6 +89,7 @@ __all__ = [
     "absolute_blocks_from",
     "blocks_after_prompt",
     "corrupt",
+    "corrupt_blocks",
     "cross_entropy",
     "denoise_canvas",
     "draw_times",

@@ -11,43 +11,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memdlm.diffusion.masking import Corrupted, positions_of
+from memdlm.diffusion.masking import BlockTimes, Corrupted, positions_of
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError, unknown
 from memdlm.types import (
     Counts,
     Denoise,
+    Elementwise,
     Ids,
     Logits,
+    OfParts,
     OfTexts,
+    PartTimes,
     Positions,
     PositionSet,
-    Times,
     TokenIds,
     TokenLoss,
     Values,
 )
 
-Weighting = Callable[[Schedule, Times], Tensor]
+Weighting = Callable[[Schedule, Elementwise], Tensor]
 
 
-def _scheduler_weight(schedule: Schedule, t: Times) -> Tensor:
+def _scheduler_weight(schedule: Schedule, t: Elementwise) -> Tensor:
     return schedule.loss_weight(t)
 
 
-def _uniform_weight(schedule: Schedule, t: Times) -> Tensor:
+def _uniform_weight(schedule: Schedule, t: Elementwise) -> Tensor:
     return torch.ones_like(t)
 
 
-WEIGHTINGS: dict[str, Weighting] = {"scheduler": _scheduler_weight, "uniform": _uniform_weight}
-"""w(t) per row: `scheduler` makes the loss a bound on the likelihood, `uniform` is 1."""
+def _inverse_weight(schedule: Schedule, t: Elementwise) -> Tensor:
+    return 1 / (1 - schedule.alpha(t))
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "scheduler": _scheduler_weight,
+    "uniform": _uniform_weight,
+    "inverse": _inverse_weight,
+}
+"""w(t): `scheduler` makes the loss a bound on the likelihood, `uniform` is 1, `inverse` is one over the probability of
+a mask (SDAR; with the linear schedule this is `scheduler` without its 1e-6)."""
 
 NORMS = ("token", "sequence", "batch")
 """What a loss is divided by: all counted tokens; each row's counted tokens, then the rows; the rows."""
 
 
-def weight_of(name: str, schedule: Schedule, t: Times) -> Tensor:
-    """Return w(t) [B] for the weighting called `name`; raises ConfigError with the possible names."""
+def weight_of(name: str, schedule: Schedule, t: Elementwise) -> Tensor:
+    """Return w(t), of the shape of `t`, for the weighting called `name`; raises ConfigError with the possible names."""
     if name not in WEIGHTINGS:
         raise ConfigError(unknown("loss_weight_type:", name, WEIGHTINGS))
     return WEIGHTINGS[name](schedule, t)
@@ -91,6 +102,18 @@ def row_sums(values: Values, positions: Positions, shape: torch.Size) -> OfTexts
     """Sum `values` [N] at `positions` of a [B, L] tensor over each row: [B]; bitwise the same in every run."""
     dense = values.new_zeros(shape.numel()).scatter(0, positions, values)
     return dense.view(shape).sum(-1)
+
+
+def part_sums(values: Values, positions: Positions, shape: torch.Size, times: BlockTimes) -> OfParts:
+    """Sum `values` [N] at `positions` of a [B, L] tensor over each part of a row that `times` has: [B, P]."""
+    dense = values.new_zeros(shape.numel()).scatter(0, positions, values)
+    return _by_part(dense.view(shape), times)
+
+
+def _by_part(dense: Tensor, times: BlockTimes) -> Tensor:
+    """Sum [B, L] over the columns of each part: [B, P]."""
+    parts = times.t.shape[1]
+    return F.pad(dense, (0, parts * times.block - dense.shape[1])).unflatten(1, (parts, times.block)).sum(-1)
 
 
 def normalise(
@@ -137,6 +160,17 @@ def shares(
 
 
 @dataclass(frozen=True, slots=True)
+class PartBounds:
+    """A bound by the parts of its rows that share a time: the blocks of block diffusion, or each row as one part."""
+
+    bound: OfParts
+    """[B, P] nats."""
+    counts: OfParts
+    """[B, P] maskable positions."""
+    t: PartTimes
+
+
+@dataclass(frozen=True, slots=True)
 class MaskedLoss:
     """The loss of one denoising pass."""
 
@@ -146,6 +180,8 @@ class MaskedLoss:
     """[B] the same with the schedule's weight, without gradient: an estimate of each row's NELBO, in nats."""
     counts: Counts
     """[B] int64, the number of maskable positions of each row."""
+    parts: PartBounds
+    """The bound by time."""
     loss: Tensor | None = None
     """[] the normalised sums, if a `norm` was given. It then carries the gradient, and the sums do not."""
 
@@ -184,24 +220,27 @@ def masked_loss(
 ) -> MaskedLoss:
     """Predict the masked tokens of `noised` and sum w(t) * cross-entropy over each row (the MDLM loss).
 
-    A `planner` gives tokens that decoding would commit first more weight in the sums; the bound stays the same. With
-    `norm` the result has a `loss`, normalised as by `normalise`. Every token's weight is then known beforehand (unless
-    there is a planner). So our families hold at most a chunk of logits at a time, and compute each chunk once.
+    Where each block of `noised` has its own time, each has its own weight (BD3-LM, arXiv 2503.09573). A `planner` gives
+    tokens that decoding would commit first more weight in the sums; the bound stays the same. With `norm` the result
+    has a `loss`, normalised as by `normalise`. Every token's weight is then known beforehand (unless there is a
+    planner). So our families hold at most a chunk of logits at a time, and compute each chunk once.
     """
-    positions, counts = positions_of(noised.is_masked), is_maskable.sum(-1)
-    per_token, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, noised.t)
+    positions, counts, times = positions_of(noised.is_masked), is_maskable.sum(-1), noised.parts()
+    per_token, weight = Nats(clean.flatten()[positions]), weight_of(weighting, schedule, times.t)
     of_rows = None if norm is None else shares(counts, norm, total_tokens=total_tokens, total_rows=total_rows)
     loss = None
     if of_rows is not None and planner is None:
-        of_tokens = (of_rows * weight)[positions // clean.shape[1]]
+        row, column = positions // clean.shape[1], positions % clean.shape[1]
+        of_tokens = (of_rows[:, None] * weight)[row, column // times.block]
         loss, nats = denoise.read_sum(noised.ids, positions, per_token, of_tokens)
     else:
         nats = denoise.read(noised.ids, positions, per_token)
-    per_row = row_sums(nats, positions, clean.shape)
-    bound = per_row.detach() * schedule.loss_weight(noised.t)
+    per_part = part_sums(nats, positions, clean.shape, times)
+    bound = per_part.detach() * schedule.loss_weight(times.t)
+    parts = PartBounds(bound, _by_part(is_maskable, times), times.t)
     if planner is not None:
-        per_row = row_sums(nats * planner.factors(nats, positions, clean.shape), positions, clean.shape)
-    sums = per_row * weight
+        per_part = part_sums(nats * planner.factors(nats, positions, clean.shape), positions, clean.shape, times)
+    sums = (per_part * weight).sum(1)
     if of_rows is not None and loss is None:
         loss, sums = (sums * of_rows.to(sums.dtype)).sum(), sums.detach()
-    return MaskedLoss(sums, bound, counts, loss)
+    return MaskedLoss(sums, bound.sum(1), counts, parts, loss)

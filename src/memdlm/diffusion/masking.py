@@ -7,7 +7,29 @@ from torch import Tensor
 
 from memdlm.diffusion.schedules import Schedule
 from memdlm.errors import ConfigError
-from memdlm.types import IGNORE_INDEX, Draws, Ids, OfTexts, Positions, PositionSet, Times
+from memdlm.types import (
+    IGNORE_INDEX,
+    Draws,
+    Elementwise,
+    Ids,
+    OfParts,
+    PartTimes,
+    Positions,
+    PositionSet,
+    Times,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTimes:
+    """The time that each block of `block` columns was noised at; the last block may be short."""
+
+    t: PartTimes
+    block: int
+
+    def spread(self, of_blocks: OfParts, length: int) -> Tensor:
+        """Return [B, length]: at each column the value of its block."""
+        return of_blocks.repeat_interleave(self.block, dim=1)[:, :length]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +41,13 @@ class Corrupted:
     is_masked: PositionSet
     """[B, L] true where [MASK] stands."""
     t: Times
-    """[B] the time each row was noised at."""
+    """[B] the time each row was noised at; with times of blocks, their mean over the row's maskable tokens."""
+    of_blocks: BlockTimes | None = None
+    """The times, where each block has its own (block diffusion)."""
+
+    def parts(self) -> BlockTimes:
+        """Return the times by part of a row that shares one: its blocks, or all of it as a single part."""
+        return BlockTimes(self.t[:, None], max(1, self.ids.shape[1])) if self.of_blocks is None else self.of_blocks
 
 
 def maskable_positions(labels: Tensor, attention_mask: Tensor | None = None) -> PositionSet:
@@ -40,8 +68,8 @@ def before_targets(is_target: PositionSet, attention_mask: Tensor | None = None)
     return is_before
 
 
-def draw_times(uniform: OfTexts, epsilon: float) -> Times:
-    """Map U[0, 1) draws [B] to times in [epsilon, 1); raises ConfigError unless 0 < epsilon < 1."""
+def draw_times(uniform: Elementwise, epsilon: float) -> Elementwise:
+    """Map U[0, 1) draws to times in [epsilon, 1); raises ConfigError unless 0 < epsilon < 1."""
     if not 0 < epsilon < 1:
         raise ConfigError(f"time_epsilon must lie strictly between 0 and 1, got {epsilon!r}.")
     return epsilon + (1 - epsilon) * uniform
@@ -62,6 +90,24 @@ def corrupt(
     """
     is_masked = is_maskable & (uniform < (1 - schedule.alpha(t))[:, None])
     return Corrupted(clean.masked_fill(is_masked, mask_token_id), is_masked, t)
+
+
+def corrupt_blocks(
+    clean: Ids,
+    is_maskable: PositionSet,
+    times: BlockTimes,
+    uniform: Draws,
+    *,
+    schedule: Schedule,
+    mask_token_id: int,
+) -> Corrupted:
+    """Replace each maskable token by [MASK] with probability 1 - alpha(t), t being its block's time (BD3-LM)."""
+    length = clean.shape[1]
+    is_masked = is_maskable & (uniform < times.spread(1 - schedule.alpha(times.t), length))
+    total = (times.spread(times.t, length) * is_maskable).sum(-1)
+    return Corrupted(
+        clean.masked_fill(is_masked, mask_token_id), is_masked, total / is_maskable.sum(-1).clamp_min(1), times
+    )
 
 
 def positions_of(is_chosen: PositionSet, count: int | None = None) -> Positions:

@@ -187,10 +187,10 @@ class WriteConfig(_Options):
         "leave filler out.",
         choices=WRITE_GATES,
     )
-    attention: str = option(
-        "full",
+    attention: str | None = option(
+        None,
         "Attention during a write. full: every token sees every other (the paper); decode: as in decoding "
-        "(block-causal for LLaDA2.x).",
+        "(block-causal for LLaDA2.x); unset: decode for SDAR and for A2D models trained in blocks, else full.",
         choices=ATTENTIONS,
     )
     sync_inner: bool | None = option(
@@ -350,7 +350,7 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
                 f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
                 "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
             )
-        if self.batch_mix is not None and self.attention != "full":
+        if self.batch_mix is not None and self.attention not in (None, "full"):
             raise ConfigError(
                 f"mem_batch_mix is not combined with mem_attention={self.attention!r}; leave one of them out."
             )

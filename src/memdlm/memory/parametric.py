@@ -27,8 +27,8 @@ from memdlm.memory.outer_gradient import check_attention
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.write_gate import width_below
 from memdlm.memory.writer import Writer
-from memdlm.models.blocks.masks import AttentionPattern, BlockCausal
-from memdlm.models.hub.families import decoding_pattern
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.hub.families import decoding_pattern, writing_pattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
@@ -99,20 +99,28 @@ class ParametricMemory:
         self._lower: SharedLowerLayers | None = None
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
-        if self.config.attention == "full":
+        attention, published = self.config.attention, getattr(unwrap(self.model), "config", None)
+        if attention == "full" or (attention is None and given is not None):
             return given
-        pattern = decoding_pattern(getattr(unwrap(self.model), "config", None))
+        pattern = decoding_pattern(published) if attention == "decode" else writing_pattern(published)
+        if attention is None and isinstance(pattern, Full):
+            return None
         if given not in (None, pattern):
             raise ConfigError(f"mem_attention='decode' writes under {pattern}, not {given}; leave one of them out.")
         if not isinstance(pattern, BlockCausal):
             raise ConfigError(
                 "mem_attention='decode' has no effect: this model decodes under full attention. Leave it out."
             )
+        if self.config.batch_mix is not None:
+            raise ConfigError(
+                f"mem_batch_mix={self.config.batch_mix!r} is not combined with writes under {pattern}, which this "
+                "model's are; set mem_attention=full, or leave mem_batch_mix out."
+            )
         for name in ("chunk_length", "chunk_overlap"):
             if (getattr(self.config, name) or 0) % pattern.block:
                 raise ConfigError(
                     f"mem_{name}={getattr(self.config, name)} cuts through the blocks of {pattern.block} tokens that "
-                    "mem_attention='decode' writes under; use a multiple."
+                    "this memory is written under; use a multiple, or set mem_attention=full."
                 )
         return pattern
 

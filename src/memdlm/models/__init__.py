@@ -1,6 +1,7 @@
 """ids -> hidden states -> logits: the network families, their loading, and the border to the diffusion mathematics."""
 
-from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
+from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, BlockDiffusion, Full
+from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.hub.families import FAMILIES, Family, family_of, register
 from memdlm.models.hub.loading import build_model, load_model, model_skeleton
@@ -34,6 +35,8 @@ __all__ = [
     "A2DQwen3LMHeadModel",
     "AttentionPattern",
     "BlockCausal",
+    "BlockDiffusion",
+    "BlockDiffusionDenoiser",
     "DreamConfig",
     "DreamModel",
     "Family",

@@ -17,6 +17,10 @@ from memdlm.memory.flags import DEFAULTS, PREFIX, memory_from_flags, unusual
 from memdlm.models.hub.devices import AUTO, trains_on_the_cpu
 from memdlm.options import as_flags, from_flags, option, own_options_first, validate
 from memdlm.training.limits import check_numbers, check_schedule
+from memdlm.training.noise import ATTEMPTS, NoiseShape
+
+BLOCK_TIMES = ("block", "row")
+"""What has a diffusion time of its own in block diffusion."""
 
 
 @own_options_first
@@ -36,6 +40,22 @@ class DiffusionConfig(SoftMaskOptions):
     stratified_times: bool = option(
         False,
         "Spread the diffusion times of an optimizer step evenly over its rows on all ranks; each time stays uniform.",
+    )
+    redraw_empty: bool = option(
+        False, "Draw a row's noise again, up to 10 times, until it masks a token (SDAR); evaluation does not."
+    )
+    block_size: int | None = option(
+        None,
+        "Block diffusion (BD3-LM): predict each block of this many tokens behind the clean text before it, as "
+        "block-causal families decode; unset: the whole row at once under full attention.",
+        minimum=1,
+        maximum=2**24,
+    )
+    block_times: str = option(
+        "block",
+        "Diffusion times in block diffusion. block: one for each block (the BD3-LM paper); row: one for all blocks of "
+        "a row (dLLM, SDAR).",
+        choices=BLOCK_TIMES,
     )
     planner_weight: float = option(
         0.0,
@@ -66,6 +86,33 @@ class DiffusionConfig(SoftMaskOptions):
                 f"planner_temperature={self.planner_temperature} has no effect without planner_weight; "
                 "set planner_weight above 0, or leave it out."
             )
+        if self.redraw_empty and self.stratified_times:
+            raise ConfigError(
+                "redraw_empty=True and stratified_times=True: times that are drawn again are no longer spread evenly. "
+                "Use one of them."
+            )
+        self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        if self.block_size is None:
+            if self.block_times != BLOCK_TIMES[0]:
+                raise ConfigError(
+                    f"block_times={self.block_times!r} has no effect without block_size; set it, or leave block_times "
+                    "out."
+                )
+            return
+        for name in ("planner_weight", "soft_mask_prob"):
+            if getattr(self, name) > 0:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not defined for block diffusion (block_size={self.block_size}); "
+                    "leave one of them out."
+                )
+
+    @property
+    def noise_shape(self) -> NoiseShape:
+        """What is drawn for a row in training."""
+        block = self.block_size if self.block_times == "block" else None
+        return NoiseShape(block=block, attempts=ATTEMPTS if self.redraw_empty else 1)
 
     def planner(self) -> Planner | None:
         """Build the planner's part of the loss; None for the plain loss."""
@@ -188,6 +235,11 @@ class TrainingArguments(_Flags):
             raise ConfigError(
                 f"soft_mask_prob={self.soft_mask_prob} and mem_enabled=True: soft-masking is a baseline without "
                 "memory; what a write would see in place of [MASK] is not defined. Use one of them."
+            )
+        if self.memory is not None and self.memory.batch_mix is not None and self.block_size is not None:
+            raise ConfigError(
+                f"mem_batch_mix={self.memory.batch_mix!r} and block_size={self.block_size}: a reach of attention is "
+                "not combined with block diffusion. Leave one of them out."
             )
 
     def _memory(self) -> MemoryConfig | None:

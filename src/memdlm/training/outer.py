@@ -11,19 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from memdlm.diffusion.losses import MaskedLoss, Planner, masked_loss
-from memdlm.diffusion.masking import Corrupted, corrupt, draw_times, maskable_positions, positions_of
+from memdlm.diffusion.masking import (
+    BlockTimes,
+    Corrupted,
+    corrupt,
+    corrupt_blocks,
+    draw_times,
+    maskable_positions,
+    positions_of,
+)
 from memdlm.diffusion.schedules import Schedule
 from memdlm.diffusion.soft_masking import SoftMask
 from memdlm.errors import DataError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern
+from memdlm.models.border.block_diffusion import BlockDiffusionDenoiser
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
-from memdlm.training.rows import PROMPT_WIDTH, prompt_columns, prompt_width
-from memdlm.types import IGNORE_INDEX, ContextIds, ContextSet, Ids, PositionSet
+from memdlm.training.rows import FIRST_TARGET, PROMPT_WIDTH, prompt_columns, prompt_width
+from memdlm.types import IGNORE_INDEX, ContextIds, ContextSet, Denoise, Ids, PositionSet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,8 @@ class Batch:
     """[B, C], false at the context's padding."""
     prompt_width: int | None = None
     """Number of columns up to the end of the longest prompt; None if the host does not know it."""
+    first_target: int = 0
+    """Number of columns before the first target of any row; 0 if the host does not know it."""
 
 
 def learnable(
@@ -61,18 +72,26 @@ def noise_batch(
     epsilon: float,
     mask_token_id: int,
     spare_padding: bool,
+    block: int | None = None,
 ) -> Batch:
-    """Noise `inputs` with the draws `times` [B] and `uniform` [B, L]."""
+    """Noise `inputs` with the draws `times` [B] and `uniform` [B, L].
+
+    With `block`, each block of so many columns has its own time, [B, P]. Draws with a dimension of attempts, [B, A]
+    (or [B, A, P]) and [B, A, L], are alternatives: a row takes the first that masks a token, or the last.
+    """
     mask, is_padding = inputs.get("attention_mask"), inputs.get("is_padding")
     is_maskable = learnable(inputs["labels"], mask, is_padding, spare_padding=spare_padding)
-    noised = corrupt(
-        inputs["input_ids"],
-        is_maskable,
-        draw_times(times, epsilon),
-        uniform,
-        schedule=schedule,
-        mask_token_id=mask_token_id,
-    )
+    t = draw_times(times, epsilon)
+    if uniform.dim() == 3:
+        of_columns = t[..., None] if block is None else t.repeat_interleave(block, dim=-1)[..., : uniform.shape[-1]]
+        first = _first_that_masks(is_maskable, uniform < 1 - schedule.alpha(of_columns))
+        every = torch.arange(len(first), device=first.device)
+        t, uniform = t[every, first], uniform[every, first]
+    options: dict[str, Any] = {"schedule": schedule, "mask_token_id": mask_token_id}
+    if block is None:
+        noised = corrupt(inputs["input_ids"], is_maskable, t, uniform, **options)
+    else:
+        noised = corrupt_blocks(inputs["input_ids"], is_maskable, BlockTimes(t, block), uniform, **options)
     return Batch(
         clean=inputs["input_ids"],
         labels=inputs["labels"],
@@ -83,7 +102,14 @@ def noise_batch(
         context=inputs.get("context_ids"),
         is_context=inputs.get("is_context"),
         prompt_width=inputs.get(PROMPT_WIDTH),
+        first_target=inputs.get(FIRST_TARGET, 0),
     )
+
+
+def _first_that_masks(is_maskable: PositionSet, is_hit: Tensor) -> Tensor:
+    """Return [B]: the first attempt of `is_hit` [B, A, L] that masks a token; the last where none does."""
+    has_one = (is_hit & is_maskable[:, None]).any(-1)
+    return torch.where(has_one.any(-1), has_one.int().argmax(-1), has_one.shape[1] - 1)
 
 
 def prompt_only(batch: Batch, pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,21 +209,36 @@ def score(
     norm: str | None = None,
     total_tokens: Tensor | float | None = None,
     total_rows: Tensor | float | None = None,
+    block_size: int | None = None,
 ) -> MaskedLoss:
     """Score the masked tokens of a batch under the model as it is now, with or without an open memory.
+
+    With `block_size`, the network sees each noised block behind the clean blocks before it (block diffusion, see
+    `BlockDiffusionDenoiser`), without `lower_layers` and `attention_pattern`; else the noised text alone.
 
     With `norm` the result has a normalised `loss` to differentiate: see `masked_loss`.
     With `soft`, the rows where `is_soft` [B] see a first pass's predictions in place of [MASK] (soft-masking).
 
     `lower_layers` of the open memory reuse what its write computed of the same batch.
     """
-    denoise = ModelDenoiser(
-        model,
-        attention_mask=batch.attention_mask,
-        attention_pattern=attention_pattern,
-        right_shift_logits=right_shift_logits,
-        lower_layers=lower_layers,
-    )
+    denoise: ModelDenoiser | BlockDiffusionDenoiser
+    if block_size is None:
+        denoise = ModelDenoiser(
+            model,
+            attention_mask=batch.attention_mask,
+            attention_pattern=attention_pattern,
+            right_shift_logits=right_shift_logits,
+            lower_layers=lower_layers,
+        )
+    else:
+        denoise = BlockDiffusionDenoiser(
+            model,
+            batch.clean,
+            block_size,
+            start=batch.first_target,
+            attention_mask=batch.attention_mask,
+            right_shift_logits=right_shift_logits,
+        )
     with _softened(model, denoise, batch, soft, is_soft):
         return masked_loss(
             denoise,
@@ -214,7 +255,7 @@ def score(
 
 
 def _softened(
-    model: nn.Module, denoise: ModelDenoiser, batch: Batch, soft: SoftMask | None, is_soft: Tensor | None
+    model: nn.Module, denoise: Denoise, batch: Batch, soft: SoftMask | None, is_soft: Tensor | None
 ) -> AbstractContextManager[None]:
     if soft is None or is_soft is None:
         return nullcontext()

@@ -15,6 +15,8 @@ SAMPLE = "sample"
 """Batch entry: a tuple of the rows' numbers in their dataset; no tensor, so reading it waits for no device."""
 PROMPT_WIDTH = "prompt_width"
 """Batch entry: the number of columns that hold prompts, see `prompt_width`; on the host, like SAMPLE."""
+FIRST_TARGET = "first_target"
+"""Batch entry: the number of columns before the first target of any row; on the host, like SAMPLE."""
 POOL = 50
 """Number of batches sorted by length together: larger pools pad less and shuffle less."""
 
@@ -48,7 +50,7 @@ class NumberedCollator:
         numbers, rows = zip(*features, strict=True)
         batch = self.collate(list(rows))
         width = prompt_width(batch["labels"], batch.get("attention_mask"), batch.get("is_padding"))
-        return {**batch, SAMPLE: numbers, PROMPT_WIDTH: width}
+        return {**batch, SAMPLE: numbers, PROMPT_WIDTH: width, FIRST_TARGET: first_target(batch["labels"])}
 
 
 def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> PositionSet:
@@ -61,6 +63,12 @@ def prompt_width(labels: Tensor, attention_mask: Tensor | None, is_padding: Posi
     """Return the number of columns up to the last prompt's end, at least 1. Waits for the tensors' device, if any."""
     is_prompt = prompt_columns(labels, attention_mask, is_padding)
     return max(1, int((is_prompt * torch.arange(1, labels.shape[1] + 1, device=labels.device)).max()))
+
+
+def first_target(labels: Tensor) -> int:
+    """Return the number of columns before the first target of any row. Waits for the tensor's device, if any."""
+    is_target = (labels != IGNORE_INDEX).any(0)
+    return int(is_target.int().argmax()) if bool(is_target.any()) else labels.shape[1]
 
 
 @final

@@ -22,10 +22,10 @@ def bucket_names(name: str) -> list[str]:
 
 
 def by_time(values: Tensor, counts: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of `values` and `counts`, both [B], in each bucket of `times` [B]: two [BUCKETS] tensors."""
+    """Return the sums of `values` and `counts` [B, P] in each bucket of `times` [B, P]: two [B, BUCKETS] tensors."""
     bucket = (times * BUCKETS).ceil().long().sub(1).clamp(0, BUCKETS - 1)
-    zeros = torch.zeros(BUCKETS, dtype=torch.float64, device=values.device)
-    return zeros.index_add(0, bucket, values.double()), zeros.index_add(0, bucket, counts.double())
+    zeros = torch.zeros(len(values), BUCKETS, dtype=torch.float64, device=values.device)
+    return zeros.scatter_add(1, bucket, values.double()), zeros.scatter_add(1, bucket, counts.double())
 
 
 class Means:
@@ -41,9 +41,9 @@ class Means:
         self._add(name, torch.stack([total.detach().double(), number]))
 
     def add_rows(self, name: str, values: Tensor, counts: Tensor, times: Tensor) -> None:
-        """Count `values` [B] over `counts` [B] as `name`, and by time [B] under its bucket names."""
+        """Count `values` over `counts` as `name`, and by time under its bucket names; each is [B, P]."""
         self.add(name, values.double().sum(), counts.sum())
-        totals, numbers = by_time(values.detach(), counts, times)
+        totals, numbers = (each.sum(0) for each in by_time(values.detach(), counts, times))
         for bucket, total, number in zip(bucket_names(name), totals, numbers, strict=True):
             self._add(bucket, torch.stack([total, number]))
 
@@ -65,25 +65,27 @@ class Speed:
 
     def __init__(self, model: nn.Module) -> None:
         self.active = active_parameters(model)
-        self._start, self._tokens = time.perf_counter(), 0
+        self._start, self._tokens, self._passed = time.perf_counter(), 0, 0
 
-    def add(self, tokens: int) -> None:
-        """Count tokens of this rank, padding included."""
+    def add(self, tokens: int, passed: int) -> None:
+        """Count tokens of this rank, padding included, and the columns that go through the network for them."""
         self._tokens += tokens
+        self._passed += passed
 
     def read(self, device: torch.device) -> dict[str, float]:
         """Return this rank's metrics since the last `read`.
 
-        `mfu` counts 6 operations per active parameter and token (forward and backward pass; neither attention's score
-        matrix nor the inner loop), divided by the device's peak; it is left out for devices without a known peak.
+        `mfu` counts 6 operations per active parameter and column that passes (forward and backward pass; neither
+        attention's score matrix nor the inner loop), divided by the device's peak; it is left out for devices without a
+        known peak. In block diffusion a token has two columns, its noised and its clean one.
         """
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        self._start, self._tokens = now, 0
-        figures = {"tokens_per_second": rate}
+        seconds = max(now - self._start, 1e-9)
+        figures = {"tokens_per_second": self._tokens / seconds}
         peak = peak_flops(device)
         if peak is not None:
-            figures["mfu"] = 6 * self.active * rate / peak
+            figures["mfu"] = 6 * self.active * self._passed / seconds / peak
+        self._start, self._tokens, self._passed = now, 0, 0
         return figures
 
 
@@ -99,18 +101,27 @@ NO_MEMORY = -math.inf
 """Stands for a missing bound with memory; unlike NaN, it cannot be confused with a bound that came out as NaN."""
 
 
-def row_metrics(rows: Tensor) -> dict[str, float]:
-    """Turn evaluation rows [N, 4] into means per maskable token.
+def row_columns(bound: Tensor, with_memory: Tensor, counts: Tensor, times: Tensor) -> Tensor:
+    """Return the evaluation rows [B, 3 + 2 BUCKETS] of a batch, see `row_metrics`; `with_memory` is [B], others [B, P].
 
-    Columns are the bound, the bound with memory or NO_MEMORY, the count and the time.
+    How many parts P the rows have may differ between batches; what is returned does not.
     """
-    bounds, with_memory, counts, times = rows.double().unbind(1)
+    own = torch.stack([bound.sum(1), with_memory.to(bound.dtype), counts.sum(1).to(bound.dtype)], dim=1)
+    return torch.cat([own, *by_time(bound, counts, times)], dim=1).float()
+
+
+def row_metrics(rows: Tensor) -> dict[str, float]:
+    """Turn evaluation rows [N, 3 + 2 BUCKETS] into means per maskable token.
+
+    Columns are the bound, the bound with memory or NO_MEMORY, the count, and the bound and the count by time.
+    """
+    bounds, with_memory, counts = rows[:, :3].double().unbind(1)
     tokens = counts.sum().clamp_min(1)
     nll = (bounds.sum() / tokens).item()
     metrics = {"nll": nll, "ppl": safe_exp(nll)}
     if not (with_memory == NO_MEMORY).any():
         metrics["nll_memory"] = (with_memory.sum() / tokens).item()
-    totals, numbers = by_time(bounds, counts, times)
+    totals, numbers = rows[:, 3:].double().sum(0).view(2, BUCKETS)
     pairs: Sequence[tuple[float, float]] = list(zip(totals.tolist(), numbers.tolist(), strict=True))
     for name, (total, number) in zip(bucket_names("nll"), pairs, strict=True):
         if number > 0:

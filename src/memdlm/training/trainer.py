@@ -16,15 +16,16 @@ from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, SlidingWindow
-from memdlm.models.networks.lower_layers import LowerLayers
+from memdlm.models.border.block_diffusion import prepare_block_diffusion
 from memdlm.randomness import Randomness, derive
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.guarding import GuardedTrainer
 from memdlm.training.learned import LearnedTraining
-from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, evaluation_noise, host_group
-from memdlm.training.outer import Batch, learnable, memory_of, noise_batch, score
+from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, host_group
+from memdlm.training.objective import OuterObjective
+from memdlm.training.outer import Batch, memory_of
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
-from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_metrics, safe_exp
+from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class MemDLMTrainer(GuardedTrainer):
         pad = getattr(tokenizer, "pad_token_id", None)
         self.pad_token_id: int = int(found if pad is None else pad)
         self.schedule = make_schedule(args.schedule)
+        if args.block_size is not None:
+            prepare_block_diffusion(model, args.block_size)
         self.memory = None if args.memory is None else self._new_memory(model)
         self._learned = self._new_learned()
         if args.memory is not None and args.memory.write_source == "response":
@@ -92,8 +95,12 @@ class MemDLMTrainer(GuardedTrainer):
                 "mem_write_source=response: memory is written from the labels that the loss then scores, as published; "
                 "compare models by nll, never by nll_memory."
             )
-        self._spare_padding = args.memory is not None and args.memory.pad_unmask_mode == "both"
-        self._soft = args.diffusion.soft(self.mask_token_id)
+        self.objective = OuterObjective(
+            options=args.diffusion,
+            schedule=self.schedule,
+            mask_token_id=self.mask_token_id,
+            spare_padding=args.memory is not None and args.memory.pad_unmask_mode == "both",
+        )
         self._hosts = host_group() if args.stratified_times and self.args.world_size > 1 else None
         self._open = ExitStack()
         self._means, self._speed = Means(), Speed(self.model)
@@ -173,13 +180,15 @@ class MemDLMTrainer(GuardedTrainer):
             epoch=self._epoch,
             step=self.state.global_step,
             stratified=self.args.stratified_times,
+            shape=self.args.diffusion.noise_shape,
             world_size=self.args.world_size,
             hosts=self._hosts,
         )
-        self._speed.add(sum(batch["input_ids"].numel() for batch in batches))
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self._speed.add(tokens, sum(map(self.objective.passed, batches)))
         for batch in batches:
             batch.update({name: batch[name].to(device, non_blocking=True) for name in (TIMES, UNIFORM, SOFT)})
-        counted = [self._learnable(batch).sum().to(device, non_blocking=True) for batch in batches]
+        counted = [self.objective.learnable(batch).sum().to(device, non_blocking=True) for batch in batches]
         nothing = torch.zeros((), dtype=torch.int64, device=device)
         rows = torch.full_like(nothing, sum(len(batch["input_ids"]) for batch in batches))
         totals = torch.stack([torch.stack([nothing, *counted]).sum(), rows, self._watch.flag()])
@@ -207,7 +216,7 @@ class MemDLMTrainer(GuardedTrainer):
             raise ConfigError(
                 "compute_loss(return_outputs=True): outputs of a noised batch mean nothing; use evaluate."
             )
-        batch = self._noised(inputs, inputs[TIMES], inputs[UNIFORM])
+        batch = self.objective.noised(inputs, inputs[TIMES], inputs[UNIFORM])
         # Data-parallel training averages gradients over ranks; the denominators are already global.
         return self._outer_loss(model, batch, inputs) * self.args.world_size
 
@@ -220,9 +229,10 @@ class MemDLMTrainer(GuardedTrainer):
         if mix > 0 or self._is_bare_step():
             with self._without_trace() if mix == 0 else nullcontext():
                 own = model if self.memory is None or mix > 0 else self.memory.model
-                honest = self._score(own, batch, is_soft=self._softens(inputs), totals=totals)
-            name = "nll" if self._soft is None else "nll_soft"
-            self._means.add_rows(name, honest.bound, honest.counts, batch.noised.t)
+                is_soft = self.objective.softens(inputs)
+                honest = self.objective.score(own, batch, is_soft=is_soft, totals=totals)
+            name = "nll" if is_soft is None else "nll_soft"
+            self._means.add_rows(name, honest.parts.bound, honest.parts.counts, honest.parts.t)
             loss = mix * honest.loss if mix > 0 else 0.0
             if mix == 1:
                 return honest.loss
@@ -230,7 +240,7 @@ class MemDLMTrainer(GuardedTrainer):
             raise AssertionError("without memory, mix is 1")
         rows = [derive(key) for key in inputs[WRITE]]
         self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
-        lost = self._score(model, batch, self.memory.lower_layers, pattern, totals=totals)
+        lost = self.objective.score(model, batch, self.memory.lower_layers, pattern, totals=totals)
         self._means.add(
             "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
         )
@@ -274,71 +284,21 @@ class MemDLMTrainer(GuardedTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return (loss without memory, per-row [bound, bound with memory, count, time] as [B, 4], counts [B])."""
+        """Return (loss without memory, the rows' bounds with and without, see `row_columns`, counts [B])."""
         inputs = self._prepare_inputs(inputs)
-        drawn = evaluation_noise(self.args.seed, inputs[SAMPLE], inputs["input_ids"].shape)
-        batch = self._noised(inputs, *(each.to(inputs["input_ids"].device) for each in drawn))
+        batch = self.objective.evaluated(inputs, self.args.seed, inputs[SAMPLE])
         with torch.no_grad(), self.compute_loss_context_manager():
-            lost = self._score(model, batch)
+            lost = self.objective.score(model, batch)
             loss = normalise(lost.sums, lost.counts, self.args.loss_norm_type).squeeze(0)
         with_memory = torch.full_like(lost.bound, NO_MEMORY)
         if self.memory is not None:
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
-                with_memory = self._score(model, batch, self.memory.lower_layers).bound
-        columns = (lost.bound, with_memory, lost.counts, batch.noised.t)
-        rows = torch.stack([column.to(lost.bound.dtype) for column in columns], dim=1).float()
+                with_memory = self.objective.score(model, batch, self.memory.lower_layers).bound
+        rows = row_columns(lost.parts.bound, with_memory, lost.parts.counts, lost.parts.t)
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
 
     # Shared ---------------------------------------------------------------------------------------------------
-
-    def _noised(self, inputs: dict[str, Any], times: Tensor, uniform: Tensor) -> Batch:
-        return noise_batch(
-            inputs,
-            times,
-            uniform,
-            schedule=self.schedule,
-            epsilon=self.args.time_epsilon,
-            mask_token_id=self.mask_token_id,
-            spare_padding=self._spare_padding,
-        )
-
-    def _learnable(self, inputs: Mapping[str, Any]) -> Tensor:
-        return learnable(
-            inputs["labels"],
-            inputs.get("attention_mask"),
-            inputs.get("is_padding"),
-            spare_padding=self._spare_padding,
-        )
-
-    def _softens(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        return None if self._soft is None else inputs[SOFT] < self.args.soft_mask_prob
-
-    def _score(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        lower_layers: LowerLayers | None = None,
-        attention_pattern: AttentionPattern | None = None,
-        *,
-        is_soft: Tensor | None = None,
-        totals: Mapping[str, Tensor] | None = None,
-    ) -> Any:
-        """Score a batch; with `totals` of the optimizer step, the result has a loss that can be differentiated."""
-        return score(
-            model,
-            batch,
-            schedule=self.schedule,
-            weighting=self.args.loss_weight_type,
-            right_shift_logits=self.args.right_shift_logits,
-            lower_layers=lower_layers,
-            planner=self.args.diffusion.planner(),
-            attention_pattern=attention_pattern,
-            soft=self._soft,
-            is_soft=is_soft,
-            norm=None if totals is None else self.args.loss_norm_type,
-            **(totals or {}),
-        )
 
     def _written(
         self,

@@ -8,8 +8,9 @@ from typing import Any
 from memdlm.memory.adapters import Adapter
 from memdlm.memory.config import FastWeightsConfig
 from memdlm.memory.sites import Site, find_sites
-from memdlm.models.hub.families import family_of
+from memdlm.models.hub.families import block_size_of, family_of
 from memdlm.models.hub.loading import model_skeleton
+from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.sizes import active_parameters
 
 
@@ -35,6 +36,10 @@ class ModelSummary:
     family: str
     model_class: str
     dtype: str
+    block_size: int | None
+    """Tokens of the blocks in which it is decoded, which do not see later ones; None: it sees everything."""
+    right_shift_logits: bool
+    """Whether the output at position i - 1 predicts token i."""
     sizes: dict[str, int]
     num_parameters: int
     num_active_parameters: int
@@ -79,6 +84,8 @@ def summarise(
         family=model.config.model_type if family is None else family.name,
         model_class=type(model).__name__,
         dtype=str(model.config.dtype or "float32").removeprefix("torch."),
+        block_size=block_size_of(model.config),
+        right_shift_logits=shift_of(model),
         sizes={word: int(value) for word, field in SIZES.items() if (value := getattr(model.config, field, None))},
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_active_parameters=active_parameters(model),

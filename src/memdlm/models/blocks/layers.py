@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memdlm.models.blocks.key_values import Cached, at, rows_at
-from memdlm.models.blocks.masks import Segments
+from memdlm.models.blocks.masks import Segmented, columns_of
 
 
 def accurate(dtype: torch.dtype) -> torch.dtype:
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
+        mask: Tensor | Segmented | None,
         cached: Cached | None = None,
         queries: Tensor | None = None,
     ) -> Tensor:
@@ -158,13 +158,15 @@ class Attention(nn.Module):
         key = rotary.rotate(key, *angles)
         if cached is not None:
             key, value = cached.join(self.layer_idx, key, value)
-        if isinstance(mask, Segments) and queries is not None:
+        if isinstance(mask, Segmented) and queries is not None:
             mask = mask.rows(queries)
         elif isinstance(mask, Tensor):
             mask = rows_at(mask, queries)
-        if isinstance(mask, Segments):
+        if isinstance(mask, Segmented):
             parts = [
-                self._attend(query[:, :, asked], key[:, :, seen], value[:, :, seen], mask.of(asked, seen, x.device))
+                self._attend(
+                    query[:, :, asked], columns_of(key, seen), columns_of(value, seen), mask.of(asked, seen, x.device)
+                )
                 for asked, seen in mask.parts()
             ]
             return self.o_proj(torch.cat(parts, dim=1).flatten(2))
@@ -244,7 +246,7 @@ class Block(GradientCheckpointingLayer):
         x: Tensor,
         rotary: Rotary,
         angles: tuple[Tensor, Tensor],
-        mask: Tensor | Segments | None,
+        mask: Tensor | Segmented | None,
         is_visible: Tensor | None,
         cached: Cached | None = None,
         queries: Tensor | None = None,

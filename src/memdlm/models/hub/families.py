@@ -60,8 +60,14 @@ class Family:
     None: there are none, and every position sees every other. A configuration's own `block_size` goes first."""
     chat_template: str | None = None
     """Replaces the tokenizer's own template; None keeps that one."""
+    spare_template: str | None = None
+    """The template of a tokenizer that has none, if its vocabulary has the end of turn."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
+
+    writes_in_blocks: bool = False
+    """A memory is written under the blocks of decoding, unless told otherwise: the network was trained in blocks, and
+    has not seen text that sees all of itself."""
 
     @property
     def model_type(self) -> str:
@@ -89,6 +95,22 @@ LLADA_TEMPLATE = (
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' and DEFAULT %}"
+    "{{ '<|im_start|>system\n' + DEFAULT + '<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The chat format of Qwen; `DEFAULT` stands for the system message of a conversation that has none."""
+QWEN_TEMPLATE = CHATML.replace("DEFAULT", "''")
+DREAM_TEMPLATE = CHATML.replace("DEFAULT", "'You are a helpful assistant.'")
+NO_THINKING = "{%- if enable_thinking is not defined %}{% set enable_thinking = false %}{% endif %}"
+"""Put before a template of Qwen3, so that answers begin behind an empty thinking block unless the caller asks."""
 
 
 LLADA = Family(
@@ -129,6 +151,7 @@ DREAM = Family(
     other_configs=(DreamLowerCaseConfig,),
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=DREAM_TEMPLATE,
 )
 SDAR = Family(
     name="SDAR",
@@ -136,31 +159,38 @@ SDAR = Family(
     backbone_class=SDARModel,
     lm_class=SDARForCausalLM,
     block_size=4,
+    writes_in_blocks=True,
     mask_token="<|MASK|>",
     other_mask_tokens=("<MASK>",),
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_QWEN2 = Family(
     name="A2D-Qwen2",
     config_class=A2DQwen2Config,
     backbone_class=A2DQwen2Model,
     lm_class=A2DQwen2LMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_QWEN3 = Family(
     name="A2D-Qwen3",
     config_class=A2DQwen3Config,
     backbone_class=A2DQwen3Model,
     lm_class=A2DQwen3LMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|im_end|>",
+    spare_template=QWEN_TEMPLATE,
 )
 A2D_LLAMA = Family(
     name="A2D-Llama",
     config_class=A2DLlamaConfig,
     backbone_class=A2DLlamaModel,
     lm_class=A2DLlamaLMHeadModel,
+    writes_in_blocks=True,
     mask_token="<|mask|>",
     eot_token="<|eot_id|>",
 )
@@ -203,6 +233,12 @@ def decoding_pattern(config: object, block: int | None = None) -> AttentionPatte
     """Return the pattern under which a model of this configuration decodes: blocks of `block` (LLaDA2.x), or full."""
     own = block_size_of(config)
     return Full() if own is None else BlockCausal(block or own)
+
+
+def writing_pattern(config: object) -> AttentionPattern:
+    """Return the pattern under which a memory is written unless told otherwise: full, or that of decoding."""
+    family = family_of(config)
+    return decoding_pattern(config) if family is not None and family.writes_in_blocks else Full()
 
 
 def shifts_logits(config: object) -> bool:

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memdlm.errors import CheckpointError
 from memdlm.models.hub.chat_templates import check_template
-from memdlm.models.hub.families import FAMILIES, Family, register
+from memdlm.models.hub.families import FAMILIES, NO_THINKING, Family, register
 from memdlm.models.hub.resolution import find_family, published_fields, table_rows
 from memdlm.models.lora.files import base_of_adapter, is_adapter, with_tokenizer
 from memdlm.models.networks.checking import check_name
@@ -30,6 +30,8 @@ def load_tokenizer(
 
     If the folder or hub repository `name_or_path` has a model configuration too, the family follows from it:
     dense LLaDA gets its published chat template, BERT-like models get one with bracketed turns, others keep their own.
+    Qwen-shaped families without a template get that of Qwen, and one that knows `enable_thinking` takes it for false
+    unless the caller says otherwise.
     `eot_token` and `eot_token_id` are set if the vocabulary has the family's end of turn. For an adapter without
     a tokenizer of its own, the base model's is loaded.
 
@@ -60,7 +62,7 @@ def load_tokenizer(
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.pad_token
     family = None if fields is None else find_family(fields)
-    _set_mask_token(tokenizer, name, family)
+    _set_mask_token(tokenizer, name, family, fields or {})
     _check_mask_id(tokenizer, name, fields)
     _set_turns(tokenizer, family, str((fields or {}).get("model_type")))
     if isinstance(tokenizer.chat_template, str):
@@ -77,12 +79,18 @@ def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | 
         return None
 
 
-def _set_mask_token(tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None) -> None:
-    candidates = sorted({each.mask_token for each in FAMILIES}) if family is None else [family.mask_token]
+def _set_mask_token(
+    tokenizer: PreTrainedTokenizerBase, name: str, family: Family | None, fields: dict[str, Any]
+) -> None:
+    families = FAMILIES if family is None else (family,)
+    candidates = sorted({token for each in families for token in (each.mask_token, *each.other_mask_tokens)})
     vocabulary = tokenizer.get_vocab()
-    if tokenizer.mask_token is not None and (family is None or family.mask_token not in vocabulary):
+    if tokenizer.mask_token is not None and (family is None or not any(token in vocabulary for token in candidates)):
         return
-    for token in candidates:
+    stated = fields.get("mask_token_id")
+    # A token of the vocabulary, although the tokenizer does not call it its mask token (SDAR).
+    named = [token for token, number in vocabulary.items() if family is not None and number == stated]
+    for token in (*candidates, *named):
         if token in vocabulary:
             tokenizer.mask_token = token
             return
@@ -112,5 +120,10 @@ def _set_turns(tokenizer: PreTrainedTokenizerBase, family: Family | None, model_
             tokenizer.eot_token_id = vocabulary[family.eot_token]
         if family.chat_template is not None:
             tokenizer.chat_template = family.chat_template
+        elif tokenizer.chat_template is None and family.eot_token in vocabulary:
+            tokenizer.chat_template = family.spare_template
+        template = tokenizer.chat_template
+        if isinstance(template, str) and "enable_thinking" in template and NO_THINKING not in template:
+            tokenizer.chat_template = NO_THINKING + template
     elif model_type in ENCODERS:
         tokenizer.chat_template = BRACKETS

@@ -15,8 +15,9 @@ from memdlm.models.blocks.key_values import at
 from memdlm.models.blocks.layers import RMSNorm, Rotary, SelfInitialising
 from memdlm.models.blocks.masks import (
     AttentionPattern,
+    BlockDiffusion,
     Full,
-    Segments,
+    Segmented,
     attention_scores_mask,
     segments_for,
     visible_tokens,
@@ -92,8 +93,9 @@ class Backbone(DiffusionPreTrainedModel):
         """Run the layers, or those that `request` names.
 
         `attention_mask` and `attention_pattern` (default `Full()`) follow the contract of `memdlm.models.blocks.masks`;
-        `position_ids` [B or 1, L] defaults to 0..L-1. With `output_hidden_states`, entry 0 is the embeddings,
-        entry i the output of layer i-1, and the last entry the final, normalised state.
+        `position_ids` [B or 1, L] defaults to 0..L-1, under `BlockDiffusion` in both halves. With
+        `output_hidden_states`, entry 0 is the embeddings, entry i the output of layer i-1, and the last entry the
+        final, normalised state.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("pass exactly one of input_ids and inputs_embeds.")
@@ -104,7 +106,8 @@ class Backbone(DiffusionPreTrainedModel):
         is_visible = visible_tokens(attention_mask)
         mask = self._mask(attention_mask, hidden, attention_pattern) if cached is None else cached.is_visible
         if position_ids is None:
-            places = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            pattern = Full() if attention_pattern is None else attention_pattern
+            places = pattern.places(hidden.shape[1], hidden.device)
             position_ids = places if cached is None else cached.columns
         angles = self.rotary.angles(position_ids, hidden)
         if self.after_embedding is not None and start is None:
@@ -121,6 +124,14 @@ class Backbone(DiffusionPreTrainedModel):
             hidden = self.norm(hidden)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
+
+    def check_pattern(self, pattern: AttentionPattern) -> None:
+        """Raise ConfigError for a pattern that this network cannot keep."""
+        if isinstance(pattern, BlockDiffusion) and not self.is_cacheable:
+            raise ConfigError(
+                "block diffusion (block_size) needs a network in which positions meet in attention alone and see any "
+                "distance; this one has token mixing or a sliding window."
+            )
 
     def _check_inputs(self, ids: Any, embeds: Any, mask: Any, places: Any) -> None:
         if torch.compiler.is_compiling():
@@ -149,9 +160,10 @@ class Backbone(DiffusionPreTrainedModel):
 
     def _mask(
         self, attention_mask: Tensor | None, hidden: Tensor, pattern: AttentionPattern | None
-    ) -> Tensor | Segments | None:
+    ) -> Tensor | Segmented | None:
         """Return what the layers' attention takes, for a pass that stands alone."""
         pattern, is_eager = Full() if pattern is None else pattern, self.config._attn_implementation == "eager"
+        self.check_pattern(pattern)
         if self.sliding_window is None and not is_eager:
             segments = segments_for(attention_mask, hidden, pattern)
             if segments is not None:

@@ -87,7 +87,8 @@ class DataOptions(EncodingOptions):
     )
     supervise_padding: str = option(
         "all",
-        "How much of the padding (EOS) is learned, so that the model learns to end its answers.",
+        "How much of the padding (EOS) is learned, so that the model learns to end its answers. block: up to the end "
+        "of the row's last block (with block_size).",
         choices=SUPERVISE_PADDING,
     )
 
@@ -101,6 +102,15 @@ def refuse_unread_context(data: DataOptions, memory: OuterConfig | None) -> None
         raise ConfigError(
             f"context_column={data.context_column!r} has no effect without mem_enabled=True and "
             "mem_write_source=context; set them, or leave it out."
+        )
+
+
+def refuse_endless_blocks(data: DataOptions, block_size: int | None) -> None:
+    """Raise ConfigError for padding up to the end of blocks that there are none of."""
+    if data.supervise_padding == "block" and block_size is None:
+        raise ConfigError(
+            "supervise_padding='block' has no effect without block_size; set it, or choose another of "
+            f"{', '.join(SUPERVISE_PADDING[:-1])}."
         )
 
 

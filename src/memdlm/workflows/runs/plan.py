@@ -28,7 +28,14 @@ from memdlm.models.quantisation.four_bit import linears_of_blocks
 from memdlm.training.arguments import TrainingArguments
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.datasets import TRAIN, load_data
-from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
+from memdlm.workflows.runs.options import (
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+    refuse_endless_blocks,
+    refuse_idle,
+    refuse_unread_context,
+)
 
 BYTES_4BIT = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight: 4 bits; one 8-bit scale per 64 weights; one float32 scale per 256 scales (nf4, double)."""
@@ -138,10 +145,12 @@ def memory_estimate(plan: RunPlan, model: PreTrainedModel, sizes: Sizes) -> dict
     adapted = plan.model.has_adapter
     trained_width = 4 if adapted else width
     tokens = arguments.per_device_train_batch_size * plan.data.max_length
+    # Block diffusion sees the noised and the clean text in one pass.
+    seen = tokens if arguments.block_size is None else 2 * tokens
     hidden, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
     compute = 2 if arguments.bf16 or arguments.fp16 else width
-    per_block = 17 * hidden * tokens * compute
-    saved = layers * hidden * tokens * compute + per_block if arguments.gradient_checkpointing else layers * per_block
+    per_block = 17 * hidden * seen * compute
+    saved = layers * hidden * seen * compute + per_block if arguments.gradient_checkpointing else layers * per_block
     logits = min(tokens * vocabulary, at_once(MAX_SUMMED_LOGITS, arguments.device)) * BYTES
     copies = arguments.per_device_train_batch_size if arguments.memory and arguments.memory.per_sample else 1
     return {
@@ -179,6 +188,7 @@ def describe_plan(plan: RunPlan, display: Display) -> str:
     """
     refuse_idle(plan.model, plan.lora)
     refuse_unread_context(plan.data, plan.arguments.memory)
+    refuse_endless_blocks(plan.data, plan.arguments.block_size)
     options = yaml.safe_dump(resolved(plan, as_asked=True), sort_keys=False, allow_unicode=True).rstrip()
     facts = _facts(plan, display)
     return "\n".join(["# configuration", options, "", *(f"# {line}".rstrip() for line in facts)])

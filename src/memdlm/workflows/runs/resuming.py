@@ -33,6 +33,8 @@ FREE = frozenset(
 """Options that may change: what is logged, saved and evaluated, where, and how device memory is saved."""
 CUT = ("per_device_train_batch_size", "gradient_accumulation_steps", WORLD)
 """How an optimizer step is split into batches and ranks."""
+ONCE = {"right_shift_logits": False, "mem_attention": "full"}
+"""Former defaults of options that now follow the family if unset; the families of then are the same."""
 _LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -88,7 +90,10 @@ def check_same_data(manifest: Mapping[str, Any], plan: RunPlan, checkpoint: Path
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one text per option that changes the run: its name, earlier value and present value."""
     usual = {field.name: default_of(field) for field in dataclasses.fields(transformers.TrainingArguments)}
-    old, new = ({**usual, **options, "right_shift_logits": _shift(options)} for options in (old, new))
+    old, new = ({**usual, **options} for options in (old, new))
+    for name, value in ONCE.items():
+        if old.get(name) == value and new.get(name, value) is None:
+            old[name] = None
     # Options of only one run belong to an adapter or memory that the other lacks; the switch for it differs, too.
     changed = {name for name in set(old) & set(new) if old[name] != new[name] and not _is_free(name)}
     if is_same_step(old, new):
@@ -96,11 +101,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     if old["lr_scheduler_type"] == new["lr_scheduler_type"] == "constant":
         changed -= set(_LENGTH)
     return [f"{name} was {old[name]!r}, now {new[name]!r}" for name in sorted(changed)]
-
-
-def _shift(options: Mapping[str, Any]) -> bool | None:
-    """Return the shift that a run asked for; runs of before the families had one said False instead of nothing."""
-    return options.get("right_shift_logits") or None
 
 
 def is_same_step(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

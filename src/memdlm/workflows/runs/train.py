@@ -21,7 +21,14 @@ from memdlm.training.states import check_checkpoint, left_out
 from memdlm.training.trainer import MemDLMTrainer
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.datasets import load_data
-from memdlm.workflows.runs.options import DataOptions, ModelOptions, RunOptions, refuse_idle, refuse_unread_context
+from memdlm.workflows.runs.options import (
+    DataOptions,
+    ModelOptions,
+    RunOptions,
+    refuse_endless_blocks,
+    refuse_idle,
+    refuse_unread_context,
+)
 from memdlm.workflows.runs.plan import RunPlan
 from memdlm.workflows.runs.resuming import check_same_data, check_same_run
 from memdlm.workflows.runs.run_file import write_run_file
@@ -46,6 +53,7 @@ def run_training(
     run = RunOptions() if run_options is None else run_options
     refuse_idle(model_options, lora)
     refuse_unread_context(data_options, arguments.memory)
+    refuse_endless_blocks(data_options, arguments.block_size)
     name_for_trackers(arguments)
     out = Path(arguments.output_dir)
     make_folder(out)
@@ -86,7 +94,7 @@ def _run(
         arguments,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
-        data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding),
+        data_collator=Collator(tokenizer.pad_token_id, data_options.supervise_padding, block_size=arguments.block_size),
         processing_class=tokenizer,
     )
     if run.overwrite_output_dir:
