@@ -62,6 +62,7 @@ def words_of(command, inputs, out):
         "ask": [*short, *asked],
         "eval": [*model, *tasks],
         "exposure-bias": [*data, "--model2", str(inputs / "other"), "--steps", "1", "--output", str(out)],
+        "serve": [*model, "--port", "0"],
         "merge": ["--adapter", str(inputs / "adapter"), "--output", str(out)],
     }[command]
 
@@ -72,6 +73,12 @@ NAMED = tuple(name for name in LOADING if name != "train")
 """Commands that take --device; of training's, transformers decides, and its use_cpu."""
 READING = tuple(name for name in NAMED if name != "demo")
 """Those that load a checkpoint; the demo makes its models."""
+
+
+@pytest.fixture(autouse=True)
+def _servers_end(monkeypatch):
+    """A server is made ready, and ends at once."""
+    monkeypatch.setattr("memdlm.serving.http.running.Server.run", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def events_of(text):
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-1]]
 
 
-def until(is_true, seconds=10.0):
+def until(is_true, seconds=60.0):
     """Wait for something that happens soon."""
     end = time.monotonic() + seconds
     while not is_true():
