@@ -178,7 +178,7 @@ class GenerationConfig(SoftMaskOptions):
         self._check_tokens()
         if self.max_new_tokens is None and self.max_length is None:
             raise ConfigError("max_new_tokens and max_length are both unset; set one of them.")
-        for is_wrong, message in self._conflicts():
+        for is_wrong, message in self._conflicts() + self._conflicts_of_rules():
             if is_wrong:
                 raise ConfigError(message)
         self.refuse_idle(field.name for field in fields(self) if getattr(self, field.name) != field.default)
@@ -247,6 +247,12 @@ class GenerationConfig(SoftMaskOptions):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs of whether options exclude each other, and the message for that."""
+<<<<<<< HEAD
+=======
+        is_paced = self.steps is not None or self.steps_per_block is not None
+        free = (self.editing_threshold, self.num_to_transfer, self.factor, self.eb_threshold)
+        is_free = any(each is not None for each in free)
+>>>>>>> nb
         return [
             (
                 0 < self.temperature < COLDEST,
@@ -286,6 +292,30 @@ class GenerationConfig(SoftMaskOptions):
                 "take as many steps as they need; leave it out (num_to_transfer says the fewest that a step commits).",
             ),
             (
+<<<<<<< HEAD
+=======
+                self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),
+                "factor replaces threshold and num_to_transfer; leave one side out.",
+            ),
+            (
+                self.soft_mask and self.compile is not None,
+                "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
+            ),
+            (
+                self.soft_mask and self.cfg_scale != 0,
+                "soft_mask and cfg_scale exclude each other: guidance makes two predictions, and which of them to feed "
+                "back is not defined; use one of the two options.",
+            ),
+        ]
+
+    def _conflicts_of_rules(self) -> list[tuple[bool, str]]:
+        """Return the same for the order of commits, and for the rules that say how many a step makes."""
+        algorithm = ALGORITHMS[self.remasking or "low_confidence"]
+        ranks_tokens = algorithm.order == "low_confidence"
+        others = (self.threshold, self.editing_threshold, self.num_to_transfer, self.factor)
+        return [
+            (
+>>>>>>> nb
                 self.looks and (self.stochastic_transfer or self.transfer_schedule is not None),
                 "stochastic_transfer and transfer_schedule have no effect where confidences decide how many tokens "
                 "are committed (threshold, factor, editing_threshold, num_to_transfer, eb_threshold); leave them out.",
@@ -326,6 +356,14 @@ class GenerationConfig(SoftMaskOptions):
                 "alg_temp draws which of a fixed number of positions to commit; leave it out where confidences decide "
                 "how many (threshold, factor, editing_threshold, num_to_transfer, eb_threshold).",
             ),
+<<<<<<< HEAD
+=======
+            (
+                self.stochastic_transfer and self.transfer_schedule not in (None, *DRAWN_SCHEDULES),
+                f"stochastic_transfer belongs to transfer_schedule {' or '.join(map(repr, DRAWN_SCHEDULES))}; leave "
+                "one of them out.",
+            ),
+>>>>>>> nb
         ]
 
     def response_length(self, longest: int) -> int:
