@@ -247,36 +247,14 @@ class GenerationConfig(SoftMaskOptions):
 
     def _conflicts(self) -> list[tuple[bool, str]]:
         """Return pairs of whether options exclude each other, and the message for that."""
-<<<<<<< HEAD
-=======
         is_paced = self.steps is not None or self.steps_per_block is not None
         free = (self.editing_threshold, self.num_to_transfer, self.factor, self.eb_threshold)
         is_free = any(each is not None for each in free)
->>>>>>> nb
         return [
             (
                 0 < self.temperature < COLDEST,
                 f"temperature must be 0 (the likeliest token) or at least {COLDEST}, got {self.temperature}.",
             ),
-            *self._conflicts_of_steps(),
-            *self._conflicts_of_confidences(),
-            (
-                self.soft_mask and self.compile is not None,
-                "soft_mask changes embeddings at every step, which a compiled step would not see; leave compile out.",
-            ),
-            (
-                self.soft_mask and self.cfg_scale != 0,
-                "soft_mask and cfg_scale exclude each other: guidance makes two predictions, and which of them to feed "
-                "back is not defined; use one of the two options.",
-            ),
-        ]
-
-    def _conflicts_of_steps(self) -> list[tuple[bool, str]]:
-        """Return those about how many steps there are."""
-        is_paced = self.steps is not None or self.steps_per_block is not None
-        free = (self.editing_threshold, self.num_to_transfer, self.factor, self.eb_threshold)
-        is_free = any(each is not None for each in free)
-        return [
             (
                 self.steps is not None and self.steps_per_block is not None,
                 "steps and steps_per_block say the same; leave one of them out.",
@@ -292,8 +270,6 @@ class GenerationConfig(SoftMaskOptions):
                 "take as many steps as they need; leave it out (num_to_transfer says the fewest that a step commits).",
             ),
             (
-<<<<<<< HEAD
-=======
                 self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),
                 "factor replaces threshold and num_to_transfer; leave one side out.",
             ),
@@ -315,27 +291,9 @@ class GenerationConfig(SoftMaskOptions):
         others = (self.threshold, self.editing_threshold, self.num_to_transfer, self.factor)
         return [
             (
->>>>>>> nb
                 self.looks and (self.stochastic_transfer or self.transfer_schedule is not None),
                 "stochastic_transfer and transfer_schedule have no effect where confidences decide how many tokens "
                 "are committed (threshold, factor, editing_threshold, num_to_transfer, eb_threshold); leave them out.",
-            ),
-            (
-                self.stochastic_transfer and self.transfer_schedule not in (None, *DRAWN_SCHEDULES),
-                f"stochastic_transfer belongs to transfer_schedule {' or '.join(map(repr, DRAWN_SCHEDULES))}; leave "
-                "one of them out.",
-            ),
-        ]
-
-    def _conflicts_of_confidences(self) -> list[tuple[bool, str]]:
-        """Return those about what is compared."""
-        others = (self.threshold, self.factor, self.num_to_transfer, self.editing_threshold)
-        algorithm = ALGORITHMS[self.remasking or "low_confidence"]
-        ranks_tokens = algorithm.order == "low_confidence"
-        return [
-            (
-                self.factor is not None and (self.threshold is not None or self.num_to_transfer is not None),
-                "factor replaces threshold and num_to_transfer; leave one side out.",
             ),
             (
                 self.looks and self.eb_threshold is None and self.remasking is not None and not ranks_tokens,
@@ -356,14 +314,11 @@ class GenerationConfig(SoftMaskOptions):
                 "alg_temp draws which of a fixed number of positions to commit; leave it out where confidences decide "
                 "how many (threshold, factor, editing_threshold, num_to_transfer, eb_threshold).",
             ),
-<<<<<<< HEAD
-=======
             (
                 self.stochastic_transfer and self.transfer_schedule not in (None, *DRAWN_SCHEDULES),
                 f"stochastic_transfer belongs to transfer_schedule {' or '.join(map(repr, DRAWN_SCHEDULES))}; leave "
                 "one of them out.",
             ),
->>>>>>> nb
         ]
 
     def response_length(self, longest: int) -> int:
