@@ -574,6 +574,9 @@ def test_bad_requests_are_refused_before_they_wait():
                 memory=ParametricMemory(network("llada"), CONFIGS["low"], mask_token_id=words().mask_token_id),
             )
         )
+    # What no request may ask for is refused as a default as well, before anybody is served.
+    with pytest.raises(ConfigError, match="cache='none'"):
+        Engine(Decoder(network("llada2"), words(), GenerationConfig(cache="none")))
 
 
 def test_a_full_queue_refuses():

@@ -10,6 +10,7 @@ import torch
 
 from memdlm.errors import ConfigError
 from memdlm.inference.checking import check_count
+from memdlm.inference.config import GenerationConfig
 from memdlm.inference.decoder import Decoder, Job
 from memdlm.models.networks.checking import check_kind
 from memdlm.options import shortened
@@ -62,6 +63,7 @@ class Engine:
         for name, value in (("memory_bytes", memory_bytes), ("prefix_bytes", prefix_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name} must be a whole number of bytes, at least 0, got {shortened(value)}.")
+        _check_batched(decoder)
         self.decoder, self.slots = decoder, check_count(slots, "slots", 1024)
         self.memory_bytes, self.prefix_bytes = memory_bytes, prefix_bytes
         self.store = MemoriesInProcess() if store is None else store
@@ -100,13 +102,7 @@ class Engine:
             raise ConfigError(f"stop must be a tuple of texts that are not empty, got {shortened(request.stop)}.")
         check_kind(request.seed, int, "seed", "a whole number")
         decoder = self.decoder.configured(request.config)
-        options = decoder.options
-        for name in ("cache", "compile"):
-            value, plain = getattr(options, name), getattr(type(options)(), name)
-            if value != plain:
-                raise ConfigError(
-                    f"{name}={value!r} is not for a request to an engine, which batches requests; leave {name} out."
-                )
+        _check_batched(decoder)
         randomness = [derive("memdlm.generate", request.seed)]
         job = decoder.prepare([list(request.prompt)], randomness, device=torch.device("cpu"))
         job.filling()  # raises here, not in the batch, for options that exclude each other
@@ -256,3 +252,11 @@ class Engine:
             memory_evictions=live.evictions,
             prefix_reused=pool.meter.reused,
         )
+
+
+def _check_batched(decoder: Decoder) -> None:
+    """Raise ConfigError for options of decoding that a batch of different requests cannot have."""
+    for name in ("cache", "compile"):
+        value, plain = getattr(decoder.options, name), getattr(GenerationConfig(), name)
+        if value != plain:
+            raise ConfigError(f"{name}={value!r} is not for an engine, which batches requests; leave {name} out.")
