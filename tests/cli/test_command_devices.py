@@ -128,6 +128,8 @@ MACHINES = {
 }
 RUNS = [(command, name) for command in READING for name in ("a rank", "an old card")]
 RUNS += [("generate", name) for name in MACHINES if ("generate", name) not in RUNS]
+# lm-eval takes seconds to say anything.
+RUNS = [pytest.param(*run, marks=pytest.mark.slow) if run == ("eval", "a rank") else run for run in RUNS]
 
 
 @pytest.mark.parametrize(("command", "name"), RUNS)

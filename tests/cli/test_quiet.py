@@ -70,12 +70,14 @@ def test_training_with_a_recipe_writes_named_figures_and_nothing_else(folder):
     assert f"{first['eval_nll']:.4g}" in lines[7].split()
 
 
+@pytest.mark.slow
 def test_generating_writes_two_lines_about_itself(folder):
     out, err = run(["generate", "--model", "model", "--max_new_tokens", "2", "w1"], folder)
     assert len(out.splitlines()) == 1
     assert re.fullmatch(r"device cpu, .*\n2 tokens in .*\n", err), err
 
 
+@pytest.mark.slow
 def test_preprocessing_and_a_dry_run_write_no_bars(folder):
     data = ["--model", "model", "--dataset_args", "chat.jsonl"]
     _, err = run(["preprocess", *data, "--output_dir", "data/chat"], folder)

@@ -60,6 +60,7 @@ def test_a_cache_serves_the_same_settings_and_no_others(tmp_path, monkeypatch):
     assert evaluate("other", *cached, "--steps", "1") == 1
 
 
+@pytest.mark.slow
 def test_requests_of_other_lengths_are_not_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEMDLM_CACHE", str(tmp_path / "cache"))
@@ -89,6 +90,7 @@ def test_other_lengths_are_refused(given):
         parse_lengths(given)
 
 
+@pytest.mark.slow
 def test_a_mistyped_task_is_guessed(capsys):
     assert main(["eval", "--model", MODEL, "--tasks", "memdlm_kvv"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]

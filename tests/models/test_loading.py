@@ -148,7 +148,7 @@ def test_tensor_names_decide_where_the_configuration_says_nothing(family, tmp_pa
     assert type(model_skeleton(tmp_path)) is type(model)
 
 
-@all_saved("lladamoe", "llada2", "llada")
+@all_saved("lladamoe", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llada2", "llada")))
 def test_several_shards_load_in_a_fresh_process_by_folder_name(saved, tmp_path):
     _, model, _ = saved
     folder = tmp_path / "sharded"

@@ -131,7 +131,7 @@ DECODED = {
 }
 
 
-@families("dream", "sdar")
+@families("dream", "sdar", "llada_switches", "small", "small_windowed")
 @pytest.mark.parametrize("name", DECODED)
 @pytest.mark.parametrize("has_memory", [False, True], ids=["bare", "memory"])
 def test_decoding(family, name, has_memory):
