@@ -22,7 +22,7 @@ def die(*args, **kwargs):
 def arm(place, at):
     """Replace a function by one that kills the process at optimizer step `at`."""
     owner, name = {
-        "in a step": (ours.MemDLMTrainer, "_score"),
+        "in a step": (ours.MemDLMTrainer, "compute_loss"),
         "before the optimizer is saved": (Trainer, "_save_optimizer_and_scheduler"),
         "before the state is saved": (Trainer, "_save_rng_state"),
     }.get(place, (None, None))

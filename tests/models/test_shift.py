@@ -166,8 +166,7 @@ def test_what_a_shift_excludes_is_refused_by_the_familys_name(option, message):
     decoder = Decoder(tiny("dream"), words(), GenerationConfig(max_new_tokens=2, **option))
     with pytest.raises(ConfigError, match=message):
         decoder.generate(["w1"])
-    assert not decoder.is_cacheable
-    assert decoder.caching(None) is decoder
+    assert decoder.caching(None) is decoder, "the whole canvas is seen: nothing of a prompt can be kept"
 
 
 def test_the_outer_loss_is_that_of_the_shifted_logits():

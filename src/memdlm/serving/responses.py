@@ -1,5 +1,6 @@
 """A response while it is decoded: its canvas, which of its tokens are final, and how it ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -115,9 +116,8 @@ class Running:
         if not self.request.stop:
             return None
         text = self.text()
-        places = [text.find(stop) for stop in self.request.stop]
-        found = [place for place in places if place >= 0]
-        return text[: min(found)] if found else None
+        end = end_before(text, self.request.stop)
+        return None if end is None else text[:end]
 
     def text(self) -> str:
         """Return the text of the settled tokens."""
@@ -145,3 +145,12 @@ class Running:
             seconds_waiting=waiting,
             seconds_running=running,
         )
+
+
+def end_before(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the stop text begins that is complete first in `text`, of several the longest; None without any.
+
+    The answer is then the same however many tokens settle at once.
+    """
+    found = [(place + len(stop), place) for stop in stops if (place := text.find(stop)) >= 0]
+    return min(found)[1] if found else None

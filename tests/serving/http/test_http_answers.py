@@ -238,8 +238,11 @@ BYTES = bytes_tokenizer()
 )
 def test_a_growing_text_is_never_taken_back(text, stops, data):
     ids = BYTES(text, add_special_tokens=False)["input_ids"]
-    places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    whole = text[: min(places)] if places else text
+    whole = text
+    for end in range(len(text) + 1):  # as if one character came after the other
+        if complete := [stop for stop in stops if text[:end].endswith(stop)]:
+            whole = text[: end - max(map(len, complete))]
+            break
     unfolding, seen, start = Unfolding(BYTES, (999,), stops), "", 0
     while start < len(ids):
         size = data.draw(st.integers(1, 5))

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memdlm.serving.http.errors import ApiError
 from memdlm.serving.requests import Event
+from memdlm.serving.responses import end_before
 from memdlm.serving.tickets import Ticket
 
 T = TypeVar("T")
@@ -67,9 +68,9 @@ class Unfolding:
 
     def _safe(self) -> int:
         """Return how much of the text can no longer become part of a stop text."""
-        found = [place for stop in self.stops if (place := self._text.find(stop)) >= 0]
-        if found:
-            return min(found)
+        end = end_before(self._text, self.stops)
+        if end is not None:
+            return end
         held = 0
         for stop in self.stops:
             for size in range(min(len(stop) - 1, len(self._text)), held, -1):
