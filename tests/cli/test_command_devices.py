@@ -220,7 +220,10 @@ def test_a_named_device_that_is_not_there_is_one_line(command, inputs, tmp_path,
     assert err.startswith(f"memdlm {command}: error: device: 'cuda:0' is not there")
 
 
-@pytest.mark.parametrize("command", [name for name in LOADING if name != "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow if name == "eval" else ()) for name in LOADING if name != "demo"],
+)
 def test_the_line_is_said_once_on_standard_error_before_the_work(
     command, inputs, tmp_path, machine, monkeypatch, capsys
 ):

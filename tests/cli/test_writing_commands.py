@@ -251,7 +251,7 @@ def test_a_full_disk_ends_in_one_line_and_the_earlier_result_stays(inputs, tmp_p
     assert {name: found for name, found in after.items() if not name.endswith(".partial")} == before
 
 
-@pytest.mark.parametrize("share", [0.5, 1.5], ids=["weights", "optimizer"])
+@pytest.mark.parametrize("share", [0.5, pytest.param(1.5, marks=pytest.mark.slow)], ids=["weights", "optimizer"])
 def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_last_one(share, inputs, tmp_path):
     out = tmp_path / "run"
     assert run("train", inputs, out) == 0

@@ -97,6 +97,7 @@ def test_a_mistyped_task_is_guessed(capsys):
     assert "tasks: 'memdlm_kvv' is not known. Did you mean 'memdlm_kv'?" in line
 
 
+@pytest.mark.slow
 def test_data_that_only_the_hub_has_is_said(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

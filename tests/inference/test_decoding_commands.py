@@ -21,7 +21,7 @@ from tiny import V, tiny
 SOURCE = Path(__file__).parents[2] / "src"
 
 
-@pytest.fixture(scope="module", params=["llada", "llada2"])
+@pytest.fixture(scope="module", params=["llada2", pytest.param("llada", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     model = tiny(request.param)

@@ -105,7 +105,7 @@ LENGTHS = st.lists(st.integers(1, 14), min_size=1, max_size=4)
         *(pytest.param(f, marks=pytest.mark.slow) for f in ("llada", "lladamoe", "small_windowed", "sdar", "dream")),
     ],
 )
-@settings(max_examples=15, **DRAWN)
+@settings(max_examples=10, **DRAWN)
 @given(data=st.data(), lengths=LENGTHS, new=st.integers(1, 13), options=BLOCK_OPTIONS, remembers=st.booleans())
 def test_block_causal_decoding_with_the_cache_gives_the_tokens_of_recomputation(
     family, data, lengths, new, options, remembers
@@ -139,7 +139,7 @@ def test_block_causal_decoding_with_the_cache_gives_the_tokens_of_recomputation(
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-@settings(max_examples=12, **DRAWN)
+@settings(max_examples=10, **DRAWN)
 @given(
     data=st.data(),
     lengths=LENGTHS,

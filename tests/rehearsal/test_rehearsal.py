@@ -88,7 +88,7 @@ def test_a_forward_pass(family, dtype):
     assert waits == {}
 
 
-@families("sdar")
+@families("sdar", "small", "small_windowed", "llada_switches")
 @pytest.mark.parametrize(
     "options",
     [

@@ -234,6 +234,7 @@ def test_an_interrupt_in_the_first_panel_leaves_what_is_finished(tmp_path, monke
     assert report["models"] == []
 
 
+@pytest.mark.slow
 def test_an_interrupt_does_not_replace_an_earlier_report(tmp_path, monkeypatch):
     with output_folder(tmp_path, DEMO, overwrite=False) as output, output.replaced() as folder:
         (folder / "report.json").write_text("earlier")
