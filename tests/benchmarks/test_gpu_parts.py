@@ -191,6 +191,7 @@ def ended(out, *parts):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_part_runs_from_beginning_to_end_and_no_second_time(tmp_path):
     ended(tmp_path, "writes")
     rows = json.loads((tmp_path / "cpu" / "writes.json").read_text())["rows"]

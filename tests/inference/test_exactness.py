@@ -16,7 +16,7 @@ from memdlm.inference.canvas import edit_for, reveal_for
 from memdlm.inference.views import Asked, Blocks, FinishedBlocks, UpToBlock, WholeRows
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, Full, ModelDenoiser
-from tiny import CONFIGS, V, rng, tiny
+from tiny import CONFIGS, V, families, rng, tiny
 
 FIRST_WORD = 5
 DRAWN = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
@@ -138,7 +138,7 @@ def test_block_causal_decoding_with_the_cache_gives_the_tokens_of_recomputation(
     assert cached.unresolved == 0
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@families("small", "small_windowed", "llada_switches")
 @settings(max_examples=10, **DRAWN)
 @given(
     data=st.data(),

@@ -60,7 +60,7 @@ def states(memory, ids, draw):
 
 
 @families("sdar", "small", "small_windowed", "llada_switches")
-@pytest.mark.parametrize("objective", ["ce", "distill", "distill_reverse"])
+@pytest.mark.parametrize("objective", ["ce", "distill", pytest.param("distill_reverse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_the_estimate_s_mean_is_the_whole_loss_and_the_whole_gradient(family, objective, per_sample):
     """For every norm (the network has no part in it), with rows that score different numbers of positions."""

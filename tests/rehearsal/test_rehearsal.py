@@ -133,7 +133,7 @@ DECODED = {
 
 @families("dream", "sdar", "llada_switches", "small", "small_windowed")
 @pytest.mark.parametrize("name", DECODED)
-@pytest.mark.parametrize("has_memory", [False, True], ids=["bare", "memory"])
+@pytest.mark.parametrize("has_memory", [pytest.param(False, marks=pytest.mark.slow), True], ids=["bare", "memory"])
 def test_decoding(family, name, has_memory):
     if name == "approximate" and family not in ("llada", "llada_switches", "lladamoe"):
         pytest.skip("kept states of a whole row are for these families alone")

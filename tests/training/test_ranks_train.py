@@ -156,6 +156,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_ranks_with_different_numbers_of_rows_know_each_other_s(tmp_path):
     run_two(["-c", GATHERING, tmp_path])
     for rank in range(2):

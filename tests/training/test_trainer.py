@@ -277,7 +277,8 @@ def held_out_with_memory(trainer, rows):
     return nats / count
 
 
-@pytest.mark.parametrize("source", ["prompt", pytest.param("response", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["prompt", "response"])
 def test_only_a_memory_written_from_the_response_beats_the_entropy_of_random_tokens(source, tmp_path):
     """i.i.d. uniform tokens over V = 32: prompt-written memory must not, the published recipe does, go below ln 32."""
     vocabulary = V + 2  # the mask and the padding are never drawn

@@ -161,6 +161,7 @@ def test_the_panels_checkpoint_loads_with_the_memory_it_learned(finished):
     assert found == next(row for row in report["recall"]["accuracy"] if keys.items() <= row.items())["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(finished, tmp_path):
     torch.rand(3)
     again = run_demo(PLAN, tmp_path, quiet(), "memdlm demo")

@@ -91,8 +91,7 @@ def test_the_stock_networks_are_the_published_ones(family):
     [
         *((family, "lora") for family in FAMILIES if FAMILIES[family] != STATES),
         *(pytest.param(family, "lora", marks=pytest.mark.slow) for family in FAMILIES if FAMILIES[family] == STATES),
-        ("lladamoe", "compressed"),
-        pytest.param("lladamoe", "full", marks=pytest.mark.slow),
+        *(pytest.param("lladamoe", kind, marks=pytest.mark.slow) for kind in ("full", "compressed")),
     ],
 )
 def test_peft_and_a_merged_checkpoint_compute_what_the_memory_does(family, kind, tmp_path, capsys):
