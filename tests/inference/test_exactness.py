@@ -16,7 +16,7 @@ from memdlm.inference.canvas import edit_for, reveal_for
 from memdlm.inference.views import Asked, Blocks, FinishedBlocks, UpToBlock, WholeRows
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import BlockCausal, Full, ModelDenoiser
-from tiny import CONFIGS, V, families, rng, tiny
+from tiny import V, families, rng, tiny
 
 FIRST_WORD = 5
 DRAWN = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
