@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from typing import final
 
@@ -127,8 +127,10 @@ class Decoder:
         other = copy.copy(self)
         for name, value in (("config", config), ("memory", None), ("prompt_cache", None)):
             object.__setattr__(other, name, value)
-        for name in ("pattern", "conventions", "options", "sampler", "stops"):
-            other.__dict__.pop(name, None)
+        # What was derived from the options is derived anew; the special tokens are the tokenizer's.
+        kept = {field.name for field in fields(self)} | {"special"}
+        for name in other.__dict__.keys() - kept:
+            del other.__dict__[name]
         return other
 
     def caching(self, memory: ParametricMemory | None) -> "Decoder":
@@ -178,6 +180,11 @@ class Decoder:
         """The tokens with the first of which a response ends."""
         ends = self.special.ends if self.conventions.ends_with_turn else (self.special.eos,)
         return (*ends, *self.config.stop_tokens)
+
+    @cached_property
+    def text_ends(self) -> tuple[int, ...]:
+        """The tokens before the first of which the text of a response ends."""
+        return (*self.special.ends, *self.config.stop_tokens)
 
     @property
     def is_cacheable(self) -> bool:
@@ -302,7 +309,7 @@ class Job:
             if not self.infills and bool(is_end.any()):
                 response = response[: int(is_end.int().argmax()) + 1]
             sequences.append(torch.cat((row[:start], response)))
-            shown = response if self.infills else visible(response, (*special.ends, *self.decoder.config.stop_tokens))
+            shown = response if self.infills else visible(response, self.decoder.text_ends)
             texts.append(decode(shown, skip_special_tokens=True))
             tokens += response.numel()
             unresolved += int((response == special.mask).sum())

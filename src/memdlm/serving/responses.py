@@ -98,16 +98,16 @@ class Running:
 
         Where committed tokens may be edited, the block that is being filled is not final.
         """
-        special, canvas = self.job.decoder.special, self.job.canvas
+        mask, stops, canvas = self.job.decoder.special.mask, self.job.decoder.stops, self.job.canvas
         first, last = int(canvas.prompt_lengths[0]), int(canvas.response_ends[0])
         if self.filling.edit is not None and self.wanted is not None:
             here = canvas.blocks[self.filling.block][0]
             last = min(last, int(here.int().argmax()))
         response: list[int] = self.filling.ids[0, first:last].tolist()
         for end, token in enumerate(response):
-            if token == special.mask:
+            if token == mask:
                 return response[:end]
-            if token == special.eos:
+            if token in stops:
                 return response[: end + 1]
         return response
 
@@ -121,7 +121,7 @@ class Running:
 
     def text(self) -> str:
         """Return the text of the settled tokens."""
-        ids = visible(torch.tensor(self.settled, dtype=torch.int64), self.job.decoder.special.ends)
+        ids = visible(torch.tensor(self.settled, dtype=torch.int64), self.job.decoder.text_ends)
         return str(self.job.decoder.tokenizer.decode(ids, skip_special_tokens=True))
 
     def response(self, text: str | None = None) -> Response:
@@ -129,7 +129,7 @@ class Running:
         generation = self.job.result(self.filling.ids)
         prompt = self.job.rows[0]
         ids = generation.sequences[0][len(prompt) :]
-        finish = "stop" if bool((ids == self.job.decoder.special.eos).any()) else "length"
+        finish = "stop" if bool(torch.isin(ids, torch.tensor(self.job.decoder.stops)).any()) else "length"
         if text is not None:
             ids, finish = torch.tensor(self.settled, dtype=torch.int64), "text"
             generation = replace(

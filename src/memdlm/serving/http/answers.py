@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response as HttpResponse
 
 from memdlm.errors import CancelledError
+from memdlm.inference.decoder import Decoder
 from memdlm.inference.prompts import Prompt
 from memdlm.serving.http.errors import ApiError, Reply, refused
 from memdlm.serving.http.schemas import Asked, ChatRequest, CompletionRequest
@@ -24,7 +25,8 @@ from memdlm.serving.http.streams import (
     events_of,
     unless_gone,
 )
-from memdlm.serving.requests import Done, Event, Failed, Response, Settled, Stepped
+from memdlm.serving.requests import Done, Event, Failed, GenerationRequest, Response, Settled, Stepped
+from memdlm.serving.tickets import Ticket
 from memdlm.version import __version__
 
 FINGERPRINT = f"memdlm-{__version__}"
@@ -165,7 +167,7 @@ class Answer:
         decoder, shape, options = self.service.engine.decoder, self.shape, self.asked.stream_options
         has_usage = options is not None and options.include_usage
         stops = self.asked.stops
-        texts = [Unfolding(decoder.tokenizer, decoder.special.ends, stops) for _ in self.choices.tickets]
+        texts = [Unfolding(decoder.tokenizer, _text_ends(decoder, each), stops) for each in self.choices.tickets]
         results: list[Response] = []
 
         def chunk(choice: dict[str, Any], **more: Any) -> str:
@@ -233,3 +235,9 @@ def answer_routes(service: Service) -> APIRouter:
         return await _answered(request, service, Completion(), body, lambda: body.prompts)
 
     return routes
+
+
+def _text_ends(decoder: Decoder, ticket: Ticket) -> tuple[int, ...]:
+    request = ticket.request
+    assert isinstance(request, GenerationRequest)
+    return decoder.configured(request.config).text_ends

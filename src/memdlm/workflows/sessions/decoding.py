@@ -188,7 +188,7 @@ def live_text(job: Job, step: Step) -> Text:
     """Return the first row's response so far, with blanks for masked tokens."""
     tokenizer = job.decoder.tokenizer
     first, last = int(job.canvas.prompt_lengths[0]), int(job.canvas.response_ends[0])
-    row = visible(step.ids[0, first:last].cpu(), job.decoder.special.ends)
+    row = visible(step.ids[0, first:last].cpu(), job.decoder.text_ends)
     text = str(tokenizer.decode(row.tolist(), skip_special_tokens=False))
     for token in tokenizer.all_special_tokens:
         text = text.replace(str(token), OPEN if token == tokenizer.mask_token else "")
