@@ -1,4 +1,7 @@
-"""`memdlm memorize --model MODEL --file doc.txt --output doc.mem`: write documents once, keep them as memories."""
+"""`memdlm memorize --model MODEL --file doc.txt --output doc.mem`: write documents once, keep them as memories.
+
+Several processes (`accelerate launch`, `torchrun`) share the documents.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from memdlm.cli.parsing import DataclassParser
 from memdlm.memory.flags import memory_from_flags
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.memorize import Memorized, MemorizeOptions, memorize
+from memdlm.workflows.sessions.team import Team
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,13 +21,16 @@ def main(argv: Sequence[str]) -> int:
     options, flags = parser.parse(learned_defaults(argv), argv)
     memory = memory_from_flags(vars(flags), parser.given, is_on=True)
     assert memory is not None
-    count: Counter[str] = Counter()
-    for done in memorize(options, memory, Display()):
-        count["unchanged" if done.written is None else "written" if done.kept else "not kept"] += 1
+    team = Team.launched()
+    own: Counter[str] = Counter()
+    for done in memorize(options, memory, Display() if team.is_first else Display.silent(), team):
+        own["unchanged" if done.written is None else "written" if done.kept else "not kept"] += 1
         say(f"{done.place}: {described(done)}", flush=True)
         if done.written is not None:
             say(done.written.why, flush=True)
-    if count.total() > 1:
+    # All processes end alike, when the last one is done: a launcher that sees one fail stops the others.
+    count = sum(team.gathered(own), Counter())
+    if count.total() > 1 and team.is_first:
         note(", ".join(f"{number} {what}" for what, number in count.items()))
     return 1 if count["not kept"] else 0
 

@@ -24,6 +24,11 @@ class Display:
         self.seconds: dict[str, float] = {}
         """Wall-clock seconds per phase, summed."""
 
+    @staticmethod
+    def silent() -> "Display":
+        """Return a display that shows nothing, for the processes of a launch beside the first."""
+        return Display(PlainConsole(stderr=True, quiet=True))
+
     def say(self, text: str) -> None:
         """Print one message."""
         # No wrapping: rich would also break lines in a log file, at the width it assumes for a terminal.

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from memdlm.version import __version__
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.decoding import ModelOptions, OwnWords, load_parts
 from memdlm.workflows.sessions.documents import Target, earlier_memory, is_unchanged, targets_of
+from memdlm.workflows.sessions.team import Team
 from memdlm.workflows.sessions.writing import Gate, Memorizer, WrittenMemory
 
 GATES = ("none", "held_out", "written")
@@ -104,26 +106,39 @@ class _Ready:
     ids: Tensor
 
 
-def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -> Iterator[Memorized]:
+def memorize(
+    options: MemorizeOptions, config: MemoryConfig, display: Display, team: Team | None = None
+) -> Iterator[Memorized]:
     """Read the documents, write what is new or changed, measure each memory, and save it unless the gate refuses.
 
-    Yields what became of each memory as soon as it is decided: first those that are unchanged. Raises, before a model
-    is loaded, DataError for a document that cannot be read, and ConfigError when an output is taken.
+    Yields what became of each memory as soon as it is decided: first those that are unchanged. The processes of a
+    `team` share the writes, and each yields its own; the first also yields what is unchanged. Raises, before a model is
+    loaded, DataError for a document that cannot be read, and ConfigError when an output is taken.
     """
-    targets, left_out = targets_of(options.file or (), str(options.output), joined=options.joined)
-    if left_out:
-        display.say(f"{len(left_out)} files are no documents and are left out: {_some(left_out)}")
+    team = Team() if team is None else team
+    held: list[Output] = []
     with ExitStack() as stack:
-        hold = _held(targets, options, stack)
-        same = _unchanged(targets, options, config)
+
+        def begin() -> tuple[list[Target], list[Target]]:
+            targets, left_out = targets_of(options.file or (), str(options.output), joined=options.joined)
+            if left_out:
+                display.say(f"{len(left_out)} files are no documents and are left out: {_some(left_out)}")
+            held.extend(_held(targets, options, stack))
+            return targets, _unchanged(targets, options, config)
+
+        def hold(target: Target) -> AbstractContextManager[Output]:
+            return nullcontext(held[0]) if held else output_folder(target.place, MEMORY, overwrite=True)
+
+        targets, unchanged = team.decided(begin)
         model, tokenizer = load_parts(options, display)
 
         def memory_of(config: MemoryConfig) -> ParametricMemory:
             return ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
 
         memory = memory_of(config)
-        same = _still_unchanged(memory, same, options)
-        yield from (Memorized(place=target.place, written=None) for target in same)
+        same = team.decided(lambda: _still_unchanged(memory, unchanged, options))
+        if team.is_first:
+            yield from (Memorized(place=target.place, written=None) for target in same)
         ready = [
             _Ready(target, target.ids(tokenizer, as_message=options.as_message))
             for target in targets
@@ -132,41 +147,38 @@ def memorize(options: MemorizeOptions, config: MemoryConfig, display: Display) -
         words = OwnWords(tokenizer, display.say)
         for each in ready:
             words.check([each.target.text], f"document {each.target.documents[0].path!r}")
-        together, alone = _parted(ready, config, trained_positions(model), options.batch_size)
-        done = 0
-        for batch in together:
-            yield from _written(memory, batch, (done, len(ready)), options, display, hold)
-            done += len(batch)
+        places = trained_positions(model)
+        most = min(options.batch_size, max(1, -(-len(ready) // team.size)))
+        together, alone = _parted(ready, config, places, most)
         streamed = memory
-        for each in alone:
-            places = trained_positions(model)
-            if config.chunk_length is None and places is not None:
+        if alone and config.chunk_length is None:
+            for each in alone:
                 display.say(
                     f"{len(each.ids)} tokens are written in chunks of {places}, the positions the model was trained on."
                 )
-                if streamed is memory:
-                    streamed = memory_of(dataclasses.replace(config, chunk_length=places))
-            yield from _written(streamed, [each], (done, len(ready)), options, display, hold)
-            done += 1
+            streamed = memory_of(dataclasses.replace(config, chunk_length=places))
+        batches = [*((memory, batch) for batch in together), *((streamed, [each]) for each in alone)]
+        starts = accumulate((len(batch) for _, batch in batches), initial=0)
+        for start, (writer, batch) in team.share(list(zip(starts, batches, strict=False))):
+            yield from _written(writer, batch, (start, len(ready)), options, display, hold)
 
 
 Hold = Callable[[Target], AbstractContextManager[Output]]
 
 
-def _held(targets: Sequence[Target], options: MemorizeOptions, stack: ExitStack) -> Hold:
-    """Take the outputs before the model is loaded; return what gives a target's output.
+def _held(targets: Sequence[Target], options: MemorizeOptions, stack: ExitStack) -> list[Output]:
+    """Take the outputs before the model is loaded; returns the output of a single target, which is held by itself.
 
-    A single one is held by itself. Of several, their folder is, so that no number of documents needs as many locks.
+    Of several, their folder is held, so that no number of documents needs as many locks.
     """
     if len(targets) == 1:
-        output = stack.enter_context(output_folder(targets[0].place, MEMORY, overwrite=True))
-        return lambda target: nullcontext(output)
+        return [stack.enter_context(output_folder(targets[0].place, MEMORY, overwrite=True))]
     stack.enter_context(shared_folder(str(options.output)))
     for target in targets:
         place = resolved(target.place)
         refuse_place(place, target.place, "output")
         refuse_foreign(place, MEMORY, shown=target.place)
-    return lambda target: output_folder(target.place, MEMORY, overwrite=True)
+    return []
 
 
 def _unchanged(targets: Sequence[Target], options: MemorizeOptions, config: MemoryConfig) -> list[Target]:

@@ -110,8 +110,14 @@ class Memorizer:
         with ExitStack() as stack:
             start = time.perf_counter()
             with self.display.bar(what, what, ids.shape[1]) as advance:
+                # Other processes of a launch write other documents.
                 writing = self.memory.write(
-                    ids.to(device), labels, attention_mask=mask, generator=generator, on_chunk=advance
+                    ids.to(device),
+                    labels,
+                    attention_mask=mask,
+                    generator=generator,
+                    is_alone=True,
+                    on_chunk=advance,
                 )
                 stack.enter_context(writing)
             yield time.perf_counter() - start
