@@ -1,13 +1,14 @@
 """What a memory costs where it does not help, and what else can be read out of it.
 
-    python benchmarks/study/harm.py --seeds 0 1 2
+    python benchmarks/study/harm.py --mixes 1,1,1 1,1,1,1 --seeds 0 1 2
 
-*Harm*: a model that reads from attention and from memory (the mixture of `mixture.py`, 1,1,1) is asked about a text in
-sight, while the memory of another text is open: filler, facts about other keys, other facts about the same keys. Each
-is written without a gate and with the gates of `memdlm memorize`; where a gate refuses, the bare model answers.
-*Exposure*: the memory of a document that is gone (`closed_book`) is read by prompts that were not meant for it: a text
-of nothing but masks, and a question about every key there is. Rows are written as they are measured; seeds that the
-file already has are not run again.
+*Harm*: a model that reads from attention and from memory (the mixtures of `mixture.py`, 300 steps per kind; the fourth
+kind has the text in sight and the memory of another row) is asked about a text in sight, while the memory of another
+text is open: filler, facts about other keys, other facts about the same keys. Each is written without a gate and with
+the gates of `memdlm memorize`; where a gate refuses, the bare model answers. Its own memory alone, and both, are
+measured too. *Exposure*: the memory of a document that is gone (`closed_book`) is read by prompts that were not meant
+for it: a text of nothing but masks, and a question about every key there is. Rows are written as they are measured;
+those that the file already has are not run again.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from memdlm.data.wording import scatter
 from memdlm.evaluation import recall
 from memdlm.inference import GenerationConfig, generate, infill
 from memdlm.memory import ParametricMemory
+from memdlm.models.blocks.masks import SlidingWindow
 from memdlm.randomness import derive
 from memdlm.workflows.display import Display
 from memdlm.workflows.sessions.memorize import GATES
@@ -34,7 +36,8 @@ from memdlm.workflows.sessions.writing import Gate, Memorizer
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_data, train_arm
 
-MIX, REACH = "1,1,1", 4
+REACH, STEPS_PER_KIND = 4, 300
+SKILLS = {"memory alone": (True, SlidingWindow(REACH)), "text alone": (False, None), "both": (True, None)}
 
 
 def others(task: KeyValueRecall, sample: Sample, index: int, length: int) -> dict[str, str]:
@@ -88,6 +91,23 @@ def harm(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> lis
     return rows
 
 
+def skills(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> dict[str, float]:
+    """Accuracy with the text's own memory alone, with the text alone, and with both."""
+    found = {}
+    for skill, (is_on, pattern) in SKILLS.items():
+        result = recall(
+            trained.model,
+            data.tokenizer,
+            data.by_length[plan.train_length],
+            steps=plan.answer_steps,
+            seed=seed,
+            memory=trained.memory if is_on else None,
+            attention_pattern=pattern,
+        )
+        found[skill] = result.accuracy
+    return found
+
+
 class Silent(Display):
     """Shows nothing."""
 
@@ -129,25 +149,32 @@ def exposure(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) ->
     return rows
 
 
-def run(seed: int, quick: bool) -> dict[str, Any]:
-    """Train both models of a seed and measure them."""
-    sizes: dict[str, Any] = {"num_eval": 2, "steps": 4} if quick else {"num_eval": 32}
-    steps = sizes.pop("steps", 900)
+def run_harm(mix: str, seed: int, quick: bool) -> dict[str, Any]:
+    """Train the model that reads from both, and ask it beside memories of other texts."""
+    steps = 4 if quick else STEPS_PER_KIND * len(mix.split(","))
+    sizes: dict[str, Any] = {"num_eval": 2 if quick else 32}
     mixed = RecallPlan(
         **{"window": None, "steps": steps, "num_train": 16 * steps, "learning_rate": 2e-3, "times": (1,)},
         **{"training": EVEN, "schedule": ((1.0, 1),)},
         **sizes,
     )
-    config = dataclasses.replace(arms(mixed)[OURS], batch_mix=MIX, batch_reach=REACH)
+    config = dataclasses.replace(arms(mixed)[OURS], batch_mix=mix, batch_reach=REACH)
     data = recall_data(mixed)
-    found = {"seed": seed, "harm": harm(mixed, data, train_arm(mixed, data, config, seed), seed)}
-    gone = closed_book(times=(1,), **sizes, **({"steps": steps} if quick else {}))
+    trained = train_arm(mixed, data, config, seed)
+    found = {"seed": seed, "mix": mix, "steps": steps, "skills": skills(mixed, data, trained, seed)}
+    return found | {"harm": harm(mixed, data, trained, seed)}
+
+
+def run_exposure(seed: int, quick: bool) -> dict[str, Any]:
+    """Train the model whose document is gone, and read its memories."""
+    gone = closed_book(times=(1,), **({"num_eval": 2, "steps": 4} if quick else {"num_eval": 32}))
     data = recall_data(gone)
-    return found | {"exposure": exposure(gone, data, train_arm(gone, data, arms(gone)[OURS], seed), seed)}
+    return {"seed": seed, "exposure": exposure(gone, data, train_arm(gone, data, arms(gone)[OURS], seed), seed)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mixes", nargs="+", default=["1,1,1", "1,1,1,1"], help="of the models asked beside a text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/harm.json"))
@@ -155,20 +182,33 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = Rows(arguments.out)
     for seed in arguments.seeds:
-        if not rows.where(seed=seed):
-            rows.add(run(seed, arguments.smoke))
-    print(markdown(rows.where()))
+        for mix in arguments.mixes:
+            if not rows.where(seed=seed, mix=mix):
+                rows.add(run_harm(mix, seed, arguments.smoke))
+        if not any("exposure" in row for row in rows.where(seed=seed)):
+            rows.add(run_exposure(seed, arguments.smoke))
+    for mix in arguments.mixes:
+        print(harm_table(mix, rows.where(mix=mix)), "\n")
+    print(exposure_table([row for row in rows.where() if "exposure" in row]))
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return both tables, every seed shown."""
-    out = ["| memory of | gate | kept | accuracy about a text in sight |", "|---" * 4 + "|"]
+def harm_table(mix: str, rows: list[dict[str, Any]]) -> str:
+    """Return the accuracies of one mixture, every seed shown."""
+    out = [f"| {mix}: memory of | gate | kept | accuracy about a text in sight |", "|---" * 4 + "|"]
+    # The first rows of the mixture 1,1,1 were measured without; mixture.json has its skills.
+    for skill in SKILLS if all("skills" in row for row in rows) else ():
+        out.append(f"| the same text | {skill} | | " + ", ".join(f"{row['skills'][skill]:.3f}" for row in rows) + " |")
     for index, first in enumerate(rows[0]["harm"]):
         own = [row["harm"][index] for row in rows]
         kept = ", ".join(f"{each['kept']} of {each['texts']}" for each in own)
         accuracy = ", ".join(f"{each['accuracy']:.3f}" for each in own)
         out.append(f"| {first['memory of']} | {first['gate']} | {kept} | {accuracy} |")
-    out += ["", "| memory | pairs in masked text | pairs by asking every key | claims about keys that have none |"]
+    return "\n".join(out)
+
+
+def exposure_table(rows: list[dict[str, Any]]) -> str:
+    """Return what memories give away, every seed shown."""
+    out = ["| memory | pairs in masked text | pairs by asking every key | claims about keys that have none |"]
     out.append("|---" * 4 + "|")
     for index, first in enumerate(rows[0]["exposure"]):
         own = [row["exposure"][index] for row in rows]

@@ -10,12 +10,14 @@ from memdlm.data import Collator
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models.blocks.masks import BlockCausal, Full, SlidingWindow
+from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments
+from memdlm.training.noise import TIMES, UNIFORM, WRITE
 from memdlm.training.trainer import BARE_EVERY
 from tiny import MASK, PAD, random_ids, rng, tiny
 
 CONFIG = MemoryConfig.recall(inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, strides=2)
-MIXED = dataclasses.replace(CONFIG, batch_mix="1,1,1", batch_reach=2)
+MIXED = dataclasses.replace(CONFIG, batch_mix="1,1,1,1", batch_reach=2)
 
 
 def trainer_of(folder, config, **options):
@@ -29,9 +31,8 @@ def trainer_of(folder, config, **options):
         disable_tqdm=True,
         dataloader_pin_memory=False,
         save_strategy="no",
-        per_device_train_batch_size=4,
         mem_enabled=True,
-        **{"max_steps": 9, **memory, **options},
+        **{"per_device_train_batch_size": 4, "max_steps": 9, **memory, **options},
     )
     model = tiny("small", torch.float64)
     return MemDLMTrainer(
@@ -53,13 +54,36 @@ def test_shares_choose_what_a_step_trains_with(tmp_path):
     always = gradients(tmp_path, CONFIG)
     for one, other in zip(both[0] + both[1], [*always[0], *always[1]], strict=True):
         assert_close(one, other, rtol=0, atol=0)
-    text = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="0,2,0"))
+    text = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="0,2,0,0"))
     without = gradients(tmp_path, dataclasses.replace(CONFIG, outer_mix=1.0))
     assert_close(text[0], without[0], rtol=0, atol=0)
     assert all(gradient is None for gradient in text[1]), "nothing is written"
     alone = gradients(tmp_path, dataclasses.replace(MIXED, batch_mix="1,0,0"))
     assert any(not torch.allclose(one, other) for one, other in zip(alone[0], both[0], strict=True))
     assert all(gradient.any() for gradient in alone[1][:2])
+
+
+def test_the_memory_of_the_next_row_is_read(tmp_path):
+    """The loss with it is that of a batch whose prompts are written, and then read, one row further on."""
+    trainer = trainer_of(tmp_path, dataclasses.replace(MIXED, batch_mix="0,0,0,1"))
+    (inputs,), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    batch = trainer.objective.noised(inputs, inputs[TIMES], inputs[UNIFORM])
+    keys = [derive(key) for key in inputs[WRITE]]
+
+    def bound(ids):
+        with trainer.memory.write(ids, generator=list(map(torch.Generator.clone_state, keys))):
+            return trainer.objective.score(trainer.model, batch).bound
+
+    prompts = batch.clean[:, :8]
+    own, other = (bound(prompts.roll(shift, 0)) for shift in (0, -1))
+    assert not torch.allclose(own, other)
+    found = []
+    for is_of_next_row in (False, True):
+        rows = list(map(torch.Generator.clone_state, keys))
+        with trainer._written(batch, rows, is_of_next_row=is_of_next_row):
+            found.append(trainer.objective.score(trainer.model, batch).bound)
+    assert_close(found[0], own, rtol=1e-12, atol=0)
+    assert_close(found[1], other, rtol=1e-12, atol=0)
 
 
 def test_a_reach_hides_what_lies_further():
@@ -79,16 +103,18 @@ def test_a_mixed_run_shows_its_losses_apart_and_draws_the_same_modes_again(tmp_p
     for _ in range(2):
         trainer = trainer_of(tmp_path, MIXED, logging_steps=1)
         modes = []
-        for step in range(60):
+        for step in range(100):
             trainer.state.global_step = step
             modes.append(trainer._mode()[0])
         assert {modes.count(mode) > 10 for mode in set(modes)} == {True}
-        assert len(set(modes)) == 3
+        assert len(set(modes)) == 4
         trainer.state.global_step = 0
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        names = ["nll_memory" in entry for entry in history], ["nll_memory_alone" in entry for entry in history]
-        assert names == ([m == "both" for m in modes[:9]], [m == "memory alone" for m in modes[:9]])
+        names = {"nll_memory": "both", "nll_memory_alone": "memory alone", "nll_memory_other": "another row's memory"}
+        for name, mode in names.items():
+            assert [name in entry for entry in history] == [each == mode for each in modes[:9]]
+        assert set(modes[:9]) == {*names.values(), "text alone"}
         assert ["nll" in entry for entry in history] == [
             mode == "text alone" or step % BARE_EVERY == 0 for step, mode in enumerate(modes[:9])
         ]
@@ -102,6 +128,8 @@ def test_a_mixed_run_shows_its_losses_apart_and_draws_the_same_modes_again(tmp_p
         ({"batch_mix": "1,1,1"}, "mem_batch_mix='1,1,1' and mem_batch_reach=None belong together"),
         ({"batch_reach": 4}, "mem_batch_mix=None and mem_batch_reach=4 belong together"),
         ({"batch_mix": "1,1", "batch_reach": 4}, r"three shares \(memory alone, text alone, both\).*got '1,1'"),
+        ({"batch_mix": "1,1,1,1,1", "batch_reach": 4}, "got '1,1,1,1,1'"),
+        ({"batch_mix": "1,1,1,1", "batch_reach": 4, "per_sample": False}, "no effect with mem_per_sample=False"),
         ({"batch_mix": "0,0,0", "batch_reach": 4}, "got '0,0,0'"),
         ({"batch_mix": "1,x,0", "batch_reach": 4}, "got '1,x,0'"),
         ({"batch_mix": "1,-1,2", "batch_reach": 4}, "got '1,-1,2'"),
@@ -112,6 +140,11 @@ def test_a_mixed_run_shows_its_losses_apart_and_draws_the_same_modes_again(tmp_p
 def test_a_mix_that_means_nothing_is_refused(options, match):
     with pytest.raises(ConfigError, match=match):
         MemoryConfig.recall(**options)
+
+
+def test_one_row_has_no_other(tmp_path):
+    with pytest.raises(ConfigError, match="mem_batch_mix='1,1,1,1' and per_device_train_batch_size=1"):
+        trainer_of(tmp_path, MIXED, per_device_train_batch_size=1)
 
 
 def test_a_write_under_the_mask_of_decoding_is_block_causal():

@@ -281,8 +281,8 @@ class OuterConfig(_Options):
     write_gate_lr: float = option(0.1, "Outer learning rate of the write gate.", above=0, maximum=1e6)
     batch_mix: str | None = option(
         None,
-        "Shares of the optimizer steps that train with memory only, with visible text only, and with both, "
-        "such as 1,1,1; unset: always both.",
+        "Shares of the optimizer steps that train with memory only, with visible text only, with both, and (a fourth "
+        "share) with the text and the memory of another row, such as 1,1,1,1; unset: always both.",
     )
     batch_reach: int | None = option(
         None, "In steps with memory only: how many tokens to either side attention sees.", minimum=0, maximum=2**24
@@ -306,21 +306,21 @@ class OuterConfig(_Options):
             )
 
     @property
-    def batch_shares(self) -> tuple[float, float, float] | None:
-        """`batch_mix` as shares that sum to 1: memory alone, text alone, both; None: always both."""
+    def batch_shares(self) -> tuple[float, float, float, float] | None:
+        """`batch_mix` as shares that sum to 1: memory alone, text alone, both, another's memory; None: always both."""
         if self.batch_mix is None:
             return None
         try:
             numbers = [float(part) for part in self.batch_mix.split(",")]
         except ValueError:
             numbers = []
-        if len(numbers) != 3 or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
+        if len(numbers) not in (3, 4) or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
             raise ConfigError(
-                "mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, got "
-                f"{self.batch_mix!r}."
+                "mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, or four (the last: "
+                f"text with the memory of another row) such as 1,1,1,1, got {self.batch_mix!r}."
             )
-        alone, text, both = (number / sum(numbers) for number in numbers)
-        return alone, text, both
+        alone, text, both, other = (number / sum(numbers) for number in [*numbers, 0.0][:4])
+        return alone, text, both, other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +351,11 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
             raise ConfigError(
                 f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
                 "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
+            )
+        if self.batch_shares is not None and self.batch_shares[3] and self.per_sample is False:
+            raise ConfigError(
+                f"mem_batch_mix={self.batch_mix!r} has no effect with mem_per_sample=False: all rows of a batch read "
+                "one memory, and no row reads another's. Set mem_per_sample=True, or leave the fourth share out."
             )
         if self.batch_mix is not None and self.attention not in (None, "full"):
             raise ConfigError(

@@ -242,6 +242,13 @@ class TrainingArguments(_Flags):
                 "not combined with block diffusion. Leave one of them out."
             )
 
+        shares = None if self.memory is None else self.memory.batch_shares
+        if shares is not None and shares[3] and self.per_device_train_batch_size == 1:
+            raise ConfigError(
+                f"mem_batch_mix={self.mem_batch_mix!r} and per_device_train_batch_size=1: no other row's memory is "
+                "there to be read. Use batches of two rows or more, or leave the fourth share out."
+            )
+
     def _memory(self) -> MemoryConfig | None:
         flags: dict[str, Any] = {name: getattr(self, name) for name in DEFAULTS}
         said = unusual(flags)

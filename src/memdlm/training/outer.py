@@ -179,15 +179,21 @@ def memory_of(
     is_alone: bool = False,
     is_read_at_anchor: bool = True,
     attention_pattern: AttentionPattern | None = None,
+    is_of_next_row: bool = False,
 ) -> AbstractContextManager[Written]:
     """Write the part of the batch that `mem_write_source` names; yield the write's record, with the memory open.
 
-    With `mem_sync_inner` all ranks take part, unless the write `is_alone`. Block diffusion does not read the anchor's
-    lower blocks (`is_read_at_anchor`).
+    With `is_of_next_row`, a row reads the memory of the row after it, and the last one that of the first; not with
+    `mem_write_source=response`, whose memories belong to their row's noise. With `mem_sync_inner` all ranks take part,
+    unless the write `is_alone`. Block diffusion does not read the anchor's lower blocks (`is_read_at_anchor`).
     """
     is_own = memory.config.write_source == "response"
+    shift = -1 if is_of_next_row else 0
+    ids, labels, mask = _written_part(memory, batch, pad_token_id)
     return memory.write(
-        *_written_part(memory, batch, pad_token_id),
+        ids.roll(shift, 0),
+        labels.roll(shift, 0),
+        None if mask is None else mask.roll(shift, 0),
         randomness,
         anchor=batch.noised if is_own else None,
         is_padding=batch.is_padding if is_own else None,

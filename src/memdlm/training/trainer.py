@@ -29,8 +29,9 @@ from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_columns, row_m
 
 logger = logging.getLogger(__name__)
 
-ALONE, TEXT, BOTH = "memory alone", "text alone", "both"
+ALONE, TEXT, BOTH, OTHER = "memory alone", "text alone", "both", "another row's memory"
 """What an optimizer step trains with."""
+_NAMES = {ALONE: "nll_memory_alone", BOTH: "nll_memory", OTHER: "nll_memory_other"}
 BARE_EVERY = 8
 """At most one in this many optimizer steps makes a pass without memory for the log alone, a fifth more work."""
 TOKENS, ROWS = "step_tokens", "step_rows"
@@ -42,14 +43,14 @@ class MemDLMTrainer(GuardedTrainer):
 
     It logs, besides transformers' own metrics and all per maskable token: `nll` and `ppl`, the bound without memory;
     `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on the steps of `mem_batch_mix`
-    that see no further than `mem_batch_reach`). With the published `mem_write_source=response` the memory has seen the
-    labels it is scored on: compare models by `nll`, never by `nll_memory`. While memory is on, training measures `nll`
-    only on logged steps, and at most once in `BARE_EVERY` steps, over all rows of the step; with more frequent logging
-    some logs lack it. Evaluation noise is the same at every evaluation, and independent of training noise. `nll_t0.2`,
-    `nll_t0.4`, ... are `nll` by time. With memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (before each inner
-    update), and `fast_norm`. `grad_norm` is that of the outer gradient alone. With soft-masking, training logs
-    `nll_soft` instead of `nll`: rows that see a first pass's predictions give no bound. Evaluation shows no predictions
-    and logs `nll`, a bound.
+    that see no further than `mem_batch_reach`, `nll_memory_other` on those that read the memory of the next row).
+    With the published `mem_write_source=response` the memory has seen the labels it is scored on: compare models by
+    `nll`, never by `nll_memory`. While memory is on, training measures `nll` only on logged steps, and at most once
+    in `BARE_EVERY` steps, over all rows of the step; with more frequent logging some logs lack it. Evaluation noise
+    is the same at every evaluation, and independent of training noise. `nll_t0.2`, `nll_t0.4`, ... are `nll` by
+    time. With memory: `inner_loss_1`, ... and `inner_grad_norm_1`, ... (before each inner update), and `fast_norm`.
+    `grad_norm` is that of the outer gradient alone. With soft-masking, training logs `nll_soft` instead of `nll`:
+    rows that see a first pass's predictions give no bound. Evaluation shows no predictions and logs `nll`, a bound.
 
     `processing_class` is the tokenizer; `mask_token_id` overrides its mask token. Raises ConfigError when both are
     missing.
@@ -239,11 +240,10 @@ class MemDLMTrainer(GuardedTrainer):
         if self.memory is None:
             raise AssertionError("without memory, mix is 1")
         rows = [derive(key) for key in inputs[WRITE]]
-        self._count_write(self._open.enter_context(self._written(batch, rows, pattern)))
+        written = self._written(batch, rows, pattern, is_of_next_row=mode == OTHER)
+        self._count_write(self._open.enter_context(written))
         lost = self.objective.score(model, batch, self.memory.lower_layers, pattern, totals=totals)
-        self._means.add(
-            "nll_memory_alone" if mode == ALONE else "nll_memory", lost.bound.double().sum(), lost.counts.sum()
-        )
+        self._means.add(_NAMES[mode], lost.bound.double().sum(), lost.counts.sum())
         return loss + (1 - mix) * lost.loss
 
     def _mode(self) -> tuple[str, AttentionPattern | None]:
@@ -251,9 +251,10 @@ class MemDLMTrainer(GuardedTrainer):
         config = None if self.memory is None else self.memory.config
         if config is None or config.batch_shares is None or config.batch_reach is None:
             return BOTH, None
-        alone, text, _ = config.batch_shares
+        alone, text, both, _ = config.batch_shares
         drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
-        mode = ALONE if drawn < alone else TEXT if drawn < alone + text else BOTH
+        ends = ((ALONE, alone), (TEXT, alone + text), (BOTH, alone + text + both))
+        mode = next((mode for mode, end in ends if drawn < end), OTHER if config.batch_shares[3] else BOTH)
         return mode, SlidingWindow(config.batch_reach) if mode == ALONE else None
 
     @contextmanager
@@ -307,6 +308,7 @@ class MemDLMTrainer(GuardedTrainer):
         attention_pattern: AttentionPattern | None = None,
         *,
         is_alone: bool = False,
+        is_of_next_row: bool = False,
     ) -> Any:
         if self.memory is None:
             raise AssertionError("only called while memory is on")
@@ -318,6 +320,7 @@ class MemDLMTrainer(GuardedTrainer):
             is_alone=is_alone,
             is_read_at_anchor=self.args.block_size is None,
             attention_pattern=attention_pattern,
+            is_of_next_row=is_of_next_row,
         )
 
     # Logging --------------------------------------------------------------------------------------------------
