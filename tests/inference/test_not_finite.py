@@ -196,7 +196,7 @@ def test_lists_and_temperatures_are_checked_too(options):
 
 
 @pytest.mark.parametrize(
-    "mix", ["nan,1,1", "inf,1,1", "1,1", "1,1,1,1", "1e400,1,1", "1e308,1e308,1", "a,b,c", "0,0,0"]
+    "mix", ["nan,1,1", "inf,1,1", "1,1", "1,1,1,1,1", "1e400,1,1", "1e308,1e308,1", "a,b,c", "0,0,0"]
 )
 def test_shares_are_numbers(mix):
     with pytest.raises(ConfigError, match="mem_batch_mix"):

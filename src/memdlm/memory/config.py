@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from memdlm.diffusion.losses import NORMS, WEIGHTINGS
 from memdlm.errors import ConfigError
 from memdlm.memory.adapters import ADAPTERS, Adapter
+from memdlm.memory.batch_mix import BatchShares, parse_shares
 from memdlm.memory.inner_loop import LocalSGD
 from memdlm.memory.objectives import HIDDEN_TYPES, OBJECTIVES, Objective
 from memdlm.memory.outer_gradient import OUTER_GRADIENTS
@@ -306,21 +307,9 @@ class OuterConfig(_Options):
             )
 
     @property
-    def batch_shares(self) -> tuple[float, float, float, float] | None:
-        """`batch_mix` as shares that sum to 1: memory alone, text alone, both, another's memory; None: always both."""
-        if self.batch_mix is None:
-            return None
-        try:
-            numbers = [float(part) for part in self.batch_mix.split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) not in (3, 4) or not all(0 <= number <= 1e6 for number in numbers) or not sum(numbers):
-            raise ConfigError(
-                "mem_batch_mix must be three shares (memory alone, text alone, both) such as 1,1,1, or four (the last: "
-                f"text with the memory of another row) such as 1,1,1,1, got {self.batch_mix!r}."
-            )
-        alone, text, both, other = (number / sum(numbers) for number in [*numbers, 0.0][:4])
-        return alone, text, both, other
+    def batch_shares(self) -> BatchShares | None:
+        """`batch_mix` as shares; None: always both."""
+        return None if self.batch_mix is None else parse_shares(self.batch_mix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +341,7 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
                 f"mem_outer_gradient={self.outer_gradient!r} is not taken through sums over ranks; set "
                 "mem_sync_inner=False (each rank writes its own batch), or mem_outer_gradient=first_order."
             )
-        if self.batch_shares is not None and self.batch_shares[3] and self.per_sample is False:
+        if self.batch_shares is not None and self.batch_shares.other and self.per_sample is False:
             raise ConfigError(
                 f"mem_batch_mix={self.batch_mix!r} has no effect with mem_per_sample=False: all rows of a batch read "
                 "one memory, and no row reads another's. Set mem_per_sample=True, or leave the fourth share out."

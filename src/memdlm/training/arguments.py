@@ -243,7 +243,7 @@ class TrainingArguments(_Flags):
             )
 
         shares = None if self.memory is None else self.memory.batch_shares
-        if shares is not None and shares[3] and self.per_device_train_batch_size == 1:
+        if shares is not None and shares.other and self.per_device_train_batch_size == 1:
             raise ConfigError(
                 f"mem_batch_mix={self.mem_batch_mix!r} and per_device_train_batch_size=1: no other row's memory is "
                 "there to be read. Use batches of two rows or more, or leave the fourth share out."

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_columns, row_m
 
 logger = logging.getLogger(__name__)
 
-ALONE, TEXT, BOTH, OTHER = "memory alone", "text alone", "both", "another row's memory"
-"""What an optimizer step trains with."""
+MODES = ALONE, TEXT, BOTH, OTHER = "memory alone", "text alone", "both", "another row's memory"
+"""What an optimizer step trains with, in the order of `BatchShares`."""
 _NAMES = {ALONE: "nll_memory_alone", BOTH: "nll_memory", OTHER: "nll_memory_other"}
 BARE_EVERY = 8
 """At most one in this many optimizer steps makes a pass without memory for the log alone, a fifth more work."""
@@ -251,10 +252,11 @@ class MemDLMTrainer(GuardedTrainer):
         config = None if self.memory is None else self.memory.config
         if config is None or config.batch_shares is None or config.batch_reach is None:
             return BOTH, None
-        alone, text, both, _ = config.batch_shares
         drawn = torch.rand((), generator=derive("batch mix", self.args.seed, self.state.global_step)).item()
-        ends = ((ALONE, alone), (TEXT, alone + text), (BOTH, alone + text + both))
-        mode = next((mode for mode, end in ends if drawn < end), OTHER if config.batch_shares[3] else BOTH)
+        # The last kind with a share is also drawn where the shares' sum is rounded to less than 1.
+        kinds = [(kind, share) for kind, share in zip(MODES, config.batch_shares, strict=True) if share]
+        ends = accumulate(share for _, share in kinds)
+        mode = next((kind for (kind, _), end in zip(kinds, ends, strict=True) if drawn < end), kinds[-1][0])
         return mode, SlidingWindow(config.batch_reach) if mode == ALONE else None
 
     @contextmanager
