@@ -255,6 +255,7 @@ def test_the_tokenizer_is_that_of_gpt2_with_the_mask_behind_its_last_token(where
 def test_a_tokenizer_that_cannot_be_found_or_does_not_fit_is_refused_with_the_next_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = checkpoint(tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"has no tokenizer of its own.*'gpt2'.*beside the weights"):
         load_tokenizer(folder)

@@ -46,11 +46,10 @@ class ConstantNoiseLevel(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(Conditioning(self.frequencies, width), nn.SiLU(), Conditioning(width, width))
 
-    def forward(self) -> Tensor:
-        """Return silu(mlp(e)) for the sinusoids e of 0: every cosine is 1, every sine 0."""
-        weight = self.mlp[0].weight
-        waves = torch.arange(self.frequencies, device=weight.device) < self.frequencies // 2
-        return F.silu(self.mlp(waves.to(weight.dtype)[None]))
+    def forward(self, like: Tensor) -> Tensor:
+        """Return silu(mlp(e)), in the dtype of `like`, for the sinusoids e of 0: every cosine is 1, every sine 0."""
+        waves = torch.arange(self.frequencies, device=like.device) < self.frequencies // 2
+        return F.silu(self.mlp(waves.to(like.dtype)[None]))
 
 
 class ModulatedNorm(nn.Module):
@@ -132,7 +131,7 @@ class StoredFrequencies(SelfInitialising):
     def __init__(self, width: int, theta: float) -> None:
         super().__init__()
         self.width, self.theta = width, theta
-        self.register_buffer("inv_freq", self._computed())
+        self.register_buffer("inv_freq", self._computed().to(accurate(torch.get_default_dtype())))
 
     def _computed(self) -> Tensor:
         return 1.0 / self.theta ** (torch.arange(0, self.width, 2, dtype=torch.float32) / self.width)

@@ -113,7 +113,7 @@ class Backbone(DiffusionPreTrainedModel):
         angles = self.rotary.angles(position_ids, hidden)
         if self.after_embedding is not None and start is None:
             hidden = self.after_embedding(hidden, is_visible)
-        states, condition = [hidden], self.condition()
+        states, condition = [hidden], self.condition(hidden)
         if queries is not None and start == len(self.layers):
             hidden = at(hidden, queries)
         for layer in self.layers[start:stop]:
@@ -126,8 +126,8 @@ class Backbone(DiffusionPreTrainedModel):
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
 
-    def condition(self) -> tuple[Tensor, ...]:
-        """Return what the layers and the last norm are given beside the text; by default nothing."""
+    def condition(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers and the last norm are given beside the text `hidden`; by default nothing."""
         return ()
 
     def check_pattern(self, pattern: AttentionPattern) -> None:

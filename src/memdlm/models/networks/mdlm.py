@@ -109,9 +109,9 @@ class MDLMModel(Backbone):
         self.rotary_emb = StoredFrequencies(config.head_dim, config.rope_theta)
         self.post_init()
 
-    def condition(self) -> tuple[Tensor, ...]:
+    def condition(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the condition [1, C] of the one noise level that there is."""
-        return (self.sigma_map(),)
+        return (self.sigma_map(hidden),)
 
 
 class MDLM(MaskedDiffusionLM):
