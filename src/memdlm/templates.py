@@ -92,8 +92,8 @@ def render(
     """
     if tokenizer.chat_template is None:
         raise DataError(
-            "the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model's. A base model "
-            "continues text: memdlm generate without --chat, and training on rows with a text."
+            "the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model's. A base "
+            "model continues text: memdlm generate without --chat, and training on rows with a text."
         )
     try:
         text: str = tokenizer.apply_chat_template(

@@ -1,6 +1,5 @@
 """MDLM: a reference of the published network, its files, the tokenizer that it has none of, and its sampler."""
 
-import functools
 import json
 import shutil
 

@@ -37,7 +37,8 @@ def load_tokenizer(
     Qwen-shaped families without a template get that of Qwen, and one that knows `enable_thinking` takes it for false
     unless the caller says otherwise.
     A checkpoint without a tokenizer, of a family that names where it is (MDLM: GPT-2's), gets that one, and a mask
-    token at the row that the configuration says. `eot_token` and `eot_token_id` are set if the vocabulary has the family's end of turn. For an adapter without
+    token at the row that the configuration says.
+    `eot_token` and `eot_token_id` are set if the vocabulary has the family's end of turn. For an adapter without
     a tokenizer of its own, the base model's is loaded.
 
     Raises CheckpointError when there is no tokenizer, when it has neither EOS nor PAD, when it lacks the mask token (a
@@ -80,9 +81,7 @@ def _fields_of_base(adapter: str, token: str | bool | None) -> dict[str, Any] | 
         return None
 
 
-def _open(
-    name: str, family: Family | None, revision: str | None, token: str | bool | None
-) -> PreTrainedTokenizerBase:
+def _open(name: str, family: Family | None, revision: str | None, token: str | bool | None) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `name`, or the family's if there is none."""
     source, options, advice = name, {"revision": revision}, _way_out(name)
     if family is not None and family.tokenizer is not None:
@@ -90,8 +89,8 @@ def _open(
         if not any(found[:-1]):
             source, options = family.tokenizer, {}
             advice = (
-                f" {name} has no tokenizer of its own: memdlm takes {source!r} from the hub for {family.name}. Load that "
-                f"once while the hub answers, or put its files ({', '.join(OF_TOKENIZERS)}) beside the weights."
+                f" {name} has no tokenizer of its own: memdlm takes {source!r} from the hub for {family.name}. Load "
+                f"that once while the hub answers, or put its files ({', '.join(OF_TOKENIZERS)}) beside the weights."
             )
             look_for(source)
         elif found[-1] is None or "tokenizer_class" not in _object_in(found[-1]):

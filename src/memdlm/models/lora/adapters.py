@@ -82,7 +82,8 @@ def published_name(model: nn.Module, path: str) -> str:
 def find_targets(model: PreTrainedModel, *, with_head: bool = False) -> dict[str, Target]:
     """Return what can be adapted by published name: all linear layers, experts' too, but not the output's.
 
-    `all-linear` means all of them but maps of a condition (MDLM). `with_head` adds the output's, unless it shares its weight with the embedding.
+    `all-linear` means all of them but maps of a condition (MDLM).
+    `with_head` adds the output's, unless it shares its weight with the embedding.
     """
     with_head = with_head and not getattr(model.config, "tie_word_embeddings", False)
     head = None if with_head else model.get_output_embeddings()
@@ -261,9 +262,7 @@ def _chosen(model: PreTrainedModel, targets: dict[str, Target], wanted: str) -> 
     """Return the published names that `wanted` (comma-separated leaf names or path ends, ours or published) means."""
     if wanted == ALL_LINEAR:
         return [
-            name
-            for name, target in targets.items()
-            if not isinstance(model.get_submodule(target.path), Conditioning)
+            name for name, target in targets.items() if not isinstance(model.get_submodule(target.path), Conditioning)
         ]
     ends = [part.strip() for part in wanted.split(",") if part.strip()]
     chosen, used = [], set()

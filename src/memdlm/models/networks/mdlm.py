@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memdlm.errors import CheckpointError, ConfigError
-from memdlm.models.blocks.dit import Conditioning, ConditionedNorm, ConstantNoiseLevel, DiTBlock, StoredFrequencies
+from memdlm.models.blocks.dit import ConditionedNorm, Conditioning, ConstantNoiseLevel, DiTBlock, StoredFrequencies
 from memdlm.models.blocks.published import PublishedConfig
 from memdlm.models.networks.backbone import Backbone, MaskedDiffusionLM
 
