@@ -43,6 +43,7 @@ STANDS_FOR = {
     "DREAM": "models/Dream-org/Dream-v0-Instruct-7B",
     "SDAR": "models/JetLM/SDAR-1.7B-Chat",
     "A2D": "models/dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1",
+    "kuleshov-group/mdlm-owt": "models/kuleshov-group/mdlm-owt",
     "RUN": "runs/lora",
     "ANOTHER_RUN": "runs/whole",
     "runs/ruler": "runs/lora",
@@ -86,6 +87,7 @@ PUBLISHED = {
     "Dream-org/Dream-v0-Instruct-7B": "dream",
     "JetLM/SDAR-1.7B-Chat": "sdar",
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": "a2d_qwen3",
+    "kuleshov-group/mdlm-owt": "mdlm",
 }
 DATASETS = ("Yukang/LongAlpaca-12k", "tatsu-lab/alpaca")
 
@@ -131,6 +133,7 @@ def workshop(tmp_path_factory):
     (folder / "notes").mkdir()
     (folder / "notes" / "may.md").write_text(rows[1]["messages"][0]["content"])
     (folder / "notes" / "june.txt").write_text(rows[2]["messages"][0]["content"])
+    write_jsonl([{"text": "Hugo likes tea."}] * 4, folder / "text.jsonl")
     write_jsonl([{"question": "Hugo likes", "answer": "tea"}], folder / "questions.jsonl")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|mdm_mask|>", "<|MASK|>", "<|role_end|>"]})
     for name, family in PUBLISHED.items():
@@ -138,6 +141,8 @@ def workshop(tmp_path_factory):
         config.update({"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0})
         if family == "llada":
             config.embedding_size = len(tokenizer)
+        if family == "mdlm":
+            config.mask_token_id = tokenizer.mask_token_id
         build_model(config, seed=0).save_pretrained(folder / "models" / name)
         tokenizer.save_pretrained(folder / "models" / name)
     sources(folder, tokenizer)

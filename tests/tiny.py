@@ -12,6 +12,7 @@ from memdlm.models import (
     LLaDA2MoeConfig,
     LLaDAConfig,
     LLaDAMoEConfig,
+    MDLMConfig,
     SDARConfig,
     SmallDLMConfig,
     build_model,
@@ -75,6 +76,9 @@ CONFIGS = {
         moe_layer_freq=[0, 1, 1],
         moe_router_enable_expert_bias=True,
         initializer_range=0.3,
+    ),
+    "mdlm": lambda: MDLMConfig(
+        vocab_size=V, hidden_dim=32, cond_dim=12, n_blocks=2, n_heads=4, initializer_range=0.3, adaln_zero=False
     ),
     "small": lambda: SmallDLMConfig(vocab_size=V, hidden_size=32, intermediate_size=48, initializer_range=0.3),
     "small_windowed": lambda: SmallDLMConfig(

@@ -91,7 +91,10 @@ def render(
     Raises DataError when there is no template, when it refuses the messages, and for text that cannot be encoded.
     """
     if tokenizer.chat_template is None:
-        raise DataError("the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model's.")
+        raise DataError(
+            "the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model's. A base "
+            "model continues text: memdlm generate without --chat, and training on rows with a text."
+        )
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=generation

@@ -20,8 +20,9 @@ from memdlm.errors import ConfigError
 from memdlm.inference import Decoder, GenerationConfig, PromptCache, generate, infill
 from memdlm.inference.algorithms import ALGORITHMS
 from memdlm.inference.canvas import reveal_for
-from memdlm.models import BlockCausal, Full
+from memdlm.models import BlockCausal, Full, MDLMConfig, build_model
 from memdlm.types import Denoise
+from tiny import tiny
 
 
 def decoder_of(family, **options):
@@ -287,3 +288,44 @@ def test_infilling_commits_each_rows_own_masks(family):
         same(together.sequences, [each.sequences[0] for each in alone])
     for row, done in zip(rows, together.sequences, strict=True):
         assert done[row != mask].equal(row[row != mask])
+
+
+def test_the_preset_of_mdlm_draws_from_its_published_sampler():
+    """The joint distribution of two tokens after two steps, each of which unmasks a token with probability (t - s) / t.
+
+    The last step of ours unmasks all; the published one leaves a token masked with probability eps / t = 2e-5.
+    """
+    sizes, mask, rows = tiny("mdlm").config.to_dict(), words().mask_token_id, 12000
+    model = build_model(MDLMConfig(**{**sizes, "mask_token_id": mask}), seed=0).double().eval()
+    prompt = prompts_of([3])[0]
+    config = GenerationConfig.preset("mdlm_ancestral", max_new_tokens=2, steps=2, eos_early_stop=False)
+    decoder = Decoder(model, words(), config)
+    *_, last = decoder.stream([prompt] * rows, torch.Generator().manual_seed(0))
+    found = last.ids[:, -2:] @ torch.tensor([32, 1])
+
+    def after(first, second):
+        """Log-probabilities of both tokens, given what is known of them."""
+        texts = torch.stack(torch.broadcast_tensors(*prompt, torch.as_tensor(first), torch.as_tensor(second)), -1)
+        with torch.no_grad():
+            return model(texts.view(-1, 5)).logits.softmax(-1)[:, -2:]
+
+    every, share = torch.arange(32), (1 - 1e-5) / 2
+    (both,) = after(mask, mask)
+    at_once = both[0, :, None] * both[1]
+    left_first = both[0, :, None] * after(every, mask)[:, 1]
+    right_first = both[1] * after(mask, every)[:, 0].T
+    expected = share * (1 - share) * (left_first + right_first) + (share**2 + (1 - share) ** 2) * at_once
+    counts = found.bincount(minlength=32 * 32).view(32, 32)
+
+    def surprise(expected):
+        """How many standard deviations chi squared is from its mean, over the cells that are large enough."""
+        is_large = expected * rows >= 5
+        sizes = torch.cat((expected[is_large], expected[~is_large].sum()[None])) * rows
+        seen = torch.cat((counts[is_large], counts[~is_large].sum()[None]))
+        degrees = len(sizes) - 1
+        return ((seen - sizes).square() / sizes).sum().sub(degrees) / (2 * degrees) ** 0.5
+
+    assert expected.sum() == pytest.approx(1)
+    assert surprise(expected).abs() < 2
+    assert surprise(at_once) > 5
+    assert surprise((left_first + right_first) / 2) > 5

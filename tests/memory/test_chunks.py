@@ -159,7 +159,7 @@ def test_accumulated_chunks_take_the_step_of_their_gradients_sum(family, norm, c
     assert not all(torch.allclose(a, -b) for a, b in zip(sequential, expected, strict=True))
 
 
-@families("dream", "sdar", "lladamoe", "small_windowed", "llada_switches")
+@families("dream", "sdar", "mdlm", "lladamoe", "small_windowed", "llada_switches")
 @pytest.mark.parametrize(
     "options", [{}, {"num_inner_steps": 2}, {"num_inner_epochs": 2}, {"outer_gradient": "exact_top"}]
 )

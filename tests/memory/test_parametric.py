@@ -65,7 +65,7 @@ def test_the_same_generator_writes_the_same_memory(family):
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 @pytest.mark.parametrize("adapter", sorted(ADAPTERS))
-@families("dream", "sdar", "small_windowed", "llada_switches")
+@families("dream", "sdar", "mdlm", "small_windowed", "llada_switches")
 def test_a_ragged_batch_is_written_as_one_by_one(family, strategy, objective, adapter):
     """Each row has its own memory: batch equals loop, in values, losses and what is read."""
     model = tiny(family, torch.float64)

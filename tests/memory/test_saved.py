@@ -36,7 +36,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+    is_possible = b > -1e5  # MDLM never predicts its mask
+    return ((a - b)[is_possible].norm() / b[is_possible].norm()).item()
 
 
 def memory_of(model, config=KINDS["lora"], **arguments):

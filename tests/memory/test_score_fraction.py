@@ -59,7 +59,7 @@ def states(memory, ids, draw):
     return trajectory(path, anchor, mask_token_id=MASK, scored="student_masked"), scored
 
 
-@families("sdar", "small", "small_windowed", "llada_switches")
+@families("sdar", "mdlm", "small", "small_windowed", "llada_switches")
 @pytest.mark.parametrize("objective", ["ce", "distill", pytest.param("distill_reverse", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_the_estimate_s_mean_is_the_whole_loss_and_the_whole_gradient(family, objective, per_sample):

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from goldens import ROOT
-from memdlm.memory import STRATEGIES, Anchor, MemoryConfig, trajectory
-from memdlm.memory.trajectory import pre_anchor_counts
+from memdlm.memory import STRATEGIES, Anchor, MemoryConfig, ParametricMemory, trajectory
+from memdlm.memory.trajectory import drawn, pre_anchor_counts
+from memdlm.memory.writer import anchor_of as anchor_at
+from tiny import tiny
 
 MASK = 99
 
@@ -160,3 +162,39 @@ def test_pre_anchor_counts_equal_the_published_up_to_float32_truncation():
             else:
                 assert mine == published, (scale, total, k)
     assert seen, "the table holds no truncated case: the comparison above is then complete"
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@given(seed=st.integers(0, 10**6), length=st.integers(1, 4), steps=st.integers(1, 4))
+def test_a_write_of_a_short_text_hides_some_of_it_in_every_state(strategy, seed, length, steps):
+    """Each of up to four tokens is drawn with probability 0.2, so often none is; published code then learns nothing."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.rand(3, length, generator=g)
+    clean, is_maskable = torch.zeros(3, length, dtype=torch.int64), draw() < 0.7
+    options = {"num_inner_steps": steps} if strategy.startswith(("pmc", "progressive")) else {}
+    anchor = anchor_at(clean, is_maskable, None, draw, 0.2)
+    path = MemoryConfig(masking_strategy=strategy, **options).strategy().path(anchor, draw)
+    hidden = [each.unflatten(0, (3, -1)).any(1) for each in path.masked]
+    if strategy == "strided":
+        assert torch.stack(hidden).any(0).equal(is_maskable)
+    else:
+        assert all(each.any(-1).equal(is_maskable.any(-1)) for each in hidden)
+    assert all((each <= is_maskable).all() for each in hidden)
+
+
+def test_what_is_drawn_is_drawn_with_its_probability_and_else_one_token_is():
+    uniform = torch.tensor([[0.1, 0.5, 0.15], [0.9, 0.3, 0.8], [0.1, 0.3, 0.8], [0.1, 0.3, 0.8]])
+    is_maskable = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 1, 1], [0, 0, 0]]).bool()
+    expected = torch.tensor([[1, 0, 1], [0, 1, 0], [0, 1, 0], [0, 0, 0]]).bool()
+    assert drawn(is_maskable, uniform, 0.2).equal(expected)
+
+
+def test_a_write_that_scores_nothing_says_so(caplog):
+    """The one that is left: what `pre_only` reveals of a short text is nothing, and only that counts."""
+    options = {"inner_layer_fraction": 0.5, "inner_rank": 2, "masking_strategy": "pre_only"}
+    for mode, is_learned in (("newly_revealed", False), ("student_masked", True)):
+        caplog.clear()
+        memory = ParametricMemory(tiny("small"), MemoryConfig(**options, inner_loss_mask_mode=mode), mask_token_id=31)
+        with memory.write(torch.tensor([[5]]), generator=torch.Generator().manual_seed(0)) as written:
+            assert (written.num_tokens > 0) is is_learned
+        assert ("mem_inner_loss_mask_mode=newly_revealed. Set" in caplog.text) is not is_learned

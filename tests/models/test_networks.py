@@ -72,6 +72,8 @@ def test_every_dtype_works(family, dtype):
     exact = tiny(family, torch.float64)(random_ids(2, 6)).logits
     logits = tiny(family, dtype)(random_ids(2, 6)).logits
     assert logits.dtype == dtype
+    is_possible = exact > -1e5  # MDLM never predicts its mask
+    exact, logits = exact[is_possible], logits[is_possible]
     error = (logits.double() - exact).norm() / exact.norm()
     assert error < {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float64: 1e-12}[dtype]
 

@@ -88,7 +88,7 @@ def test_a_forward_pass(family, dtype):
     assert waits == {}
 
 
-@families("sdar", "small", "small_windowed", "llada_switches")
+@families("sdar", "mdlm", "small", "small_windowed", "llada_switches")
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,7 +131,7 @@ DECODED = {
 }
 
 
-@families("dream", "sdar", "llada_switches", "small", "small_windowed")
+@families("dream", "sdar", "mdlm", "llada_switches", "small", "small_windowed")
 @pytest.mark.parametrize("name", DECODED)
 @pytest.mark.parametrize("has_memory", [pytest.param(False, marks=pytest.mark.slow), True], ids=["bare", "memory"])
 def test_decoding(family, name, has_memory):

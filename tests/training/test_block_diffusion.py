@@ -101,8 +101,11 @@ def test_the_loss_is_that_of_one_pass_per_block(family, options):
 
 @pytest.mark.parametrize("memory", ["off", "on", "learned"])
 @pytest.mark.parametrize("trained", ["full", "LoRA"])
-def test_with_memory_every_block_reads_it_and_the_gradient_is_exact(trained, memory):
-    model, objective = tiny("llada2", torch.float64), objective_of()
+@pytest.mark.parametrize(
+    "family", ["llada2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sdar", "a2d_qwen3", "lladamoe", "mdlm"))]
+)
+def test_with_memory_every_block_reads_it_and_the_gradient_is_exact(family, trained, memory):
+    model, objective = tiny(family, torch.float64), objective_of()
     if trained == "LoRA":
         model = add_outer_lora(model, LoRAOptions(r=4, lora_dropout=0.0), seed=0)
         for name, value in model.named_parameters():

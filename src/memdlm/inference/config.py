@@ -353,9 +353,17 @@ class GenerationConfig(SoftMaskOptions):
         """LLaDA2.1, as its model card recommends for speed: commit early, then edit."""
         return cls(**{"block_size": 32, "threshold": 0.5, "editing_threshold": 0.0, "max_new_tokens": 512} | changes)
 
+    @classmethod
+    def mdlm_ancestral(cls, **changes: Any) -> "GenerationConfig":
+        """MDLM's `ddpm` and `ddpm_cache`: from time t to s, each masked token is drawn with probability (t - s) / t."""
+        return cls(
+            **{"remasking": "origin", "transfer_schedule": "dream", "eps": 1e-5, "temperature": 1.0} | changes  # type: ignore[arg-type]
+        )
+
 
 PRESETS: dict[str, Callable[..., GenerationConfig]] = {
     "llada_quality": GenerationConfig.llada_quality,
     "llada21_quality": GenerationConfig.llada21_quality,
     "llada21_speed": GenerationConfig.llada21_speed,
+    "mdlm_ancestral": GenerationConfig.mdlm_ancestral,
 }

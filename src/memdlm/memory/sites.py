@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memdlm.errors import ConfigError, did_you_mean
+from memdlm.models.blocks.dit import Conditioning
 from memdlm.models.blocks.experts import Experts
 from memdlm.models.blocks.looped import passes_of
 from memdlm.models.blocks.structure import blocks_of
@@ -60,9 +61,10 @@ def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> t
     """Return the sites named by `targets` in the last `fraction` of the blocks of `model`, in model order.
 
     A target is our name of a projection, the same in every family, or the name in the family's published code
-    (ff_proj, attn_out, dense, ...), or the end of a dotted name (output.dense). A network that has none of the default
-    targets by name gets fast weights in its feed-forward, found by structure (see `feed_forward`). Raises ConfigError
-    when a target names nothing in those blocks; the message lists what they have.
+    (ff_proj, attn_out, dense, ...), or the end of a dotted name (output.dense). The default targets mean those of them
+    that there are: a feed-forward without a gate has two (MDLM). A network that has none of them by name gets fast
+    weights in its feed-forward, found by structure (see `feed_forward`). Raises ConfigError when a target names nothing
+    in those blocks; the message lists what they have.
     """
     network = unwrap(model)
     published = type(network).published_module_name if isinstance(network, MaskedDiffusionLM) else str
@@ -73,9 +75,10 @@ def find_sites(model: nn.Module, targets: tuple[str, ...], fraction: float) -> t
     available = {site.path.rpartition(".")[2]: None for site in candidates}
     ends = {site.path: _ends(site.path) | _ends(published(site.path)) for site in candidates}
     known = set().union(*ends.values())
-    if set(targets) == set(FEED_FORWARD) and known.isdisjoint(targets):
+    if set(targets) == set(FEED_FORWARD):
+        targets = tuple(target for target in targets if target in known) or targets
         found = [site for layer in layers for site in feed_forward(layer, names[layer], network)]
-        if found:
+        if found and known.isdisjoint(targets):
             return tuple(found)
     for target in targets:
         if target not in known:
@@ -129,7 +132,7 @@ def _candidates(layer: nn.Module, prefix: str) -> list[Site]:
                         device=next(module.parameters()).device,
                     )
                 )
-        elif isinstance(module, nn.Linear) and ".lora_" not in name:
+        elif isinstance(module, nn.Linear) and not isinstance(module, Conditioning) and ".lora_" not in name:
             # Inside an outer LoRA the wrapped layer is called base_layer; the projection is its parent.
             found.append(
                 Site(

@@ -92,6 +92,18 @@ def order_of(first: PositionSet, is_maskable: PositionSet, uniform: Tensor) -> T
     return key.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
 
 
+def drawn(is_maskable: PositionSet, uniform: Tensor, ratio: float) -> PositionSet:
+    """Return each maskable position with probability `ratio`, and at least one of every row that has any.
+
+    Where none is drawn, which happens in short texts, it is the one nearest to being drawn: a write that hides nothing
+    learns nothing.
+    """
+    nearest = uniform.masked_fill(~is_maskable, 2.0).argmin(-1, keepdim=True)
+    is_drawn = is_maskable & (uniform < ratio)
+    is_first = torch.arange(uniform.shape[-1], device=uniform.device) == nearest
+    return is_drawn | (is_maskable & is_first & ~is_drawn.any(-1, keepdim=True))
+
+
 def pre_anchor_counts(num_anchor: Tensor, num_maskable: Tensor, scale: float) -> Tensor:
     """Return floor(min(1, max(s r, r)) * maskable) per row, r = anchor / maskable, in exact arithmetic.
 
@@ -147,11 +159,12 @@ class Unanchored(Strategy):
         first = Fraction(4, 5) if steps > 1 else last
         ratios = [first + (last - first) * Fraction(step, max(1, steps - 1)) for step in range(steps)]
         num_maskable = anchor.is_maskable.sum(-1)
-        start = anchor.is_maskable & (draw() < float(first))
+        start = drawn(anchor.is_maskable, draw(), float(first))
         place = order_of(start, anchor.is_maskable, draw())
         masked = [start]
         for ratio in ratios[1:]:
             count = (num_maskable * ratio.numerator).div(ratio.denominator, rounding_mode="floor")
+            count = count.clamp_min(1)  # short of 1 / ratio tokens it would be 0
             masked.append(start & (place < count[:, None]))
         t = [torch.full_like(anchor.t, float(ratio)) for ratio in ratios]
         return Path(masked, [*masked[1:], None], t)

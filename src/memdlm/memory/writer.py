@@ -1,5 +1,6 @@
 """Writing one text into fast weights: in one piece, chunk after chunk, or all chunks by common updates."""
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +17,15 @@ from memdlm.memory.inner_loop import Chunk, InnerLoss, LocalSGD, Written, write_
 from memdlm.memory.learned import LearnedWrite
 from memdlm.memory.outer_gradient import Exact, FirstOrder, OuterGradient, Untracked
 from memdlm.memory.ranks import Ranks
-from memdlm.memory.trajectory import Anchor, Draw, Strategy, sampled, scored_sets, trajectory, with_sizes
+from memdlm.memory.trajectory import Anchor, Draw, Strategy, drawn, sampled, scored_sets, trajectory, with_sizes
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import checkpointed
 from memdlm.randomness import Randomness, uniform
 from memdlm.types import Ids, PositionSet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,14 @@ class Writer:
             # Every update has a sample of its own, so that epochs see more of the text.
             chosen, epochs = [sampled(each, fraction, draw) for each in chosen * epochs], 1
         anchor, counts = with_sizes(anchor, chosen)
+        if part.anchor is None and not any(counts) and bool(part.is_maskable.any()):
+            log.warning(
+                "nothing of a text of %d tokens is learned: no state scores a token with mem_masking_strategy=%s and "
+                "mem_inner_loss_mask_mode=%s. Set mem_inner_loss_mask_mode=student_masked, or write a longer text.",
+                int(part.is_maskable.sum()),
+                self.config.masking_strategy,
+                scored,
+            )
         steps = trajectory(path, anchor, mask_token_id=self.mask_token_id, scored=scored)
         if fraction < 1:
             repeated = steps * self.config.num_inner_epochs
@@ -176,9 +187,12 @@ class Writer:
 
 
 def anchor_of(clean: Ids, is_maskable: PositionSet, noised: Corrupted | None, draw: Draw, ratio: float) -> Anchor:
-    """Return what is written: at the masks of `noised`, or each maskable token masked with probability `ratio`."""
+    """Return what is written: at the masks of `noised`, or each maskable token masked with probability `ratio`.
+
+    Of a text that is drawn here at least one token is masked, if one can be.
+    """
     if noised is None:
-        is_masked = is_maskable & (draw() < ratio)
+        is_masked = drawn(is_maskable, draw(), ratio)
         t = torch.full(clean.shape[:1], ratio, device=clean.device)
         return Anchor(clean=clean, is_maskable=is_maskable, is_masked=is_masked, t=t)
     is_masked = noised.is_masked & is_maskable

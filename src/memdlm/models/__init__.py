@@ -11,6 +11,7 @@ from memdlm.models.lora.files import load_outer_adapter, save_outer_adapter
 from memdlm.models.networks.llada import LLaDAConfig, LLaDAModel, LLaDAModelLM
 from memdlm.models.networks.llada2 import LLaDA2MoeConfig, LLaDA2MoeModel, LLaDA2MoeModelLM
 from memdlm.models.networks.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.networks.mdlm import MDLM, MDLMConfig
 from memdlm.models.networks.qwen import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -27,6 +28,7 @@ from memdlm.models.networks.small import SmallDLM, SmallDLMConfig, SmallDLMModel
 
 __all__ = [
     "FAMILIES",
+    "MDLM",
     "A2DLlamaConfig",
     "A2DLlamaLMHeadModel",
     "A2DQwen2Config",
@@ -51,6 +53,7 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "LoRAOptions",
+    "MDLMConfig",
     "ModelDenoiser",
     "SDARConfig",
     "SDARForCausalLM",

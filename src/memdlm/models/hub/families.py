@@ -19,6 +19,7 @@ from memdlm.models.networks.llada2 import (
     LLaDA21MoeConfig,
 )
 from memdlm.models.networks.llada_moe import LLaDAMoEConfig, LLaDAMoEModel, LLaDAMoEModelLM
+from memdlm.models.networks.mdlm import MDLM, MDLMConfig, MDLMModel
 from memdlm.models.networks.qwen import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -62,6 +63,9 @@ class Family:
     """Replaces the tokenizer's own template; None keeps that one."""
     spare_template: str | None = None
     """The template of a tokenizer that has none, if its vocabulary has the end of turn."""
+    tokenizer: str | None = None
+    """Where the tokenizer is if the checkpoint has none (MDLM): a hub repository. It gets the mask token, whose id is
+    `mask_row` of the configuration."""
     conversions: tuple[Any, ...] = ()
     """How names and tensors on disk become ours; transformers runs them backwards when saving."""
 
@@ -194,6 +198,16 @@ A2D_LLAMA = Family(
     mask_token="<|mask|>",
     eot_token="<|eot_id|>",
 )
+MDLM_OWT = Family(
+    name="MDLM",
+    config_class=MDLMConfig,
+    backbone_class=MDLMModel,
+    lm_class=MDLM,
+    mask_token="<|mask|>",
+    eot_token="<|endoftext|>",
+    tokenizer="gpt2",
+    conversions=renamings(MDLM.published_names),
+)
 SMALL = Family(
     name="small",
     config_class=SmallDLMConfig,
@@ -203,7 +217,7 @@ SMALL = Family(
     eot_token="<|eot|>",
 )
 
-FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SMALL)
+FAMILIES: tuple[Family, ...] = (LLADA, LLADA_MOE, LLADA2, DREAM, SDAR, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, MDLM_OWT, SMALL)
 
 
 def register() -> None:

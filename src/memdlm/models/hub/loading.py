@@ -125,6 +125,8 @@ def load_model(
     info = settle_new_head(model, info, name) if tie_head else info
     # Files of foreign models often hold heads of other tasks; transformers reports those.
     _check_tensors(name, family, info, revision, token, allow_others=family is None)
+    if family is not None:
+        model.check_loaded(name)
     model = (model if adapter is None else load_outer_adapter(model, adapter, token=token)).eval()
     model.memory_folder = _memory_folder(name if adapter is None else str(adapter))
     return model

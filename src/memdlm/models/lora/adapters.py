@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memdlm.errors import ConfigError, did_you_mean
+from memdlm.models.blocks.dit import Conditioning
 from memdlm.models.blocks.experts import Experts
 from memdlm.models.lora.experts import ExpertLoRA
 from memdlm.models.lora.peft_on_demand import is_lora_layer, is_peft_model, peft
@@ -34,7 +35,8 @@ class LoRAOptions:
     """Which low-rank adapter to train on top of a frozen base model. Defaults: the published recipe's."""
 
     target_modules: str = option(
-        ALL_LINEAR, "Projections to adapt, comma-separated; all-linear: every linear layer except the output head."
+        ALL_LINEAR,
+        "Projections to adapt, comma-separated; all-linear: every linear layer of the text's path, without the output.",
     )
     r: int = option(32, "Rank of the adapter.", minimum=1, maximum=2**14)
     lora_alpha: float = option(64.0, "The adapter is scaled by alpha / rank.", above=0, maximum=1e6)
@@ -78,8 +80,9 @@ def published_name(model: nn.Module, path: str) -> str:
 
 
 def find_targets(model: PreTrainedModel, *, with_head: bool = False) -> dict[str, Target]:
-    """Return the targets of `all-linear` by published name: all linear layers, experts' too, but not the output's.
+    """Return what can be adapted by published name: all linear layers, experts' too, but not the output's.
 
+    `all-linear` means all of them but maps of a condition (MDLM).
     `with_head` adds the output's, unless it shares its weight with the embedding.
     """
     with_head = with_head and not getattr(model.config, "tie_word_embeddings", False)
@@ -258,7 +261,9 @@ def check_free(model: nn.Module) -> None:
 def _chosen(model: PreTrainedModel, targets: dict[str, Target], wanted: str) -> list[str]:
     """Return the published names that `wanted` (comma-separated leaf names or path ends, ours or published) means."""
     if wanted == ALL_LINEAR:
-        return list(targets)
+        return [
+            name for name, target in targets.items() if not isinstance(model.get_submodule(target.path), Conditioning)
+        ]
     ends = [part.strip() for part in wanted.split(",") if part.strip()]
     chosen, used = [], set()
     for name, target in targets.items():

@@ -58,20 +58,21 @@ class Backbone(DiffusionPreTrainedModel):
         padding_index: int | None = None,
         sliding_window: int | None = None,
         after_embedding: Callable[[int], nn.Module] | None = None,
+        norm: nn.Module | None = None,
         mixes_positions: bool = False,
     ) -> None:
         """Create the modules; called once by the family's `__init__`.
 
         `layer` makes the block with a given index. The first `rotated` dimensions of a head are rotated with the
-        position (None: all). The embedding of `padding_index` gets no gradient. `mixes_positions` says that attention
-        is not the only place where positions meet.
+        position (None: all). The embedding of `padding_index` gets no gradient. `norm` replaces the RMS norm behind the
+        layers. `mixes_positions` says that attention is not the only place where positions meet.
         """
         config: Any = self.config
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size if vocab_size is None else vocab_size, width, padding_index)
         self.after_embedding = None if after_embedding is None else after_embedding(width)
         self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(width, config.rms_norm_eps, bias=norm_bias)
+        self.norm = RMSNorm(width, config.rms_norm_eps, bias=norm_bias) if norm is None else norm
         self.rotary = Rotary(width=int(config.head_dim if rotated is None else rotated), theta=float(config.rope_theta))
         self.sliding_window = sliding_window
         self.is_cacheable = sliding_window is None and not mixes_positions
@@ -112,18 +113,22 @@ class Backbone(DiffusionPreTrainedModel):
         angles = self.rotary.angles(position_ids, hidden)
         if self.after_embedding is not None and start is None:
             hidden = self.after_embedding(hidden, is_visible)
-        states = [hidden]
+        states, condition = [hidden], self.condition(hidden)
         if queries is not None and start == len(self.layers):
             hidden = at(hidden, queries)
         for layer in self.layers[start:stop]:
             narrowed = queries if layer is self.layers[-1] else None
-            hidden = layer(hidden, self.rotary, angles, mask, is_visible, cached, narrowed)
+            hidden = layer(hidden, self.rotary, angles, mask, is_visible, cached, narrowed, *condition)
             if output_hidden_states:
                 states.append(hidden)
         if stop is None:
-            hidden = self.norm(hidden)
+            hidden = self.norm(hidden, *condition)
         states[-1] = hidden
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=tuple(states) if output_hidden_states else None)
+
+    def condition(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return what the layers and the last norm are given beside the text `hidden`; by default nothing."""
+        return ()
 
     def check_pattern(self, pattern: AttentionPattern) -> None:
         """Raise ConfigError for a pattern that this network cannot keep."""
@@ -221,6 +226,9 @@ class MaskedDiffusionLM(DiffusionPreTrainedModel):
 
     def prepare_new(self) -> None:
         """Do what only a newly created model needs, after its random initialisation; by default nothing."""
+
+    def check_loaded(self, name: str) -> None:
+        """Raise CheckpointError for values in the files of `name` that the network cannot have; by default none."""
 
     def forward(
         self,

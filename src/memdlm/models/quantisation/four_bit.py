@@ -1,8 +1,8 @@
 """4-bit base models: quantised tensor by tensor while they are read, so the full-precision model is never held whole.
 
 transformers quantises only linear layers, but our experts are stacked. So this module has its own quantiser, built on
-transformers' interface. It quantises the experts and all linear layers of the blocks. Router, norms, embeddings and the
-vocabulary projection stay as they are.
+transformers' interface. It quantises the experts and all linear layers of the blocks. Router, norms, embeddings, maps
+of a condition and the vocabulary projection stay as they are.
 """
 
 import importlib
@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from memdlm.errors import ConfigError
+from memdlm.models.blocks.dit import Conditioning
 from memdlm.models.blocks.experts import Experts
 from memdlm.models.blocks.stacking import give_back
 
@@ -123,11 +124,14 @@ class _Quantise(ConversionOps):
 
 
 def linears_of_blocks(model: nn.Module) -> list[str]:
-    """Return the paths of the linear layers inside the (numbered) blocks, without the routers."""
+    """Return the paths of the linear layers inside the (numbered) blocks, without routers and maps of a condition."""
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", path) and path.rpartition(".")[2] != ROUTER
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, Conditioning)
+        and re.search(r"\.\d+\.", path)
+        and path.rpartition(".")[2] != ROUTER
     ]
 
 
