@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Any, final
 
 from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -92,7 +93,7 @@ class Front:
                 return named if named and len(named) <= 512 else None
         return None
 
-    async def messages(self, call: Calls) -> AsyncIterator[Message]:
+    async def messages(self, call: Calls) -> AsyncGenerator[Message, None]:
         """Yield what a replica says; ApiError when no replica takes the request."""
         try:
             async for message in call:
@@ -101,7 +102,7 @@ class Front:
                 yield message
         except BackPressureError as error:
             raise ApiError(429, "all replicas are busy; ask again soon.", code="queue_full", retry_after=5) from error
-        except DeploymentUnavailableError as error:
+        except (DeploymentUnavailableError, RayActorError) as error:
             raise ApiError(503, "no replica is there to answer; ask again soon.", retry_after=5) from error
         finally:
             call.cancel()
@@ -110,18 +111,21 @@ class Front:
         """Return the answer to a request that makes a memory, and follow the job that it began."""
         status, headers, body = 500, [], b""
         messages = self.messages(call)
-        async for message in messages:
-            if message["type"] == "http.response.start":
-                status, headers = message["status"], message["headers"]
-            body += message.get("body", b"")
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                break
+        try:
+            async for message in messages:
+                if message["type"] == "http.response.start":
+                    status, headers = message["status"], message["headers"]
+                body += message.get("body", b"")
+                if _is_last(message):
+                    break
+        except Exception as error:
+            raise refused(error) from error
         if status == 202:
             told = json.loads(body)
             job = Job(name=told["memory"], id=told["id"])
             self._jobs.begin(job, _followed(job, messages))
         else:
-            await messages.aclose()  # type: ignore[attr-defined]
+            await messages.aclose()
         answer = HttpResponse(body, status)
         answer.raw_headers = headers
         return answer
@@ -134,38 +138,50 @@ class Passed(HttpResponse):
     def __init__(self, front: Front, call: Calls) -> None:
         super().__init__()
         self.front, self.call = front, call
+        self._is_over = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
         passing, going = asyncio.ensure_future(self._pass(scope, receive, send)), asyncio.ensure_future(gone(receive))
         try:
             await asyncio.wait({passing, going}, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                passing.result()
+            # After its last byte, an answer's client counts as gone too.
+            if passing.done() or self._is_over:
+                await passing
         finally:
-            self.call.cancel()
-            passing.cancel()
+            if not passing.done():
+                self.call.cancel()
+                passing.cancel()
             going.cancel()
             await asyncio.gather(passing, going, return_exceptions=True)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun, more = False, []
         try:
-            async for message in self.front.messages(self.call):
-                if message["type"] == "memdlm.replica":
-                    more = [(f"x-memdlm-{name}".encode(), message[name].encode()) for name in ("replica", "memory")]
-                    continue
-                if message["type"] == "http.response.start":
-                    message, has_begun = {**message, "headers": [*message["headers"], *more]}, True
-                await send(message)
+            async with aclosing(self.front.messages(self.call)) as messages:
+                async for message in messages:
+                    if message["type"] == "memdlm.replica":
+                        more = [(f"x-memdlm-{name}".encode(), message[name].encode()) for name in ("replica", "memory")]
+                        continue
+                    if message["type"] == "http.response.start":
+                        message, has_begun = {**message, "headers": [*message["headers"], *more]}, True
+                    self._is_over = _is_last(message)
+                    await send(message)
+        except RequestCancelledError:  # the client has gone
+            pass
         except Exception as error:
-            if has_begun:  # the status has been sent: what is missing tells the client
-                await send({"type": "http.response.body", "body": refused(error).event().encode(), "more_body": False})
-            else:
-                await refused(error).reply()(scope, receive, send)
+            told = refused(error)
+            if not has_begun:
+                await told.reply()(scope, receive, send)
+            elif not self._is_over:  # the status has been sent: the last event says what is wrong
+                await send({"type": "http.response.body", "body": told.event().encode(), "more_body": False})
 
 
-async def _followed(job: Job, messages: AsyncIterator[Message]) -> None:
+def _is_last(message: Message) -> bool:
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+async def _followed(job: Job, messages: AsyncGenerator[Message, None]) -> None:
     """Copy what a replica says about a job, to its end."""
     try:
         async for message in messages:
@@ -180,8 +196,8 @@ async def _followed(job: Job, messages: AsyncIterator[Message]) -> None:
     except Exception as error:
         job.end("failed", refused(error).detail)
     finally:
-        await messages.aclose()  # type: ignore[attr-defined]
-        job.end("cancelled" if job.ticket is None else "failed", None)
+        await messages.aclose()
+        job.end("cancelled")
 
 
 def _passed(scope: Scope) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, final
 
 from ray import serve
@@ -64,21 +64,23 @@ class Replica:
         if self.service is None or not self.service.is_alive():
             raise RuntimeError("the engine has stopped")
 
-    async def ask(self, name: str | None, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
+    async def ask(self, name: str | None, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """Answer one request that reads the memory `name`."""
         yield {"type": "memdlm.replica", "replica": self.name, "memory": await self._found(name)}
-        async for message in self._answered(scope, body):
-            yield message
+        async with contextlib.aclosing(self._answered(scope, body)) as messages:
+            async for message in messages:
+                yield message
 
-    async def write(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
+    async def write(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """Answer one request that makes a memory, then yield how its job goes; who stops listening gives the job up."""
         assert self.service is not None
         yield {"type": "memdlm.replica", "replica": self.name, "memory": NONE}
         status, told = 0, b""
-        async for message in self._answered(scope, body):
-            status = message.get("status", status)
-            told += message.get("body", b"")
-            yield message
+        async with contextlib.aclosing(self._answered(scope, body)) as messages:
+            async for message in messages:
+                status = message.get("status", status)
+                told += message.get("body", b"")
+                yield message
         if status != 202:
             return
         job = self.service.jobs.get(json.loads(told)["id"])
@@ -103,7 +105,7 @@ class Replica:
             await self._held(name)
         return found
 
-    async def _answered(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[Message]:
+    async def _answered(self, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
         """Yield what the application sends. When nobody listens any more, it hears that its client went."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         left, bodies = asyncio.Event(), [body]
