@@ -26,7 +26,6 @@ from memdlm.serving.ray_app.options import RayOptions
 PASSED = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 ANSWERS = ("/v1/chat/completions", "/v1/completions")
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-Calls = DeploymentResponseGenerator
 
 
 @final
@@ -87,13 +86,13 @@ class Front:
         """Return the memory that a body names; None also for a body in which the replica will find a fault."""
         with suppress(ValueError, RecursionError, ApiError):
             asked = json.loads(body)
-            names = (asked.get("model"), asked.get("memory")) if isinstance(asked, dict) else (None, None)
-            if isinstance(names[0], str) and isinstance(names[1], str | None):
-                named = memory_named(*names, self.options.name, str(self.options.model))
+            model, memory = (asked.get("model"), asked.get("memory")) if isinstance(asked, dict) else (None, None)
+            if isinstance(model, str) and isinstance(memory, str | None):
+                named = memory_named(model, memory, self.options.name, str(self.options.model))
                 return named if named and len(named) <= 512 else None
         return None
 
-    async def messages(self, call: Calls) -> AsyncGenerator[Message, None]:
+    async def messages(self, call: DeploymentResponseGenerator) -> AsyncGenerator[Message, None]:
         """Yield what a replica says; ApiError when no replica takes the request."""
         try:
             async for message in call:
@@ -107,7 +106,7 @@ class Front:
         finally:
             call.cancel()
 
-    async def _begun(self, call: Calls) -> HttpResponse:
+    async def _begun(self, call: DeploymentResponseGenerator) -> HttpResponse:
         """Return the answer to a request that makes a memory, and follow the job that it began."""
         status, headers, body = 500, [], b""
         messages = self.messages(call)
@@ -123,7 +122,11 @@ class Front:
         if status == 202:
             told = json.loads(body)
             job = Job(name=told["memory"], id=told["id"])
-            self._jobs.begin(job, _followed(job, messages))
+            try:
+                self._jobs.begin(job, _followed(job, messages))
+            except ApiError:  # another replica writes this name, or too many wait: the job ends with its call
+                await messages.aclose()
+                raise
         else:
             await messages.aclose()
         answer = HttpResponse(body, status)
@@ -135,7 +138,7 @@ class Front:
 class Passed(HttpResponse):
     """A replica's answer, passed on as it comes; when the client goes, the replica hears of it."""
 
-    def __init__(self, front: Front, call: Calls) -> None:
+    def __init__(self, front: Front, call: DeploymentResponseGenerator) -> None:
         super().__init__()
         self.front, self.call = front, call
         self._is_over = False
