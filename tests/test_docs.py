@@ -278,7 +278,9 @@ def known_server(words):
 def known_arguments(words):
     """A Ray application, up to the start of Ray."""
     assert words[2] == "memdlm.serving.ray_app:app"
-    parsed(dict(word.split("=", 1) for word in words[3:]))
+    # The argument has the name of a placeholder.
+    given = [word.split("=", 1) for word in words[3:]]
+    parsed({"memories" if name == STANDS_FOR["memories"] else name: value for name, value in given})
 
 
 NOT_RUN = {

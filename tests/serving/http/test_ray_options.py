@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
 
 from memdlm.errors import ConfigError
 from memdlm.inference import GenerationConfig
 from memdlm.memory import MemoryConfig
+from memdlm.serving.http.guards import of_this_machine
 from memdlm.serving.ray_app.options import parsed
 
 
@@ -45,3 +48,11 @@ def test_the_package_is_without_ray():
     code = "import sys, memdlm.serving, memdlm.serving.ray_app.options; print('ray' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("address", "status"), [("127.0.0.1", 200), ("::1", 200), ("10.0.0.7", 403), ("testclient", 403), ("", 403)]
+)
+def test_without_a_key_other_machines_are_refused(address, status):
+    client = TestClient(of_this_machine(PlainTextResponse("in")), client=(address, 5000))
+    assert client.get("/", headers={"X-Forwarded-For": "127.0.0.1"}).status_code == status

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memdlm.serving.http.app import guarded
 from memdlm.serving.http.errors import ApiError, add_handlers, refused
+from memdlm.serving.http.guards import of_this_machine
 from memdlm.serving.http.jobs import Job, JobBoard
 from memdlm.serving.http.memories import job_routes
 from memdlm.serving.http.options import api_key
@@ -76,7 +77,9 @@ class Front:
                 handle = handle.options(multiplexed_model_id=name)
             return Passed(self, handle.ask.remote(name, _passed(request.scope), body))
 
-        return _for_this_machine(guarded(app, self.options, self.key, lambda: False), self.key is not None)
+        inner = guarded(app, self.options, self.key, lambda: False)
+        # Serve, not this server, chooses the address to listen on.
+        return inner if self.key is not None else of_this_machine(inner)
 
     def _check_writable(self) -> None:
         if self.options.read_only or self.options.memories is None:
@@ -208,17 +211,3 @@ def _passed(scope: Scope) -> dict[str, Any]:
     found = {name: scope[name] for name in PASSED if name in scope}
     headers = [(name, value) for name, value in scope["headers"] if name.lower() != b"authorization"]
     return {**found, "headers": headers, "client": None, "server": None}
-
-
-def _for_this_machine(app: ASGIApp, has_key: bool) -> ASGIApp:
-    """Refuse clients on other machines where there is no key: Serve, not this server, chooses the address."""
-
-    async def local(scope: Scope, receive: Receive, send: Send) -> None:
-        client = scope.get("client")
-        if scope["type"] == "http" and not has_key and client and client[0] not in ("127.0.0.1", "::1"):
-            why = "without an API key, only clients on this machine are answered; its operator can set one."
-            await ApiError(403, why).reply()(scope, receive, send)
-            return
-        await app(scope, receive, send)
-
-    return local
