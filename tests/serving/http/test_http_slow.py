@@ -100,7 +100,7 @@ def test_a_kill_while_memories_are_written_leaves_whole_ones(model, tmp_path, ki
                 assert saved.provenance["source_sha256"] in known[each["id"]]
                 reply = httpx.post(f"{address}/v1/completions", json={"model": each["id"], "prompt": "w1"}, timeout=60)
                 assert reply.status_code == 200
-            assert not [each for each in (tmp_path / "memories").iterdir() if each.suffix in (".tmp", ".old")]
+            assert not [each for each in (tmp_path / "memories").glob("*") if each.suffix in (".tmp", ".old")]
             assert round_ == 0 or listed
             if round_ == 4:
                 break
