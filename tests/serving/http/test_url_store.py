@@ -24,6 +24,7 @@ from memdlm.serving.http.url_store import UrlStore, shown, store_at
 NUMBERS = itertools.count()
 KINDS = ("folder", "file", "memory")
 URLS = ("file", "memory")
+SECONDS = 1
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +214,7 @@ def test_an_archive_writes_nothing_but_its_files(saved, tmp_path):
 
 @of_every_kind
 def test_threads_never_see_half_a_memory(place, saved):
-    stores, end, wrong = [store_at(place) for _ in range(3)], time.monotonic() + 2, []
+    stores, end, wrong = [store_at(place) for _ in range(3)], time.monotonic() + SECONDS, []
     stores[0].keep("m", saved["alpha"])
 
     def write(store, seed):
@@ -244,6 +245,22 @@ def test_threads_never_see_half_a_memory(place, saved):
     for each in threads:
         each.join()
     assert wrong == []
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(saved, tmp_path, monkeypatch):
+    store, reads = FolderStore(tmp_path / "store"), []
+    store.keep("m", saved["alpha"])
+
+    def shifting(place):
+        found = read_memory(place)
+        if not reads:
+            store.keep("m", saved["beta"])
+        reads.append(found)
+        return found
+
+    monkeypatch.setattr("memdlm.serving.http.store.read_memory", shifting)
+    assert is_same(store.read("m"), saved["beta"])
+    assert len(reads) == 2
 
 
 def test_a_writer_that_is_killed_leaves_the_earlier_memory(saved, tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ import re
 import tarfile
 import tempfile
 from abc import abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, final
+from typing import BinaryIO, TypeVar, final
 
 from memdlm.errors import ConfigError, MemDLMError, MemoryFileError
 from memdlm.files import make_folder, resolved
@@ -25,6 +25,9 @@ from memdlm.serving.store import MemoryStore
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,126}[A-Za-z0-9]|[A-Za-z0-9]")
 """Letters, digits, and inside them dots (one at a time), dashes and underscores; at most 128."""
 SUFFIX = ".mem"
+T = TypeVar("T")
+TRIES = 8
+"""How often something is read that others replace meanwhile."""
 _LEFT = re.compile(r"\.(.+)\.\d+\.(?:old|tmp)")
 """What a process that was killed left beside a memory, as `memdlm.outputs` names it."""
 
@@ -119,20 +122,30 @@ class FolderStore(NamedStore):
 
     def read(self, memory: MemoryId) -> SavedMemory:
         """Read a memory; MemoryFileError for one that is not there or damaged."""
-        name = str(memory)
-        place = self._place(name)
-        try:
-            return read_memory(place)
-        except MemoryFileError as error:
-            raise MemoryFileError(by_name(error, place, name)) from error
+        return self._steady(str(memory), read_memory)
 
     def describe(self, name: str) -> MemorySummary:
         """Describe a memory; `problem` says what is wrong with a damaged one."""
         place = self._place(name)
         try:
-            return inspect_memory(place)
+            return self._steady(name, inspect_memory)
         except MemoryFileError as error:
-            return MemorySummary(path=str(place), problem=by_name(error, place, name))
+            return MemorySummary(path=str(place), problem=str(error))
+
+    def _steady(self, name: str, use: Callable[[Path], T]) -> T:
+        """Return what `use` makes of a memory's folder that was not replaced meanwhile."""
+        for _ in range(TRIES):
+            version, place = self.version_of(name), self._place(name)
+            try:
+                found = use(place)
+            except MemoryFileError as error:
+                if self.version_of(name) == version:
+                    raise MemoryFileError(by_name(error, place, name)) from error
+            else:
+                # Files are read one after the other, and then once more for their checksums: both may be of others.
+                if self.version_of(name) == version:
+                    return found
+        raise MemoryFileError(f"memory {name!r:.200} is being replaced again and again; try again.")
 
     def keep(self, memory: MemoryId, saved: SavedMemory) -> None:
         """Write a memory, whole or not at all, in the place of an earlier one of its name."""

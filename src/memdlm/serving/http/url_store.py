@@ -36,6 +36,7 @@ from memdlm.outputs import MARKER
 from memdlm.serving.http.cache import FolderCache
 from memdlm.serving.http.store import (
     SUFFIX,
+    TRIES,
     FolderStore,
     NamedStore,
     archived,
@@ -56,7 +57,6 @@ STAMPS = ("size", "ETag", "etag", "ukey", "LastModified", "last_modified", "mtim
 CACHE_BYTES = 4 * 2**30
 OLD = 24 * 3600 * 10**9
 """Nanoseconds after which an object that is not whole belongs to a writer that was killed."""
-TRIES = 8
 
 
 class _GoneError(Exception):
