@@ -27,6 +27,7 @@ from memdlm.data import KeyValueRecall, build_word_tokenizer, write_jsonl
 from memdlm.data.tokenizer import PATTERNS, build_pattern_tokenizer
 from memdlm.evaluation.harness_options import parse_arguments
 from memdlm.models import SmallDLMConfig, build_model
+from memdlm.serving.ray_app.options import parsed
 from tiny import A2D, CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +283,16 @@ def known_server(words):
     assert "http://127.0.0.1:8000/" in " ".join(words)
 
 
+def known_arguments(words):
+    """A Ray application, up to the start of Ray."""
+    assert words[2] == "memdlm.serving.ray_app:app"
+    # The argument has the name of a placeholder.
+    given = [word.split("=", 1) for word in words[3:]]
+    parsed({"memories" if name == STANDS_FOR["memories"] else name: value for name, value in given})
+
+
 NOT_RUN = {
+    "serve run": ("starts Ray; tests/serving/http/test_ray_slow.py does it", known_arguments),
     "memdlm serve": ("runs until it is stopped; tests/serving/http starts servers", known_options),
     "curl": ("needs a server; tests/serving/http/test_http_docs.py sends it to one", known_server),
     "git": ("fetches from the network", known_address),

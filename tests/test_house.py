@@ -44,6 +44,7 @@ ROOMS = {
     "memory": {"memory/files"},
     "serving": set(),
     "serving/http": {"serving"},
+    "serving/ray_app": {"serving", "serving/http"},
     "workflows": set(),
     "workflows/runs": {"workflows"},
     "workflows/sessions": {"workflows"},

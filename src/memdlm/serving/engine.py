@@ -116,6 +116,10 @@ class Engine:
             self._forgotten.append(memory)
             self._queue.changed.notify_all()
 
+    def holds(self, memory: MemoryId) -> bool:
+        """Whether a memory is on the device at this moment; it may leave at the next step."""
+        return memory in self._memories.live
+
     def step(self) -> bool:
         """Do one denoising step of all responses, and one gradient of a write; returns whether work is left.
 

@@ -18,7 +18,7 @@ from memdlm.serving.http.options import ServerOptions
 from memdlm.serving.http.running import server_of
 from memdlm.serving.http.service import Service
 from memdlm.serving.http.shelf import Shelf
-from memdlm.serving.http.store import FolderStore
+from memdlm.serving.http.url_store import store_at
 from memdlm.workflows.sessions.serve import listening
 
 TEXTS = {"alpha": "w1 w2 w3 w4 w5 w6", "beta": "w9 w8 w7 w6 w5 w4 w3"}
@@ -65,7 +65,7 @@ def offline(decoder, prompt, saved=None, seed=0, **changes):
 
 def service_of(decoder, memories=None, *, slots=4, queue_limit=64, key=None, **options):
     """The parts of a server, not yet started."""
-    store = None if memories is None else FolderStore(memories)
+    store = None if memories is None else store_at(str(memories))
     engine = Engine(decoder, slots=slots, queue_limit=queue_limit, store=store)
     shelf = None if store is None else Shelf(store, engine, BASE)
     told = ServerOptions(**{"request_seconds": 60.0, "drain_seconds": 5.0, **options})

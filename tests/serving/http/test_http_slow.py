@@ -19,6 +19,7 @@ from http_process import ended, resident, served
 from http_serving import BASE, decoder_of, events_of, offline, written
 
 from memdlm.memory import read_memory
+from memdlm.serving.http.url_store import store_at
 
 pytestmark = pytest.mark.slow
 
@@ -85,20 +86,21 @@ def test_many_clients_get_the_offline_answers_and_the_process_does_not_grow(mode
     assert max(sizes[half:]) < 1.05 * max(sizes[half // 2 : half]), "what the first half took is enough for the second"
 
 
-def test_a_kill_while_memories_are_written_leaves_whole_ones(model, tmp_path):
+@pytest.mark.parametrize("kind", ["", "file://"])
+def test_a_kill_while_memories_are_written_leaves_whole_ones(model, tmp_path, kind):
     place, _ = model
-    memories, draw, known = tmp_path / "memories", random.Random(0), {}
+    memories, draw, known = f"{kind}{tmp_path}/memories", random.Random(0), {}
     sizes = itertools.count(5)
     for round_ in range(5):
         with served(place, memories, log=tmp_path / "log") as (process, address):
             listed = httpx.get(f"{address}/v1/memories").json()["data"]
             assert [each["problem"] for each in listed] == [None] * len(listed)
             for each in listed:
-                saved = read_memory(memories / f"{each['id']}.mem")
+                saved = store_at(memories).read(each["id"])
                 assert saved.provenance["source_sha256"] in known[each["id"]]
                 reply = httpx.post(f"{address}/v1/completions", json={"model": each["id"], "prompt": "w1"}, timeout=60)
                 assert reply.status_code == 200
-            assert not [each.name for each in memories.iterdir() if each.suffix in (".tmp", ".old")]
+            assert not [each for each in (tmp_path / "memories").glob("*") if each.suffix in (".tmp", ".old")]
             assert round_ == 0 or listed
             if round_ == 4:
                 break

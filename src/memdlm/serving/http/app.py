@@ -1,6 +1,6 @@
 """The application: routes, errors and guards put together."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from memdlm.serving.http.answers import answer_routes
 from memdlm.serving.http.errors import add_handlers
 from memdlm.serving.http.guards import Guard
 from memdlm.serving.http.memories import job_routes, memory_routes
+from memdlm.serving.http.options import Secret, ServerOptions
 from memdlm.serving.http.service import Service
 from memdlm.serving.http.state import page_routes, state_routes
 from memdlm.version import __version__
@@ -37,20 +38,24 @@ ERROR = {
 
 def build_app(service: Service) -> ASGIApp:
     """Return the whole application of one server; the engine runs from its start to its end."""
-    app = routed(service)
+    return guarded(routed(service), service.options, service.key, lambda: service.is_draining)
+
+
+def guarded(app: ASGIApp, options: ServerOptions, key: Secret | None, is_draining: Callable[[], bool]) -> ASGIApp:
+    """Return the application behind its guards."""
     mib = 2**20
 
     def limit_of(path: str, kind: str) -> int:
         is_upload = path == "/v1/memories" and kind.startswith("multipart/form-data")
-        return (service.options.max_upload_mib if is_upload else service.options.max_body_mib) * mib
+        return (options.max_upload_mib if is_upload else options.max_body_mib) * mib
 
     return Guard(
         app,
-        key=service.key,
-        host=service.options.host.lower(),
+        key=key,
+        host=options.host.lower(),
         limit_of=limit_of,
-        body_seconds=service.options.body_seconds,
-        is_draining=lambda: service.is_draining,
+        body_seconds=options.body_seconds,
+        is_draining=is_draining,
     )
 
 
@@ -74,8 +79,9 @@ def routed(service: Service) -> FastAPI:
         openapi_url="/openapi.json",
     )
     add_handlers(app)
-    for routes in (answer_routes, adapter_routes, memory_routes, job_routes, state_routes, page_routes):
+    for routes in (answer_routes, adapter_routes, memory_routes, state_routes, page_routes):
         app.include_router(routes(service))
+    app.include_router(job_routes(service.jobs, service.check_writable))
     plain = app.openapi
     app.openapi = lambda: _described(plain())  # type: ignore[method-assign]
     return app

@@ -99,6 +99,19 @@ class Guard:
             raise ApiError(403, "pages of other web sites may not use this server.")
 
 
+def of_this_machine(app: ASGIApp) -> ASGIApp:
+    """Return `app` for clients on this machine alone; others, and those without an address, are refused."""
+
+    async def local(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (scope.get("client") or ("",))[0] not in ("127.0.0.1", "::1"):
+            why = "without an API key, only clients on this machine are answered; the operator can set one."
+            await ApiError(403, why).reply()(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    return local
+
+
 def _is_key(header: str, key: Secret) -> bool:
     scheme, _, given = header.partition(" ")
     # Compared in constant time, so that the time of an answer says nothing about the key.

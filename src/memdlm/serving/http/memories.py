@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from memdlm.errors import CancelledError, ConfigError, MemoryFileError, unknown
 from memdlm.memory.files.saved import MemorySummary
 from memdlm.models.networks.sizes import trained_positions
 from memdlm.serving.http.errors import ApiError, Reply, refused
-from memdlm.serving.http.jobs import Job
+from memdlm.serving.http.jobs import Job, JobBoard
 from memdlm.serving.http.schemas import NewMemory
 from memdlm.serving.http.service import Service
 from memdlm.serving.http.shelf import Served, Shelf, no_model
@@ -106,26 +106,26 @@ def memory_routes(service: Service) -> APIRouter:
     return routes
 
 
-def job_routes(service: Service) -> APIRouter:
-    """Return the routes of jobs that write memories."""
+def job_routes(jobs: JobBoard, check_writable: Callable[[], object]) -> APIRouter:
+    """Return the routes of jobs that write memories. `check_writable` raises ApiError where clients change nothing."""
     routes = APIRouter(tags=["memories"])
 
     @routes.get("/v1/jobs", response_model=None)
     async def list_jobs() -> Reply:
         """List the jobs that write memories, the latest first."""
-        return Reply({"object": "list", "data": [job.told() for job in service.jobs.all()]})
+        return Reply({"object": "list", "data": [job.told() for job in jobs.all()]})
 
     @routes.get("/v1/jobs/{number}", response_model=None)
     async def get_job(number: str) -> Reply:
         """Say how far one job has come."""
-        return Reply(service.jobs.get(number).told())
+        return Reply(jobs.get(number).told())
 
     @routes.delete("/v1/jobs/{number}", response_model=None)
     async def cancel_job(number: str) -> Reply:
         """Give one job up; a memory that is written already stays."""
-        service.check_writable()
-        job = service.jobs.get(number)
-        service.jobs.cancel(job)
+        check_writable()
+        job = jobs.get(number)
+        jobs.cancel(job)
         return Reply(job.told())
 
     return routes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import final
 
 from memdlm.errors import ConfigError
+from memdlm.inference.loading import ModelOptions
 from memdlm.options import option, validate
 
 KEY_VARIABLE = "MEMDLM_API_KEY"
@@ -20,7 +21,7 @@ class ServerOptions:
     """Addresses, secrets and limits of a server."""
 
     memories: str | None = option(
-        None, "Folder of the memories that are served, and that clients add to; unset: the model alone."
+        None, "Folder, or URL (s3://...), of the memories that are served and added to; unset: the model alone."
     )
     host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs an API key.")
     port: int = option(8000, "Port to listen on; 0: a free one.", minimum=0, maximum=65535)
@@ -57,6 +58,32 @@ class ServerOptions:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ModelOptions, ServerOptions):
+    """Which model is served, to whom, and how much at a time."""
+
+    slots: int = option(8, "Answers that are decoded together.", minimum=1, maximum=2**12)
+    queue: int = option(64, "Most jobs that wait; one more is refused with status 429.", minimum=1, maximum=2**16)
+    memory_mib: int = option(1024, "MiB on the device for the memories in use; others are read again.", minimum=1)
+    prefix_mib: int = option(1024, "MiB on the device for keys and values of prompts that were seen.", minimum=0)
+    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.read_only and self.memories is None:
+            raise ConfigError("read_only has no effect without memories: there is nothing that clients could change.")
+        if self.served_model_name is not None and (not self.served_model_name.strip() or ":" in self.served_model_name):
+            raise ConfigError(
+                f"served_model_name={self.served_model_name!r} is not possible: it is empty, or has a colon, which "
+                "stands between a model and a memory in requests."
+            )
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.served_model_name or Path(str(self.model)).name.replace(":", "-") or "model"
 
 
 @final

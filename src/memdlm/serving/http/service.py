@@ -110,17 +110,7 @@ class Service:
 
     def memory_of(self, model: str, memory: str | None) -> str | None:
         """Return the store's name of the memory that a request reads, None for the model alone; may read the disk."""
-        is_base = model in (self.base, self.root)
-        named = memory
-        if not is_base:
-            prefix = next((each for each in (f"{self.base}:", f"{self.root}:") if model.startswith(each)), "")
-            named = model.removeprefix(prefix)
-            if memory is not None and memory != named:
-                raise ApiError(
-                    400,
-                    f"model names the memory {named!r:.200}, memory {memory!r:.200}; leave one out.",
-                    param="memory",
-                )
+        named = memory_named(model, memory, self.base, self.root)
         if named is None:
             return None
         if self.shelf is None:
@@ -228,6 +218,22 @@ class Service:
         if self.options.read_only:
             raise ApiError(403, "clients may not change this server's memories (read_only).")
         return self.shelf
+
+
+def memory_named(model: str, memory: str | None, base: str, root: str) -> str | None:
+    """Return the memory that a request names, None for the model alone; ApiError for two of them.
+
+    `base` and `root` are the names of the model.
+    """
+    if model in (base, root):
+        return memory
+    prefix = next((each for each in (f"{base}:", f"{root}:") if model.startswith(each)), "")
+    named = model.removeprefix(prefix)
+    if memory is not None and memory != named:
+        raise ApiError(
+            400, f"model names the memory {named!r:.200}, memory {memory!r:.200}; leave one out.", param="memory"
+        )
+    return named
 
 
 def _give_up(handed: "asyncio.Future[Ticket]") -> None:

@@ -9,9 +9,9 @@ import re
 import tarfile
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO, final
+from typing import BinaryIO, TypeVar, final
 
 from memdlm.errors import ConfigError, MemDLMError, MemoryFileError
 from memdlm.files import make_folder, resolved
@@ -25,6 +25,9 @@ from memdlm.serving.store import MemoryStore
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,126}[A-Za-z0-9]|[A-Za-z0-9]")
 """Letters, digits, and inside them dots (one at a time), dashes and underscores; at most 128."""
 SUFFIX = ".mem"
+T = TypeVar("T")
+TRIES = 8
+"""How often something is read that others replace meanwhile."""
 _LEFT = re.compile(r"\.(.+)\.\d+\.(?:old|tmp)")
 """What a process that was killed left beside a memory, as `memdlm.outputs` names it."""
 
@@ -43,6 +46,9 @@ class NamedStore(MemoryStore):
 
     All methods may be called from any thread. Another kind of place is another subclass.
     """
+
+    where: str
+    """The place, for the operator."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -82,6 +88,7 @@ class FolderStore(NamedStore):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = resolved(folder)
+        self.where = str(self.folder)
         make_folder(self.folder)
         for name in self._left_behind():
             self._recover(name)
@@ -110,26 +117,35 @@ class FolderStore(NamedStore):
         try:
             found = (self._place(name) / HEADER_FILE).stat()
         except OSError as error:
-            raise _missing(name) from error
+            raise missing(name) from error
         return (found.st_ino, found.st_mtime_ns)
 
     def read(self, memory: MemoryId) -> SavedMemory:
         """Read a memory; MemoryFileError for one that is not there or damaged."""
-        name = str(memory)
-        place = self._place(name)
-        try:
-            return read_memory(place)
-        except MemoryFileError as error:
-            # Clients know names, not folders.
-            raise MemoryFileError(str(error).replace(repr(str(place)), repr(name))) from error
+        return self._steady(str(memory), read_memory)
 
     def describe(self, name: str) -> MemorySummary:
         """Describe a memory; `problem` says what is wrong with a damaged one."""
         place = self._place(name)
         try:
-            return inspect_memory(place)
+            return self._steady(name, inspect_memory)
         except MemoryFileError as error:
-            return MemorySummary(path=str(place), problem=str(error).replace(repr(str(place)), repr(name)))
+            return MemorySummary(path=str(place), problem=str(error))
+
+    def _steady(self, name: str, use: Callable[[Path], T]) -> T:
+        """Return what `use` makes of a memory's folder that was not replaced meanwhile."""
+        for _ in range(TRIES):
+            version, place = self.version_of(name), self._place(name)
+            try:
+                found = use(place)
+            except MemoryFileError as error:
+                if self.version_of(name) == version:
+                    raise MemoryFileError(by_name(error, place, name)) from error
+            else:
+                # Files are read one after the other, and then once more for their checksums: both may be of others.
+                if self.version_of(name) == version:
+                    return found
+        raise MemoryFileError(f"memory {name!r:.200} is being replaced again and again; try again.")
 
     def keep(self, memory: MemoryId, saved: SavedMemory) -> None:
         """Write a memory, whole or not at all, in the place of an earlier one of its name."""
@@ -148,34 +164,18 @@ class FolderStore(NamedStore):
     def archive(self, name: str) -> BinaryIO:
         """Return the memory's files as an open tar archive, which the caller closes."""
         place = self._place(name)
-        # All files are opened first. What replaces the memory meanwhile does not change open files.
-        opened = {path.name: path.open("rb") for path in sorted(place.iterdir()) if path.is_file()}
-        found = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
-        try:
-            with tarfile.open(fileobj=found, mode="w") as tar:
-                for each, file in opened.items():
-                    member = tarfile.TarInfo(f"{place.name}/{each}")
-                    member.size = file.seek(0, io.SEEK_END)
-                    file.seek(0)
-                    tar.addfile(member, file)
-        finally:
-            for file in opened.values():
-                file.close()
-        found.seek(0)
-        return found  # type: ignore[return-value]
+        return archived(place, place.name)
 
     def _places(self) -> dict[str, Path]:
         folders = {
             each.name: each for each in self.folder.iterdir() if not each.name.startswith(".") and is_memory(each)
         }
-        short = {name: name.removesuffix(SUFFIX) for name in folders}
-        # Beside a folder NAME, a folder NAME.mem keeps its whole name.
-        return {(name if short[name] in folders else short[name]): place for name, place in folders.items()}
+        return {name: folders[place] for name, place in short_names(folders).items()}
 
     def _place(self, name: str) -> Path:
         found = self._places().get(name)
         if found is None:
-            raise _missing(name)
+            raise missing(name)
         return found
 
     def _left_behind(self) -> set[str]:
@@ -188,7 +188,38 @@ class FolderStore(NamedStore):
             pass
 
 
-def _missing(name: str) -> MemoryFileError:
+def short_names(folders: Collection[str]) -> dict[str, str]:
+    """Return the names of memories in these folders. Beside a folder NAME, a folder NAME.mem keeps its whole name."""
+    short = {folder: folder.removesuffix(SUFFIX) for folder in folders}
+    return {(folder if short[folder] in folders else short[folder]): folder for folder in folders}
+
+
+def archived(folder: Path, name: str) -> BinaryIO:
+    """Return a folder's files as an open tar archive, in which the folder is called `name`."""
+    # All files are opened first. What replaces the memory meanwhile does not change open files.
+    opened = {path.name: path.open("rb") for path in sorted(folder.iterdir()) if path.is_file()}
+    found = tempfile.SpooledTemporaryFile(max_size=2**20)  # noqa: SIM115
+    try:
+        with tarfile.open(fileobj=found, mode="w") as tar:
+            for each, file in opened.items():
+                member = tarfile.TarInfo(f"{name}/{each}")
+                member.size = file.seek(0, io.SEEK_END)
+                file.seek(0)
+                tar.addfile(member, file)
+    finally:
+        for file in opened.values():
+            file.close()
+    found.seek(0)
+    return found  # type: ignore[return-value]
+
+
+def by_name(error: Exception, folder: Path, name: str) -> str:
+    """Return an error's text with a memory's name for its folder: clients know names, not folders."""
+    return str(error).replace(repr(str(folder)), repr(name)).replace(f"{folder}/", "")
+
+
+def missing(name: str) -> MemoryFileError:
+    """Return the error for a name that the store does not have."""
     return MemoryFileError(f"there is no memory {name!r:.200}.")
 
 

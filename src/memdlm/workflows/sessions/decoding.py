@@ -18,14 +18,11 @@ from memdlm.data.vocabulary import unknown_words
 from memdlm.diffusion.sampling import Step
 from memdlm.errors import ConfigError
 from memdlm.inference import Decoder, Generation, GenerationConfig, Job
+from memdlm.inference.loading import ModelOptions, check_vocabulary, loaded
 from memdlm.inference.prompts import visible
 from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.models import load_model, load_tokenizer
-from memdlm.models.hub.devices import AUTO, DEVICE_HELP, DTYPE_HELP
-from memdlm.models.hub.loading import DTYPES, line_of
-from memdlm.models.hub.resolution import published_fields, table_rows
-from memdlm.models.lora.files import base_of_adapter, is_adapter
-from memdlm.options import option, validate
+from memdlm.models.hub.loading import line_of
+from memdlm.options import option
 from memdlm.outputs import is_page, output_file
 from memdlm.report.trace import Trace
 from memdlm.terminal import printable
@@ -33,23 +30,6 @@ from memdlm.workflows.display import Display
 
 OPEN = "\u2591"
 """Character shown for a token that is still masked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Which model is used, and how it is loaded."""
-
-    model: str | None = option(None, "Folder or hub name of the model and its tokenizer.")
-    adapter: str | None = option(None, "Folder or hub name of an outer LoRA adapter.")
-    dtype: str = option(AUTO, DTYPE_HELP, choices=(AUTO, *DTYPES))
-    device: str = option(AUTO, DEVICE_HELP)
-    load_in_4bit: bool = option(False, "Quantise the model to 4 bits (nf4) while loading.")
-    attn_implementation: str | None = option(None, "Attention implementation: sdpa or eager; unset: sdpa.")
-
-    def __post_init__(self) -> None:
-        validate(self)
-        if self.model is None:
-            raise ConfigError("--model is missing: name a folder or a hub repository.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,28 +51,9 @@ class DecodingOptions(ModelOptions):
             )
 
 
-def check_vocabulary(options: ModelOptions, config: GenerationConfig) -> None:
-    """Raise ConfigError if `config` names tokens that the model lacks by its configuration (no weights are needed)."""
-    name = str(options.model)
-    if is_adapter(name):
-        name = base_of_adapter(name)
-    rows = table_rows(published_fields(name, optional=True) or {})
-    if isinstance(rows, int):
-        config.check_vocabulary(rows)
-
-
 def load_parts(options: ModelOptions, display: Display) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load model and tokenizer, and print where the model runs."""
-    name = str(options.model)
-    model = load_model(
-        name,
-        dtype=options.dtype,
-        device=options.device,
-        load_in_4bit=options.load_in_4bit,
-        adapter=options.adapter,
-        attn_implementation=options.attn_implementation,
-    )
-    tokenizer = load_tokenizer(name)
+    model, tokenizer = loaded(options)
     display.say(line_of(model))
     return model, tokenizer
 

@@ -6,48 +6,17 @@ import importlib.util
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from memdlm.errors import ConfigError, MachineError
-from memdlm.inference import Decoder, GenerationConfig
-from memdlm.memory import MemoryConfig, ParametricMemory
-from memdlm.options import option
-from memdlm.serving.engine import Engine
-from memdlm.serving.http.options import Secret, ServerOptions, api_key
+from memdlm.inference import GenerationConfig
+from memdlm.inference.loading import check_vocabulary
+from memdlm.memory import MemoryConfig
+from memdlm.serving.http.options import ServeOptions, ServerOptions, api_key
 from memdlm.workflows.display import Display
-from memdlm.workflows.sessions.decoding import ModelOptions, check_vocabulary, load_parts
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 """What the extra `serve` installs."""
-MIB = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelOptions, ServerOptions):
-    """Which model is served, to whom, and how much at a time."""
-
-    slots: int = option(8, "Answers that are decoded together.", minimum=1, maximum=2**12)
-    queue: int = option(64, "Most jobs that wait; one more is refused with status 429.", minimum=1, maximum=2**16)
-    memory_mib: int = option(1024, "MiB on the device for the memories in use; others are read again.", minimum=1)
-    prefix_mib: int = option(1024, "MiB on the device for keys and values of prompts that were seen.", minimum=0)
-    preset: str | None = option(None, "Preset of options recommended for a model family; other flags override it.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.read_only and self.memories is None:
-            raise ConfigError("read_only has no effect without memories: there is nothing that clients could change.")
-        if self.served_model_name is not None and (not self.served_model_name.strip() or ":" in self.served_model_name):
-            raise ConfigError(
-                f"served_model_name={self.served_model_name!r} is not possible: it is empty, or has a colon, which "
-                "stands between a model and a memory in requests."
-            )
-
-    @property
-    def name(self) -> str:
-        """What requests call the model."""
-        return self.served_model_name or Path(str(self.model)).name.replace(":", "-") or "model"
 
 
 def serve(options: ServeOptions, config: GenerationConfig, memory: MemoryConfig | None, display: Display) -> None:
@@ -56,7 +25,8 @@ def serve(options: ServeOptions, config: GenerationConfig, memory: MemoryConfig 
     key = api_key(options)
     with listening(options) as opened:
         check_vocabulary(options, config)
-        service = service_of(options, config, memory, display, key)
+        building: Any = importlib.import_module("memdlm.serving.http.building")
+        service = building.service_of(options, config, memory, display.say, key)
         running: Any = importlib.import_module("memdlm.serving.http.running")
         host, port = opened.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -64,37 +34,6 @@ def serve(options: ServeOptions, config: GenerationConfig, memory: MemoryConfig 
         if not options.is_local:
             display.say("There is no encryption here: put a reverse proxy with TLS in front (docs/serving.md).")
         running.server_of(service).run(sockets=[opened])
-
-
-def service_of(
-    options: ServeOptions, config: GenerationConfig, memory: MemoryConfig | None, display: Display, key: Secret | None
-) -> Any:
-    """Load the model, and return the server's parts, not yet started."""
-    service: Any = importlib.import_module("memdlm.serving.http.service")
-    stores: Any = importlib.import_module("memdlm.serving.http.store")
-    shelves: Any = importlib.import_module("memdlm.serving.http.shelf")
-    store = None if options.memories is None else stores.FolderStore(options.memories)
-    model, tokenizer = load_parts(options, display)
-    written = ParametricMemory(model, memory, mask_token_id=tokenizer.mask_token_id, tokenizer=tokenizer)
-    engine = Engine(
-        Decoder(model, tokenizer, config),
-        slots=options.slots,
-        memory_bytes=options.memory_mib * MIB,
-        prefix_bytes=options.prefix_mib * MIB,
-        queue_limit=options.queue,
-        store=store,
-    )
-    if store is not None:
-        display.say(f"{len(store.names())} memories in {store.folder}")
-    return service.Service(
-        engine=engine,
-        options=options,
-        base=options.name,
-        root=str(options.model),
-        key=key,
-        shelf=None if store is None else shelves.Shelf(store, engine, options.name),
-        memory=written.config,
-    )
 
 
 def check_installed(find: Callable[[str], Any] = importlib.util.find_spec) -> None:
