@@ -29,6 +29,7 @@ class English(Corpus):
     """Documents in a small natural English."""
 
     name = "english"
+    has_kinds = True
     slot = 10
     strides = 6
 
@@ -54,7 +55,7 @@ class English(Corpus):
 
     def page(self, part: str, index: int, stage: Stage) -> Page:
         """Return a document of a part."""
-        return page(part, index, facts=stage.facts, filler=stage.filler, cloze=stage.cloze)
+        return page(part, index, facts=stage.facts, filler=stage.filler, cloze=stage.cloze, alike=stage.alike)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,16 @@ def measured(
 
     `loss`: nats per token of an answer and its end, all slots masked. `one_shot`: exact match of the likeliest tokens
     then. `exact`: exact match after decoding, the surest tokens first, as many at a step as there are questions.
+    `kinds` has it by kind of question, `among` by how many facts of the document are of that kind: where it is one, the
+    kind alone tells the answer, and nothing has to be known of the name.
     """
     tokenizer, device = reader.corpus.tokenizer, model.device
     pad, mask = tokenizer.pad_token_id, tokenizer.mask_token_id
     written = [asked[(index + shift) % len(asked)].context for index in range(len(asked))]
     right: dict[str, Counter[str]] = {"one_shot": Counter(), "exact": Counter()}
+    right_among: Counter[int] = Counter()
     lost, tokens, kinds = 0.0, 0, Counter(kind for each in asked for kind in each.kinds)
+    among = Counter(each.kinds.count(kind) for each in asked for kind in each.kinds)
     for start in range(0, len(asked), batch):
         part = asked[start : start + batch]
         shown = pad_texts([each.shown for each in part], pad, device)
@@ -89,12 +93,16 @@ def measured(
                 end = golden.index(reader.end) + 1
                 lost, tokens = lost + float(losses[row, first : first + end].sum()), tokens + end
                 for name, ids in filled.items():
-                    right[name][kind] += reader.said(ids[row, first:last].tolist()) == reader.said(golden)
+                    is_right = reader.said(ids[row, first:last].tolist()) == reader.said(golden)
+                    right[name][kind] += is_right
+                    right_among[each.kinds.count(kind)] += is_right and name == "exact"
     total = sum(kinds.values())
     found: dict[str, Any] = {"loss": lost / tokens, "questions": total, "one_shot": right["one_shot"].total() / total}
     if decodes:
         found["exact"] = right["exact"].total() / total
         found["kinds"] = {kind: right["exact"][kind] / count for kind, count in sorted(kinds.items())}
+        found["among"] = {str(facts): right_among[facts] / count for facts, count in sorted(among.items())}
+        found["questions_among"] = {str(facts): count for facts, count in sorted(among.items())}
     return found
 
 

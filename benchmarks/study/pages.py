@@ -44,6 +44,8 @@ class Stage:
     filler: int = 0
     cloze: float = 0.0
     """Share of the questions that are put in the text's own words."""
+    alike: float = 0.0
+    """Share of the pages whose facts are all of one kind."""
 
 
 class Corpus(ABC):
@@ -56,6 +58,8 @@ class Corpus(ABC):
     slot: int
     """Tokens of an answer, its end included."""
     strides: int
+    has_kinds: ClassVar[bool] = False
+    """Whether its pages can be drawn with facts of one kind only; they are then measured, too."""
 
     @abstractmethod
     def page(self, part: str, index: int, stage: Stage) -> Page:
@@ -102,9 +106,9 @@ class Reader:
         end = slot.index(self.end) if self.end in slot else len(slot)
         return str(self.corpus.tokenizer.decode(slot[:end]))
 
-    def pages(self, part: str, count: int, *, in_sight: bool) -> list[Asked]:
+    def pages(self, part: str, count: int, *, in_sight: bool, alike: float = 0.0) -> list[Asked]:
         """Return the first pages of a part, as the last stage has them, asked in other words."""
-        stage = dataclasses.replace(self.corpus.stages[-1], cloze=0.0)
+        stage = dataclasses.replace(self.corpus.stages[-1], cloze=0.0, alike=alike)
         return [self.ask(self.corpus.page(part, index, stage), in_sight=in_sight) for index in range(count)]
 
 

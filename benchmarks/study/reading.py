@@ -236,6 +236,9 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     }
     asked = reader.pages(wanted.part, wanted.pages, in_sight=wanted.in_sight)
     row["measured"] = measured_ways(reader, model, trainer.memory, asked, seed=wanted.seed, decodes=True)
+    if wanted.corpus.has_kinds:
+        alike = reader.pages(wanted.part, wanted.pages, in_sight=wanted.in_sight, alike=1.0)
+        row["alike"] = measured_ways(reader, model, trainer.memory, alike, seed=wanted.seed, decodes=True)
     row["settings"] = asdict(SIZES[wanted.size])
     row["stages"] = [asdict(stage) for stage in wanted.corpus.stages]
     row["config"] = None if trainer.memory is None else asdict(trainer.memory.config)

@@ -234,14 +234,18 @@ def _time(draw: random.Random, words: Words, used: set[str]) -> Fact:
 DRAWS: dict[str, Draw] = dict(zip(KINDS, (_place, _job, _gift, _colour, _time), strict=True))
 
 
-def page(part: str, index: int, *, facts: int, filler: int, cloze: float = 0.0) -> Page:
-    """Return document `index` of a part: `facts` sentences of any kind among `filler` ones, and a question for each.
+def page(part: str, index: int, *, facts: int, filler: int = 0, cloze: float = 0.0, alike: float = 0.0) -> Page:
+    """Return document `index` of a part: `facts` sentences among `filler` ones, and a question for each.
 
-    With the probability `cloze` a question is the sentence up to its answer.
+    With the probability `cloze` a question is the sentence up to its answer. The facts are of any kinds; with the
+    probability `alike` all of a document are of one kind, and only the names tell which one a question means.
     """
     draw = random.Random(f"{part} {index} {facts} {filler}")
     words, used = words_of(part), set[str]()
-    found = [DRAWS[draw.choice(KINDS)](draw, words, used) for _ in range(facts)]
+    # A draw of its own: documents without `alike` stay what they were.
+    mixed = random.Random(f"kinds of {part} {index}")
+    kinds = (mixed.choice(KINDS),) if mixed.random() < alike else KINDS
+    found = [DRAWS[draw.choice(kinds)](draw, words, used) for _ in range(facts)]
     sentences = [each.sentence for each in found] + draw.sample(FILLER, filler)
     draw.shuffle(sentences)
     draw.shuffle(found)

@@ -57,6 +57,15 @@ def test_all_kinds_of_questions_are_asked_in_other_words():
         assert len(beginnings) > 1
 
 
+def test_documents_can_have_facts_of_one_kind_only():
+    from small_english import KINDS, page
+
+    asked = [page("train", index, facts=4, alike=1.0).questions for index in range(40)]
+    kinds = [{question.kind for question in each} for each in asked]
+    assert all(len(each) == 1 for each in kinds)
+    assert set.union(*kinds) == set(KINDS)
+
+
 def test_a_slot_does_not_tell_how_long_its_answer_is():
     from english import English
     from pages import Reader, answer_spans_of

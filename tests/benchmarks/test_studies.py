@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "study"
 
@@ -158,6 +159,80 @@ def test_a_variant_changes_what_it_says_and_the_default_nothing(load):
     assert all(each != usual for each in seen[1:])
     doubled, config = variants.VARIANTS["rank doubled"].applied(plan)
     assert (doubled.rank, config.inner_rank, config.inner_alpha) == (64, 64, 128.0)
+
+
+@pytest.mark.parametrize("name", ["words", "letters"])
+@pytest.mark.parametrize("pairs", [8, 96])
+def test_a_text_of_pairs_is_nothing_but_pairs(load, name, pairs):
+    task = load("capacity").TASKS[name]
+    (sample,) = task.records(1, pairs * task.words_of_pair, seed=0)
+    words = sample.context.split()
+    each = [words[at : at + task.words_of_pair] for at in range(0, len(words), task.words_of_pair)]
+    keys = [" ".join(pair[: -task.words_of_answer]) for pair in each]
+    values = [" ".join(pair[-task.words_of_answer :]) for pair in each]
+    assert len(set(keys)) == pairs
+    told = dict(zip(keys, values, strict=True))
+    asked = [turn["content"] for turn in sample.without_context()]
+    assert [told[question] for question in asked[::2]] == asked[1::2]
+    assert {*words} <= {*task.words()}
+
+
+@pytest.mark.parametrize(("between", "key_words", "value_words"), [(0, 1, 1), (3, 1, 1), (1, 2, 2)])
+def test_a_value_stands_as_far_from_its_key_as_was_asked(load, between, key_words, value_words):
+    distance = load("distance")
+    task = distance.Distant(between=between, key_words=key_words, value_words=value_words)
+    (sample,) = task.records(1, distance.plan_of(task, 1).train_length, seed=0)
+    asked = [turn["content"] for turn in sample.without_context()]
+    for question, answer in zip(asked[::2], asked[1::2], strict=True):
+        assert f"{question} {answer}" in sample.context
+        assert len(question.split()) == 1 + key_words + between
+        assert len(answer.split()) == value_words
+
+
+@pytest.fixture
+def vectors(load):
+    """A decoder with vectors, and two texts."""
+    torch.manual_seed(0)
+    return load("prefix_memory").Decoder(24, writes=2, inner_lr=0.5), torch.randint(24, (2, 12))
+
+
+def test_every_text_has_a_write_of_its_own(vectors):
+    model, texts = vectors
+    together, _ = model.eval().write(texts)
+    alone = torch.cat([model.write(text[None])[0] for text in texts])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_a_write_steps_down_the_loss_of_its_text(vectors):
+    model, texts = vectors
+    model.eval()
+    model.writes = 1
+    first, loss = model.write(texts[:1])
+    # Halfway along the step, the loss is lower than before it by about what the slope says.
+    (slope,) = ((model.start - first[0]) / model.inner_lr).detach()[None]
+    model.start.data -= 1e-3 * slope
+    _, after = model.write(texts[:1])
+    expected = 1e-3 * float(slope.square().sum())
+    assert float((loss - after).detach()) == pytest.approx(expected, rel=0.05, abs=1e-6)
+
+
+def test_the_answer_is_differentiated_through_the_write(vectors):
+    model, texts = vectors
+    model.train()
+    logits, _ = model.answers(texts, texts[:, :4])
+    logits.square().sum().backward()
+    # The head reads the write's loss only: it has a gradient through the write, or none.
+    assert float(model.write_head.weight.grad.abs().max()) > 0
+
+
+@pytest.mark.slow
+def test_the_prefix_memory_runs_from_beginning_to_end():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1] / "src")}
+    words = [sys.executable, str(FOLDER / "prefix_memory.py"), "--smoke"]
+    said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "8 vectors" in said
+    assert "text in context" in said
 
 
 @pytest.mark.slow
