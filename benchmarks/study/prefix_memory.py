@@ -9,8 +9,8 @@ stand before the text, and two steps of SGD on its next-token loss, read from a 
 answer is read from the vectors and the question; all is trained through the writes (second order), and half of the
 write's last loss is added. The task, the schedule of lengths, the batch size and the texts of the test are those of
 `capacity.py --task letters`; `--seconds` is the CPU time of a training. `text in context` is the same decoder with the
-text before the question and no memory. Learning rates come from `--search`, on another seed and by the loss of the
-answers over the last tenth of a training that is a sixth as long.
+text before the question and no memory. `--search` tries learning rates on another seed, in a sixth of the time; the loss
+of the answers over the last tenth of the steps tells which is best.
 
 What is not the same: the network of `capacity.py` sees both neighbours of a word before its attention, and its keys
 start equal to its queries. A stock decoder has neither, and here it has minutes, where the paper has up to a million
@@ -45,7 +45,7 @@ RATES: dict[str, list[tuple[float, float]]] = {
 }
 """Outer and inner learning rates of the search."""
 CHOSEN = {PREFIX: (1e-3, 0.04), IN_CONTEXT: (1e-3, 0.0)}
-"""What the search chose."""
+"""The published inner rate, and an outer one for a short training. No search was run before."""
 SEARCH_SEED = 10
 TRIAL_STEPS = 4
 
