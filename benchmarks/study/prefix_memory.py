@@ -9,8 +9,8 @@ stand before the text, and two steps of SGD on its next-token loss, read from a 
 answer is read from the vectors and the question; all is trained through the writes (second order), and half of the
 write's last loss is added. The task, the schedule of lengths, the batch size and the texts of the test are those of
 `capacity.py --task letters`; `--seconds` is the CPU time of a training. `text in context` is the same decoder with the
-text before the question and no memory. `--search` tries learning rates on another seed, in a sixth of the time; the loss
-of the answers over the last tenth of the steps tells which is best.
+text before the question and no memory. `--search` tries learning rates on another seed, in a sixth of the time; the
+loss of the answers over the last tenth of the steps tells which is best.
 
 What is not the same: the network of `capacity.py` sees both neighbours of a word before its attention, and its keys
 start equal to its queries. A stock decoder has neither, and here it has minutes, where the paper has up to a million
