@@ -1,7 +1,7 @@
 """How many pairs of keys and values a memory holds, against the bytes that are kept.
 
     python benchmarks/study/capacity.py --size small --arms all --seeds 0 1 2
-    python benchmarks/study/capacity.py --task letters --arms "rank 8" "rank 32" --seeds 0 1 2
+    python benchmarks/study/capacity.py --task letters --arms "rank 8" --steps 1000 --seeds 0
 
 GradMem's question (Kuratov et al. 2026), at its sizes: 4 layers of width 128, up to 96 pairs, the text gone when it is
 asked. There a memory is 8 vectors of 128 floats, and 96 pairs are recalled with 88.4 % exact match. `--task letters` is
@@ -41,6 +41,8 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "small": {},
 }
+FIRST = 8
+"""Pairs of the first texts in training; lengths are multiples of it."""
 SHOWN = ("size", "task", "arm", "steps")
 """What tells a line of the table from another."""
 ARMS: dict[str, dict[str, Any]] = {
@@ -129,7 +131,7 @@ def plan_of(size: str, task: Pairs, steps: int) -> RecallPlan:
     return closed_book(
         task=task,
         answer_words=task.words_of_answer,
-        train_length=8 * task.words_of_pair,
+        train_length=FIRST * task.words_of_pair,
         times=(1, 2, 4, 8, 12),
         steps=steps,
         num_train=16 * steps,
@@ -175,7 +177,7 @@ def measure(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> 
                 context=plan.context,
             )
             found.append(
-                {"pairs": 8 * each, "memory": is_on, "accuracy": result.accuracy, "questions": result.questions}
+                {"pairs": FIRST * each, "memory": is_on, "accuracy": result.accuracy, "questions": result.questions}
             )
     return found
 

@@ -193,7 +193,7 @@ def test_a_value_stands_as_far_from_its_key_as_was_asked(load, between, key_word
 def vectors(load):
     """A decoder with vectors, and two texts."""
     torch.manual_seed(0)
-    return load("prefix_memory").Decoder(24, writes=2, inner_lr=0.5), torch.randint(24, (2, 12))
+    return load("prefix_memory").Decoder(24, writes=2, inner_lr=0.5).double(), torch.randint(24, (2, 12))
 
 
 def test_every_text_has_a_write_of_its_own(vectors):
@@ -209,12 +209,12 @@ def test_a_write_steps_down_the_loss_of_its_text(vectors):
     model.eval()
     model.writes = 1
     first, loss = model.write(texts[:1])
-    # Halfway along the step, the loss is lower than before it by about what the slope says.
+    # A small way down the slope, the loss is lower by as much as the slope says.
     (slope,) = ((model.start - first[0]) / model.inner_lr).detach()[None]
     model.start.data -= 1e-3 * slope
     _, after = model.write(texts[:1])
     expected = 1e-3 * float(slope.square().sum())
-    assert float((loss - after).detach()) == pytest.approx(expected, rel=0.05, abs=1e-6)
+    assert float((loss - after).detach()) == pytest.approx(expected, rel=0.05)
 
 
 def test_the_answer_is_differentiated_through_the_write(vectors):
