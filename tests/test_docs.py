@@ -389,6 +389,23 @@ def test_what_is_named_exists():
         assert set(re.findall(r"`(test_\w+)`", text)) <= tests, path
 
 
+def test_links_lead_to_files_that_a_clone_has():
+    """A file that lies here and was not committed is a dead link everywhere else."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    tracked = set(listed.split("\0"))
+    links = [
+        (path, link)
+        for path in PAGES
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+        if "://" not in link and not link.startswith("mailto:")
+    ]
+    assert links
+    for path, link in links:
+        target = (path.parent / link).resolve().relative_to(ROOT).as_posix()
+        is_folder = any(name.startswith(f"{target}/") for name in tracked)
+        assert target in tracked or is_folder, (path, link)
+
+
 def test_every_command_has_its_options_on_the_site_and_every_page_its_place():
     text = (ROOT / "docs" / "options.md").read_text()
     assert set(re.findall(r"<!-- command: ([\w-]+) -->", text)) == set(COMMANDS)
