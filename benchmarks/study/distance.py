@@ -1,17 +1,22 @@
 """How far from its key may a value stand, for a small network to learn which value belongs to which key?
 
     python benchmarks/study/distance.py --seeds 0 1 2
+    python benchmarks/study/distance.py --seeds 0 1 2 --between 1 2 3 6 --reader_steps 200 --steps 300
 
 Texts hold 8 facts "fact KEY w1 ... wn VALUE", the n words between being the same in every fact, and are gone when they
 are asked about. Keys and values can be several words each. The network is the small one of the other studies, whose
 token mixing and attention are trained from scratch. A model that knows which values occurred, but not whose each is, is
-right about one time in five. Rows are written as they are measured; those that the file already has are not run again.
+right about one time in five. With `--reader_steps` the network first learns, without memory, pairs that are the same in
+every text: a language model in small, which knows where to look for what a value depends on. Rows are written as they
+are measured; those that the file already has are not run again.
 """
 
 import argparse
+import dataclasses
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from study_rows import Rows
@@ -19,7 +24,14 @@ from study_rows import Rows
 from memdlm.data.synthetic import Questions, Task, pick
 from memdlm.data.wording import Facts
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
-from memdlm.workflows.studies.recall_study import recall_data, run_arm
+from memdlm.workflows.studies.recall_study import (
+    Trained,
+    accuracies,
+    inference_memory,
+    recall_data,
+    run_arm,
+    trained,
+)
 
 NAMES, FACTS, FILLER = 24, 8, 4
 
@@ -36,6 +48,8 @@ class Distant(Task):
     """Words between key and value."""
     key_words: int = 1
     value_words: int = 1
+    is_fixed: bool = False
+    """Every key has the same value in all texts, so that weights can learn the pairs. Of single words only."""
 
     @property
     def chance(self) -> float:
@@ -53,6 +67,8 @@ class Distant(Task):
             keys[" ".join(pick(_names("k"), self.key_words, generator))] = None
         asked = [" ".join(["fact", key, *self._between]) for key in keys]
         values = [" ".join(pick(_names("v"), self.value_words, generator)) for _ in keys]
+        if self.is_fixed:
+            values = [_FIXED[key] for key in keys]
         order = torch.randperm(FACTS, generator=generator).tolist()
         facts = [f"{question} {value}".split() for question, value in zip(asked, values, strict=True)]
         return facts, [(asked[index], values[index]) for index in order]
@@ -64,6 +80,9 @@ class Distant(Task):
 
 def _names(prefix: str) -> list[str]:
     return [f"{prefix}{number}" for number in range(NAMES)]
+
+
+_FIXED = {key: f"v{(7 * number + 3) % NAMES}" for number, key in enumerate(_names("k"))}
 
 
 def plan_of(task: Distant, steps: int) -> RecallPlan:
@@ -80,6 +99,34 @@ def plan_of(task: Distant, steps: int) -> RecallPlan:
     )
 
 
+def row_of(task: Distant, steps: int, reader_steps: int, seed: int) -> dict[str, Any]:
+    """Train and measure one network; returns its row."""
+    plan = plan_of(task, steps)
+    data, config = recall_data(plan), arms(plan)[OURS]
+    if not reader_steps:
+        return {"strides": plan.strides} | run_arm(plan, data, config, seed)
+    first = plan_of(dataclasses.replace(task, is_fixed=True), reader_steps)
+    begun = time.process_time()
+    reader = trained(first, recall_data(first), None, seed)
+    read = time.process_time()
+    trainer = trained(plan, data, config, seed, model=reader.model)
+    found = Trained(
+        model=trainer.model.eval(),
+        memory=inference_memory(trainer.model, data.tokenizer, trainer.memory),
+        rates={},
+        history=trainer.state.log_history,
+        seconds=0.0,
+        cpu_seconds=time.process_time() - read,
+    )
+    return {
+        "strides": plan.strides,
+        "reader_cpu_seconds": read - begun,
+        "cpu_seconds": found.cpu_seconds,
+        "accuracy": accuracies(plan, data, found, seed),
+        "curve": found.curve,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--between", type=int, nargs="+", default=[0, 1, 2, 3])
@@ -87,6 +134,7 @@ def main() -> None:
     parser.add_argument("--value_words", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--reader_steps", type=int, default=0, help="steps on fixed pairs before, without memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/distance.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -96,10 +144,11 @@ def main() -> None:
             task = Distant(between=between, key_words=arguments.key_words, value_words=arguments.value_words)
             key = {"between": between, "key_words": task.key_words, "value_words": task.value_words}
             key |= {"steps": arguments.steps, "seed": seed}
+            # Rows of networks that were no readers first have no `reader_steps`.
+            key["reader_steps"] = arguments.reader_steps or None
             if rows.where(**key):
                 continue
-            plan = plan_of(task, arguments.steps)
-            row = rows.add(key | {"strides": plan.strides} | run_arm(plan, recall_data(plan), arms(plan)[OURS], seed))
+            row = rows.add(key | row_of(task, arguments.steps, arguments.reader_steps, seed))
             print(key, [f"{each['accuracy']:.3f}" for each in row["accuracy"]], flush=True)
 
 

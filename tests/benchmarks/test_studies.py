@@ -189,6 +189,21 @@ def test_a_value_stands_as_far_from_its_key_as_was_asked(load, between, key_word
         assert len(answer.split()) == value_words
 
 
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_a_reader_learns_pairs_that_are_the_same_in_every_text(load, is_fixed):
+    distance = load("distance")
+    task = distance.Distant(between=2, is_fixed=is_fixed)
+    values = {}
+    for sample in task.records(40, distance.plan_of(task, 1).train_length, seed=0):
+        asked = [turn["content"] for turn in sample.without_context()]
+        for question, answer in zip(asked[::2], asked[1::2], strict=True):
+            values.setdefault(question, set()).add(answer)
+    assert len(values) == distance.NAMES
+    assert (max(map(len, values.values())) == 1) == is_fixed
+    if is_fixed:
+        assert len(set().union(*values.values())) == distance.NAMES
+
+
 @pytest.fixture
 def vectors(load):
     """A decoder with vectors, and two texts."""
