@@ -24,14 +24,7 @@ from study_rows import Rows
 from memdlm.data.synthetic import Questions, Task, pick
 from memdlm.data.wording import Facts
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
-from memdlm.workflows.studies.recall_study import (
-    Trained,
-    accuracies,
-    inference_memory,
-    recall_data,
-    run_arm,
-    trained,
-)
+from memdlm.workflows.studies.recall_study import accuracies, recall_data, run_arm, train_arm, trained
 
 NAMES, FACTS, FILLER = 24, 8, 4
 
@@ -107,20 +100,12 @@ def row_of(task: Distant, steps: int, reader_steps: int, seed: int) -> dict[str,
         return {"strides": plan.strides} | run_arm(plan, data, config, seed)
     first = plan_of(dataclasses.replace(task, is_fixed=True), reader_steps)
     begun = time.process_time()
-    reader = trained(first, recall_data(first), None, seed)
-    read = time.process_time()
-    trainer = trained(plan, data, config, seed, model=reader.model)
-    found = Trained(
-        model=trainer.model.eval(),
-        memory=inference_memory(trainer.model, data.tokenizer, trainer.memory),
-        rates={},
-        history=trainer.state.log_history,
-        seconds=0.0,
-        cpu_seconds=time.process_time() - read,
-    )
+    reader = trained(first, recall_data(first), None, seed).model
+    reader_seconds = time.process_time() - begun
+    found = train_arm(plan, data, config, seed, model=reader)
     return {
         "strides": plan.strides,
-        "reader_cpu_seconds": read - begun,
+        "reader_cpu_seconds": reader_seconds,
         "cpu_seconds": found.cpu_seconds,
         "accuracy": accuracies(plan, data, found, seed),
         "curve": found.curve,
@@ -137,15 +122,19 @@ def main() -> None:
     parser.add_argument("--reader_steps", type=int, default=0, help="steps on fixed pairs before, without memory")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/distance.json"))
     arguments = parser.parse_args()
+    if arguments.reader_steps and (arguments.key_words, arguments.value_words) != (1, 1):
+        parser.error(
+            f"--reader_steps needs keys and values of one word, not of {arguments.key_words} and "
+            f"{arguments.value_words}; leave --key_words and --value_words out."
+        )
     torch.set_num_threads(1)
     rows = Rows(arguments.out)
     for seed in arguments.seeds:
         for between in arguments.between:
             task = Distant(between=between, key_words=arguments.key_words, value_words=arguments.value_words)
             key = {"between": between, "key_words": task.key_words, "value_words": task.value_words}
-            key |= {"steps": arguments.steps, "seed": seed}
-            # Rows of networks that were no readers first have no `reader_steps`.
-            key["reader_steps"] = arguments.reader_steps or None
+            # None, as older rows have no `reader_steps`.
+            key |= {"steps": arguments.steps, "seed": seed, "reader_steps": arguments.reader_steps or None}
             if rows.where(**key):
                 continue
             row = rows.add(key | row_of(task, arguments.steps, arguments.reader_steps, seed))

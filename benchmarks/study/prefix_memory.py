@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from capacity import TASKS, Pairs, plan_of
+from capacity import FIRST, TASKS, Pairs, plan_of
 from study_rows import Rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -191,7 +191,7 @@ def measured(model: Decoder, data: Conversations) -> list[dict[str, Any]]:
         right = (model.answers(texts, asked)[0].argmax(-1) == asked)[:, data.is_answer]
         exact = right.unflatten(1, (-1, data.task.words_of_answer)).all(-1).float()
         found.append(
-            {"pairs": 8 * times, "exact": float(exact.mean()), "words": float(right.float().mean())}
+            {"pairs": FIRST * times, "exact": float(exact.mean()), "words": float(right.float().mean())}
             | {"questions": exact.numel()}
         )
     return found

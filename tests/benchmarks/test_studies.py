@@ -190,7 +190,7 @@ def test_a_value_stands_as_far_from_its_key_as_was_asked(load, between, key_word
 
 
 @pytest.mark.parametrize("is_fixed", [True, False])
-def test_a_reader_learns_pairs_that_are_the_same_in_every_text(load, is_fixed):
+def test_only_fixed_pairs_are_the_same_in_every_text(load, is_fixed):
     distance = load("distance")
     task = distance.Distant(between=2, is_fixed=is_fixed)
     values = {}
@@ -202,6 +202,18 @@ def test_a_reader_learns_pairs_that_are_the_same_in_every_text(load, is_fixed):
     assert (max(map(len, values.values())) == 1) == is_fixed
     if is_fixed:
         assert len(set().union(*values.values())) == distance.NAMES
+
+
+@pytest.mark.slow
+def test_networks_that_read_first_have_rows_of_their_own(tmp_path):
+    out = tmp_path / "rows.json"
+    words = [sys.executable, str(FOLDER / "distance.py"), "--between", "2", "--steps", "4", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1] / "src")}
+    for more in ([], ["--reader_steps", "4"], [], ["--reader_steps", "4"]):
+        subprocess.run([*words, *more], env=environment, capture_output=True, text=True, check=True)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["reader_steps"] for row in rows] == [None, 4]
+    assert rows[0]["curve"] != rows[1]["curve"]
 
 
 @pytest.fixture

@@ -174,10 +174,14 @@ def train_arm(
     config: MemoryConfig | None,
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
+    model: PreTrainedModel | None = None,
 ) -> Trained:
-    """Train one model with the memory `config` (None: without); `on_step` is called with the number of steps done."""
+    """Train `model`, or a new model, with the memory `config` (None: without).
+
+    `on_step` is called with the number of steps done.
+    """
     start, cpu = time.perf_counter(), time.process_time()
-    trainer = trained(plan, data, config, seed, on_step)
+    trainer = trained(plan, data, config, seed, on_step, model)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     model = trainer.model.eval()
     return Trained(
