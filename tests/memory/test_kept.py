@@ -1,5 +1,6 @@
 """Files that earlier versions wrote are read, and mean what they meant."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,10 +22,16 @@ CONFIG = {"inner_rank": 2, "inner_alpha": 4.0, "inner_layer_fraction": 0.5, "str
 
 @torch.no_grad()
 def readings(folder):
-    """Logits of one text under the kept memory, and under what its learned start and rates write of another."""
-    memory = ParametricMemory(load_model(folder / "model", dtype="float32"), mask_token_id=MASK)
+    """Logits of one text under the kept memory, and under what its learned start and rates write of another.
+
+    In float64: a write amplifies the rounding of float32, which differs from CPU to CPU, to 2e-4.
+    """
+    kept = ParametricMemory(load_model(folder / "model", dtype="float32"), mask_token_id=MASK).load(folder / "memory")
+    memory = ParametricMemory(load_model(folder / "model", dtype="float64"), mask_token_id=MASK)
+    # The weights' digest is that of float32.
+    saved = dataclasses.replace(kept, fingerprint=memory.unwritten().fingerprint)
     asked = random_ids(2, 6, seed=1)
-    with memory.recall(folder / "memory"):
+    with memory.recall(saved):
         recalled = memory.model(asked).logits
     with memory.write(random_ids(2, 8, seed=2), generator=rng(3)):
         written = memory.model(asked).logits
@@ -35,7 +42,7 @@ def readings(folder):
 def test_what_an_earlier_version_kept_still_reads(folder):
     expected, found = load_file(folder / "expected.safetensors"), readings(folder)
     for name, logits in found.items():
-        torch.testing.assert_close(logits, expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, expected[name], rtol=1e-8, atol=1e-10)
     # Neither the memory nor the learned write is idle in what was recorded.
     assert (expected["recalled"] - expected["plain"]).abs().max() > 1e-2
     assert (expected["written"] - expected["plain"]).abs().max() > 1e-2
