@@ -6,14 +6,15 @@ away.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from transformers import PreTrainedTokenizerBase
 
 from memdlm.data.chat import ChatEncoder, Encoded
 from memdlm.data.tokenizer import EOT, USER
+from memdlm.errors import ConfigError
 from memdlm.evaluation.prompts import answer_spans
 from memdlm.types import IGNORE_INDEX
 
@@ -33,6 +34,14 @@ class Page:
 
     text: str
     questions: Sequence[Question]
+
+
+@dataclass(frozen=True, slots=True)
+class GappedText:
+    """A text with places that are hidden, to be filled in: their first characters, and those behind their last ones."""
+
+    text: str
+    gaps: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +70,18 @@ class Corpus(ABC):
     has_kinds: ClassVar[bool] = False
     """Whether its pages can be drawn with facts of one kind only; they are then measured, too."""
 
+    network: ClassVar[Mapping[str, Any]] = {}
+    """What its networks have other than the small family's defaults."""
+    time_epsilon: ClassVar[float] = 1e-3
+    """Lowest diffusion time of the training; near 1, answers are hidden as a whole."""
+
     @abstractmethod
     def page(self, part: str, index: int, stage: Stage) -> Page:
         """Return page `index` of a part; the same one at every call."""
+
+    def exercise(self, index: int) -> Page | GappedText:
+        """Return a reading exercise: what it asks for stands in itself. Raises ConfigError where there are none."""
+        raise ConfigError(f"reader_steps: {self.name} has no reading exercises; leave reader_steps at 0.")
 
 
 @final
@@ -100,6 +118,18 @@ class Reader:
             labels += [IGNORE_INDEX] * len(asked) + answer
             kinds.append(question.kind)
         return Asked(shown=Encoded(ids, labels, 0), context=context, kinds=kinds)
+
+    def exercise(self, index: int) -> Encoded:
+        """Return a reading exercise, without a text beside it."""
+        found = self.corpus.exercise(index)
+        if isinstance(found, Page):
+            return self.ask(found, in_sight=False).shown
+        tokens = self.corpus.tokenizer(found.text, return_offsets_mapping=True, add_special_tokens=False)
+        labels = [
+            token if any(start < last and first < end for first, last in found.gaps) else IGNORE_INDEX
+            for token, (start, end) in zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+        ]
+        return Encoded(tokens.input_ids, labels, 0)
 
     def said(self, slot: list[int]) -> str:
         """Return the text of a slot, up to its end; without an end, all of it."""

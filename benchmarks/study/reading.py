@@ -14,7 +14,7 @@ from typing import Any, final
 
 from page_measures import IN_SIGHT, MEMORY, measured_ways
 from pages import Corpus, Reader, Stage
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from memdlm.data.collate import Collator
 from memdlm.memory.config import MemoryConfig
@@ -26,6 +26,8 @@ from memdlm.workflows.studies.recall_study import on_one_device
 
 ARMS = (MEMORY, IN_SIGHT)
 CURVE_POINTS = 10
+AFTER_READING = 1 / 3
+"""Of the learning rate: with all of it a network unlearns to read before it has learned to write."""
 TRIAL_STEPS = 5
 """Steps that are timed for every stage, to learn how many the budget holds; their models are thrown away."""
 
@@ -36,6 +38,7 @@ class Size:
 
     network: dict[str, Any]
     learning_rate: float
+    """Of a network that begins with random weights; one that can read is trained on with a third of it."""
     batch: int
     rank: int
 
@@ -80,6 +83,23 @@ class Rows:
         asked = self.reader.ask(page, in_sight=self.in_sight)
         row = {"input_ids": asked.shown.input_ids, "labels": asked.shown.labels}
         return row if self.in_sight else row | {"context_ids": asked.context}
+
+
+@final
+class Exercises:
+    """Reading exercises, made when they are asked for: none is seen twice, and every seed has its own."""
+
+    def __init__(self, reader: Reader, wanted: "Run") -> None:
+        self.reader, self.first = reader, wanted.seed * 10**8
+        self.count = wanted.reader_steps * SIZES[wanted.size].batch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Return one row as the collator takes it."""
+        found = self.reader.exercise(self.first + index)
+        return {"input_ids": found.input_ids, "labels": found.labels}
 
 
 def shared_out(steps: int, stages: Sequence[Stage]) -> list[int]:
@@ -132,6 +152,8 @@ class Run:
     pages: int = 128
     """Pages that are measured at the end; a quarter of them at every point of the curve."""
     part: str = "test"
+    reader_steps: int = 0
+    """Steps on reading exercises before, without text and without memory."""
 
     @property
     def in_sight(self) -> bool:
@@ -142,24 +164,39 @@ class Run:
         """What the budget is read from: on the CPU its own seconds, whoever else computes on the machine."""
         return time.perf_counter if self.device.startswith("cuda") else time.process_time
 
-    def trainer(self, rows: Rows, steps: int) -> MemDLMTrainer:
-        """Build the network and what trains it."""
-        size, tokenizer = SIZES[self.size], self.corpus.tokenizer
+    def new_network(self) -> PreTrainedModel:
+        """Build the network, with random weights."""
+        tokenizer = self.corpus.tokenizer
         config = SmallDLMConfig(
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **size.network,
+            **SIZES[self.size].network,
+            **self.corpus.network,
         )
+        return build_model(config, seed=self.seed)
+
+    def reading_network(self, reader: Reader) -> PreTrainedModel:
+        """Build the network, and have it read."""
+        trainer = self.trainer(self.new_network(), Exercises(reader, self), self.reader_steps, has_memory=False)
+        trainer.train()
+        print(f"  {self.arm}, exercises: {trainer.state.log_history[-2]['loss']:.3f} nats per token", flush=True)
+        return trainer.model
+
+    def trainer(
+        self, network: PreTrainedModel, rows: Rows | Exercises, steps: int, *, has_memory: bool
+    ) -> MemDLMTrainer:
+        """Return what trains a network."""
+        size, tokenizer = SIZES[self.size], self.corpus.tokenizer
         memory: dict[str, Any] = {}
-        if not self.in_sight:
+        if has_memory:
             memory = {f"mem_{name}": value for name, value in asdict(memory_config(self.corpus, size)).items()}
         on_gpu = self.device.startswith("cuda")
         arguments = TrainingArguments(
             output_dir=tempfile.gettempdir(),
             max_steps=steps,
             per_device_train_batch_size=size.batch,
-            learning_rate=size.learning_rate,
+            learning_rate=size.learning_rate * (AFTER_READING if self.reader_steps and isinstance(rows, Rows) else 1),
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=min(200, steps // 10),
@@ -172,16 +209,17 @@ class Run:
             train_sampling_strategy="sequential",
             loss_weight_type="uniform",
             stratified_times=True,
+            time_epsilon=self.corpus.time_epsilon,
             use_cpu=not on_gpu,
             bf16=on_gpu,
             dataloader_num_workers=8 if on_gpu else 0,
             dataloader_pin_memory=on_gpu,
             seed=self.seed,
-            mem_enabled=not self.in_sight,
+            mem_enabled=has_memory,
             **memory,
         )
         trainer = MemDLMTrainer(
-            build_model(config, seed=self.seed),
+            network,
             on_one_device(arguments),
             train_dataset=rows,
             data_collator=Collator(tokenizer.pad_token_id, supervise_padding="none"),
@@ -195,7 +233,8 @@ class Run:
         reader, per_step = Reader(self.corpus), 0.0
         for stage in self.corpus.stages:
             trial = dataclasses.replace(stage, share=1.0)
-            trainer = self.trainer(Rows(reader, self, TRIAL_STEPS, [trial]), TRIAL_STEPS)
+            rows = Rows(reader, self, TRIAL_STEPS, [trial])
+            trainer = self.trainer(self.new_network(), rows, TRIAL_STEPS, has_memory=not self.in_sight)
             budget = Budget(self.clock, None, TRIAL_STEPS, lambda step: None)
             trainer.add_callback(budget)
             trainer.train()
@@ -209,8 +248,12 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     """Train one network within `seconds`, or for `steps`, and measure it; returns the row."""
     reader = Reader(wanted.corpus)
     planned = steps or wanted.steps_in(0.9 * (seconds or 0.0))
+    begun = wanted.clock()
+    network = wanted.reading_network(reader) if wanted.reader_steps else wanted.new_network()
+    reader_seconds = wanted.clock() - begun
     validation = reader.pages("validation", max(1, wanted.pages // 4), in_sight=wanted.in_sight)
-    trainer = wanted.trainer(Rows(reader, wanted, planned, wanted.corpus.stages), planned)
+    rows = Rows(reader, wanted, planned, wanted.corpus.stages)
+    trainer = wanted.trainer(network, rows, planned, has_memory=not wanted.in_sight)
     model, curve = trainer.model, []
 
     def look(step: int) -> None:
@@ -227,6 +270,7 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     look(trainer.state.global_step)
     row = {
         "parameters": model.num_parameters(),
+        "reader_seconds": reader_seconds,
         "steps_planned": planned,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - wall,
@@ -239,7 +283,10 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     if wanted.corpus.has_kinds:
         alike = reader.pages(wanted.part, wanted.pages, in_sight=wanted.in_sight, alike=1.0)
         row["alike"] = measured_ways(reader, model, trainer.memory, alike, seed=wanted.seed, decodes=True)
-    row["settings"] = asdict(SIZES[wanted.size])
+    row["settings"] = asdict(SIZES[wanted.size]) | {
+        "time_epsilon": wanted.corpus.time_epsilon,
+        "corpus_network": dict(wanted.corpus.network),
+    }
     row["stages"] = [asdict(stage) for stage in wanted.corpus.stages]
     row["config"] = None if trainer.memory is None else asdict(trainer.memory.config)
     return row

@@ -25,6 +25,7 @@ def parsed(name: str, doc: str) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--minutes", type=float, default=60.0, help="of a seed's training, all arms together")
     parser.add_argument("--steps", type=int, help="instead of a time; of every arm")
+    parser.add_argument("--reader_steps", type=int, default=0, help="of reading exercises before; not in the time")
     parser.add_argument("--pages", type=int, default=128, help="documents that are asked about")
     parser.add_argument("--validation", action="store_true", help="other documents, for choices")
     parser.add_argument("--device", default="cpu")
@@ -40,6 +41,7 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
         torch.set_num_threads(1)
     if options.smoke:
         options.size, options.steps, options.pages = "smoke", 4, 4
+        options.reader_steps = min(options.reader_steps, 4)
     corpus = make(is_tiny=options.smoke)
     found: dict[str, Any] = {"rows": []}
     if options.out.exists() and not options.smoke:
@@ -50,7 +52,9 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
         for arm in options.arms:
             budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes * SHARES[arm]}
             key = {"size": options.size, "seed": seed, "arm": arm, "part": part, "pages": options.pages, **budget}
-            if any(key.items() <= row.items() for row in found["rows"]):
+            # Only where there are any, as older rows have no such field.
+            key |= {"reader_steps": options.reader_steps or None}
+            if any(all(row.get(name) == value for name, value in key.items()) for row in found["rows"]):
                 continue
             wanted = Run(
                 corpus=corpus,
@@ -60,6 +64,7 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
                 device=options.device,
                 pages=options.pages,
                 part=part,
+                reader_steps=options.reader_steps,
             )
             seconds = None if options.steps else 60 * budget["minutes"]
             found["rows"].append(

@@ -6,12 +6,13 @@ Places, jobs, colours and times are shared by all parts: they are answers, and i
 of sentence has several wordings, and its questions use other words than the text.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from pages import Page, Question
+from pages import GappedText, Page, Question
 
 PARTS = ("train", "validation", "test")
 KINDS = ("place", "job", "gift", "colour", "time")
@@ -90,11 +91,25 @@ class Fact:
     sentence: str
     question: str
     answer: str
+    whose: str
+    """Person or event that the sentence is about."""
 
     def cloze(self) -> Question:
         """Return the sentence up to its answer as a question."""
-        before = self.sentence[: self.sentence.rindex(f" {self.answer}")]
-        return Question(f"{self.kind} cloze", CLOZE + before, self.answer)
+        return Question(f"{self.kind} cloze", CLOZE + self.around()[0], self.answer)
+
+    def asked(self) -> Question:
+        """Return the question."""
+        return Question(self.kind, self.question, self.answer)
+
+    def around(self) -> tuple[str, str]:
+        """Return what stands before the answer and after it."""
+        start = self.sentence.rindex(f" {self.answer}")
+        return self.sentence[:start], self.sentence[start + 1 + len(self.answer) :]
+
+    def about(self) -> "Fact":
+        """Return an exercise in reading: the same, but the answer is whose fact it is, which has been said."""
+        return dataclasses.replace(self, sentence=f" {self.whose}".join(self.around()), answer=self.whose)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +181,7 @@ def _place(draw: random.Random, words: Words, used: set[str]) -> Fact:
         "Someone is looking for the {what} that {who} owns. Where is it?",
     )
     said = {"who": who, "what": what}
-    return Fact("place", _pick(draw, texts, **said, where=where), _pick(draw, asked, **said), where)
+    return Fact("place", _pick(draw, texts, **said, where=where), _pick(draw, asked, **said), where, who)
 
 
 def _job(draw: random.Random, words: Words, used: set[str]) -> Fact:
@@ -181,7 +196,7 @@ def _job(draw: random.Random, words: Words, used: set[str]) -> Fact:
         "How does {who} earn money?",
         "Which profession was chosen by {who}?",
     )
-    return Fact("job", _pick(draw, texts, who=who, job=job), _pick(draw, asked, who=who), job)
+    return Fact("job", _pick(draw, texts, who=who, job=job), _pick(draw, asked, who=who), job, who)
 
 
 def _gift(draw: random.Random, words: Words, used: set[str]) -> Fact:
@@ -198,7 +213,7 @@ def _gift(draw: random.Random, words: Words, used: set[str]) -> Fact:
         "Who is the new owner of {who}'s {what}?",
     )
     said = {"who": who, "what": what}
-    return Fact("gift", _pick(draw, texts, **said, whom=whom), _pick(draw, asked, **said), whom)
+    return Fact("gift", _pick(draw, texts, **said, whom=whom), _pick(draw, asked, **said), whom, who)
 
 
 def _colour(draw: random.Random, words: Words, used: set[str]) -> Fact:
@@ -215,7 +230,7 @@ def _colour(draw: random.Random, words: Words, used: set[str]) -> Fact:
         "Which colour is the {what} that belongs to {who}?",
     )
     said = {"who": who, "what": what}
-    return Fact("colour", _pick(draw, texts, **said, colour=colour), _pick(draw, asked, **said), colour)
+    return Fact("colour", _pick(draw, texts, **said, colour=colour), _pick(draw, asked, **said), colour, who)
 
 
 def _time(draw: random.Random, words: Words, used: set[str]) -> Fact:
@@ -228,28 +243,57 @@ def _time(draw: random.Random, words: Words, used: set[str]) -> Fact:
         "At what time should one come to the {event}?",
         "For when is the {event} planned?",
     )
-    return Fact("time", _pick(draw, texts, event=event, when=when), _pick(draw, asked, event=event), when)
+    return Fact("time", _pick(draw, texts, event=event, when=when), _pick(draw, asked, event=event), when, event)
 
 
 DRAWS: dict[str, Draw] = dict(zip(KINDS, (_place, _job, _gift, _colour, _time), strict=True))
 
 
-def page(part: str, index: int, *, facts: int, filler: int = 0, cloze: float = 0.0, alike: float = 0.0) -> Page:
+def page(
+    part: str,
+    index: int,
+    *,
+    facts: int,
+    filler: int = 0,
+    cloze: float = 0.0,
+    alike: float = 0.0,
+    kinds: Sequence[str] = KINDS,
+) -> Page:
     """Return document `index` of a part: `facts` sentences among `filler` ones, and a question for each.
 
-    With the probability `cloze` a question is the sentence up to its answer. The facts are of any kinds; with the
-    probability `alike` all of a document are of one kind, and only the names tell which one a question means.
+    With the probability `cloze` a question is the sentence up to its answer. The facts are of any of the `kinds`; with
+    the probability `alike` all of a document are of one kind, and only the names tell which one a question means.
     """
     draw = random.Random(f"{part} {index} {facts} {filler}")
-    words, used = words_of(part), set[str]()
     # A draw of its own: documents without `alike` stay what they were.
     mixed = random.Random(f"kinds of {part} {index}")
-    kinds = (mixed.choice(KINDS),) if mixed.random() < alike else KINDS
-    found = [DRAWS[draw.choice(kinds)](draw, words, used) for _ in range(facts)]
+    kinds = (mixed.choice(kinds),) if mixed.random() < alike else kinds
+    found = _facts(draw, part, facts, kinds)
     sentences = [each.sentence for each in found] + draw.sample(FILLER, filler)
     draw.shuffle(sentences)
     draw.shuffle(found)
-    questions = [
-        each.cloze() if draw.random() < cloze else Question(each.kind, each.question, each.answer) for each in found
-    ]
-    return Page(" ".join(sentences), questions)
+    return Page(" ".join(sentences), [each.cloze() if draw.random() < cloze else each.asked() for each in found])
+
+
+def exercise(index: int, *, facts: int, kinds: Sequence[str] = KINDS) -> Page | GappedText:
+    """Return a reading exercise with names of the training part: of every fact, whose it is.
+
+    In half of them that is asked, in the words of a question or in those of the sentence up to its answer; in the
+    others it fills the place of the answer in a text. It has always been said before, some words off.
+    """
+    draw = random.Random(f"exercise {index}")
+    found = [each.about() for each in _facts(draw, "train", facts, kinds)]
+    if draw.random() < 0.5:
+        return Page("", [draw.choice((each.cloze, each.asked))() for each in found])
+    text, gaps = "", []
+    for each in found:
+        before, after = each.around()
+        text += f" {before} " if text else f"{before} "
+        gaps.append((len(text), len(text) + len(each.answer)))
+        text += each.answer + after
+    return GappedText(text, gaps)
+
+
+def _facts(draw: random.Random, part: str, count: int, kinds: Sequence[str]) -> list[Fact]:
+    words, used = words_of(part), set[str]()
+    return [DRAWS[draw.choice(kinds)](draw, words, used) for _ in range(count)]

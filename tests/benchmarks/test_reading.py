@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from memdlm.errors import ConfigError
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "study"
 
@@ -64,6 +66,58 @@ def test_documents_can_have_facts_of_one_kind_only():
     kinds = [{question.kind for question in each} for each in asked]
     assert all(len(each) == 1 for each in kinds)
     assert set.union(*kinds) == set(KINDS)
+
+
+def test_an_exercise_has_said_before_what_it_asks_for():
+    from pages import GappedText, Page
+    from small_english import exercise, words_of
+
+    names = {*words_of("train").first_names, *words_of("train").events}
+    found = [exercise(index, facts=2) for index in range(60)]
+    assert found == [exercise(index, facts=2) for index in range(60)]
+    assert {type(each) for each in found} == {Page, GappedText}
+    for each in found:
+        if isinstance(each, Page):
+            said = [(question.text, question.answer) for question in each.questions]
+        else:
+            said = [(each.text[:first], each.text[first:last]) for first, last in each.gaps]
+        assert len(said) == 2
+        assert all(answer in names and answer in text for text, answer in said)
+
+
+def test_an_exercise_hides_answers_alone_and_has_the_tokens_of_its_text():
+    from pages import GappedText, Reader
+    from whose import Whose
+
+    corpus = Whose(is_tiny=True)
+    reader = Reader(corpus)
+    for index in range(30):
+        found, row = corpus.exercise(index), reader.exercise(index)
+        hidden = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != -100]
+        assert [label for label in row.labels if label != -100] == hidden
+        if isinstance(found, GappedText):
+            assert row.input_ids == reader.encoder.text(found.text)
+            answers = "".join(f" {found.text[first:last]}" for first, last in found.gaps)
+        else:
+            answers = "".join(f" {question.answer}" for question in found.questions)
+        said = corpus.tokenizer.decode([token for token in hidden if token != reader.end])
+        assert said.split() == answers.split()
+
+
+def test_a_corpus_without_exercises_says_so():
+    from english import English
+
+    with pytest.raises(ConfigError, match="reader_steps: english has no reading exercises"):
+        English(is_tiny=True).exercise(0)
+
+
+def test_documents_of_whose_it_is_differ_in_names_alone():
+    from whose import Whose
+
+    corpus = Whose(is_tiny=True)
+    pages = [corpus.page("test", index, corpus.stages[0]) for index in range(20)]
+    assert {question.kind.split()[0] for each in pages for question in each.questions} == {"job"}
+    assert all(len(each.questions) == 4 for each in pages)
 
 
 def test_a_slot_does_not_tell_how_long_its_answer_is():
@@ -163,9 +217,9 @@ def test_headwords_of_the_test_are_in_no_training_entry(monkeypatch):
 # Whole scripts ------------------------------------------------------------------------------------------------------
 
 
-def smoked(script):
+def smoked(script, *options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(FOLDER / script), "--smoke"]
+    command = [sys.executable, str(FOLDER / script), "--smoke", *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
 
@@ -174,6 +228,13 @@ def test_english_runs_from_beginning_to_end():
     said = smoked("english.py")
     for way in ("memory", "without memory", "memory of a wrong document", "text in sight"):
         assert f"| smoke | 0 | test | {way} | " in said
+
+
+@pytest.mark.slow
+def test_whose_it_is_runs_from_beginning_to_end():
+    said = smoked("whose.py", "--reader_steps", "4")
+    assert "memory, exercises: " in said
+    assert "| smoke | 0 | test | memory of a wrong document | " in said
 
 
 @pytest.mark.slow
