@@ -178,16 +178,16 @@ class Run:
 
     def reading_network(self, reader: Reader) -> PreTrainedModel:
         """Build the network, and have it read."""
-        trainer = self.trainer(self.new_network(), Exercises(reader, self), self.reader_steps, has_memory=False)
+        trainer = self.trainer(self.new_network(), Exercises(reader, self), self.reader_steps)
         trainer.train()
         print(f"  {self.arm}, exercises: {trainer.state.log_history[-2]['loss']:.3f} nats per token", flush=True)
         return trainer.model
 
-    def trainer(
-        self, network: PreTrainedModel, rows: Rows | Exercises, steps: int, *, has_memory: bool
-    ) -> MemDLMTrainer:
-        """Return what trains a network."""
+    def trainer(self, network: PreTrainedModel, rows: Rows | Exercises, steps: int) -> MemDLMTrainer:
+        """Return what trains a network: with memory, unless the text is in sight or there is none."""
         size, tokenizer = SIZES[self.size], self.corpus.tokenizer
+        is_exercise = isinstance(rows, Exercises)
+        has_memory = not (is_exercise or self.in_sight)
         memory: dict[str, Any] = {}
         if has_memory:
             memory = {f"mem_{name}": value for name, value in asdict(memory_config(self.corpus, size)).items()}
@@ -196,7 +196,7 @@ class Run:
             output_dir=tempfile.gettempdir(),
             max_steps=steps,
             per_device_train_batch_size=size.batch,
-            learning_rate=size.learning_rate * (AFTER_READING if self.reader_steps and isinstance(rows, Rows) else 1),
+            learning_rate=size.learning_rate * (AFTER_READING if self.reader_steps and not is_exercise else 1),
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=min(200, steps // 10),
@@ -234,7 +234,7 @@ class Run:
         for stage in self.corpus.stages:
             trial = dataclasses.replace(stage, share=1.0)
             rows = Rows(reader, self, TRIAL_STEPS, [trial])
-            trainer = self.trainer(self.new_network(), rows, TRIAL_STEPS, has_memory=not self.in_sight)
+            trainer = self.trainer(self.new_network(), rows, TRIAL_STEPS)
             budget = Budget(self.clock, None, TRIAL_STEPS, lambda step: None)
             trainer.add_callback(budget)
             trainer.train()
@@ -247,13 +247,13 @@ class Run:
 def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) -> dict[str, Any]:
     """Train one network within `seconds`, or for `steps`, and measure it; returns the row."""
     reader = Reader(wanted.corpus)
-    planned = steps or wanted.steps_in(0.9 * (seconds or 0.0))
     begun = wanted.clock()
     network = wanted.reading_network(reader) if wanted.reader_steps else wanted.new_network()
     reader_seconds = wanted.clock() - begun
+    planned = steps or wanted.steps_in(0.9 * (seconds or 0.0))
     validation = reader.pages("validation", max(1, wanted.pages // 4), in_sight=wanted.in_sight)
     rows = Rows(reader, wanted, planned, wanted.corpus.stages)
-    trainer = wanted.trainer(network, rows, planned, has_memory=not wanted.in_sight)
+    trainer = wanted.trainer(network, rows, planned)
     model, curve = trainer.model, []
 
     def look(step: int) -> None:
@@ -284,6 +284,7 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
         alike = reader.pages(wanted.part, wanted.pages, in_sight=wanted.in_sight, alike=1.0)
         row["alike"] = measured_ways(reader, model, trainer.memory, alike, seed=wanted.seed, decodes=True)
     row["settings"] = asdict(SIZES[wanted.size]) | {
+        "learning_rate": trainer.args.learning_rate,
         "time_epsilon": wanted.corpus.time_epsilon,
         "corpus_network": dict(wanted.corpus.network),
     }

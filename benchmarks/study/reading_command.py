@@ -1,10 +1,8 @@
 """The command line of the two studies of English, their JSON, and their table."""
 
 import argparse
-import json
-import platform
+import tempfile
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from page_measures import MEMORY
 from pages import Corpus
 from reading import ARMS, SIZES, Run, run
+from study_rows import Rows
 
 SHARES = {arm: 0.7 if arm == MEMORY else 0.3 for arm in ARMS}
 """Of a seed's minutes: a step with memory costs several of one without."""
@@ -43,18 +42,22 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
         options.size, options.steps, options.pages = "smoke", 4, 4
         options.reader_steps = min(options.reader_steps, 4)
     corpus = make(is_tiny=options.smoke)
-    found: dict[str, Any] = {"rows": []}
-    if options.out.exists() and not options.smoke:
-        found = json.loads(options.out.read_text())
-    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as passing:
+        rows = Rows(Path(passing, "smoke.json") if options.smoke else options.out)
+        measure(options, corpus, rows)
+        print(markdown(rows.found["rows"]))
+
+
+def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
+    """Add the rows that are missing."""
     part = "validation" if options.validation else "test"
     for seed in options.seed:
         for arm in options.arms:
             budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes * SHARES[arm]}
             key = {"size": options.size, "seed": seed, "arm": arm, "part": part, "pages": options.pages, **budget}
-            # Only where there are any, as older rows have no such field.
+            # None, as older rows have no `reader_steps`.
             key |= {"reader_steps": options.reader_steps or None}
-            if any(all(row.get(name) == value for name, value in key.items()) for row in found["rows"]):
+            if rows.where(**key):
                 continue
             wanted = Run(
                 corpus=corpus,
@@ -67,13 +70,8 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
                 reader_steps=options.reader_steps,
             )
             seconds = None if options.steps else 60 * budget["minutes"]
-            found["rows"].append(
-                key | {"device": device_name(options.device)} | run(wanted, seconds=seconds, steps=options.steps)
-            )
-            if not options.smoke:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(markdown(found["rows"]))
+            found = run(wanted, seconds=seconds, steps=options.steps)
+            rows.add(key | {"device": device_name(options.device)} | found)
 
 
 def device_name(device: str) -> str:

@@ -1,8 +1,8 @@
 """Does a memory of English know whose a fact is? Documents of four facts of one kind, of which only the names differ.
 
-    python benchmarks/study/whose.py --seed 0 1 2 --arms memory --reader_steps 600 --steps 240
+    python benchmarks/study/whose.py --seed 0 1 2 --arms memory --reader_steps 1500 --steps 240
     python benchmarks/study/whose.py --seed 0 1 2 --arms memory --steps 240
-    python benchmarks/study/whose.py --seed 0 1 2 --arms "text in sight" --reader_steps 600 --steps 800
+    python benchmarks/study/whose.py --seed 0 1 2 --arms "text in sight" --reader_steps 1500 --steps 800
     python benchmarks/study/whose.py --smoke      # everything once, tiny: no result
 
 Four people have a job each, and the text is gone when it is asked what one of them does for a living. Who knows the

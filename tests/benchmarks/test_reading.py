@@ -111,7 +111,7 @@ def test_a_corpus_without_exercises_says_so():
         English(is_tiny=True).exercise(0)
 
 
-def test_documents_of_whose_it_is_differ_in_names_alone():
+def test_all_facts_of_whose_it_is_are_of_one_kind():
     from whose import Whose
 
     corpus = Whose(is_tiny=True)
