@@ -64,7 +64,7 @@ SMALLER = {
     "train": ["--max_steps", "1", "--report_to", "none", "--disable_tqdm", "True"],
     "ask": ["--max_new_tokens", "4"],
     "exposure-bias": ["--steps", "2", "--num_samples", "2"],
-    "eval": ["--limit", "1", "--metadata", '{"max_seq_lengths": [160], "num_samples": 1}'],
+    "eval": ["--limit", "1", "--metadata", '{"max_seq_lengths": [320], "num_samples": 1}'],
 }
 """Flags of a command, in the place of those that a page gives."""
 

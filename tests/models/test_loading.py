@@ -21,7 +21,7 @@ from memdlm.models import load_model, load_tokenizer, model_skeleton, register
 from memdlm.models.blocks.names import renamings
 from memdlm.models.blocks.published import config_class_for
 from memdlm.models.blocks.stacking import give_back
-from tiny import CONFIGS, random_ids, tiny
+from tiny import A2D, CONFIGS, random_ids, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 PUBLISHED = {"llada": "llada", "lladamoe": "lladamoe", "llada2": "llada2_moe"}
@@ -440,3 +440,20 @@ def test_experts_that_do_not_fit_together_are_refused(tmp_path):
         save_file({**tensors, name: wrong.contiguous()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match="could not be read"):
             load_model(tmp_path)
+
+
+def test_a_fresh_process_finds_every_family_before_it_has_loaded_a_model(tmp_path):
+    """`memdlm train` asks for the configuration first; in this process an earlier test may have registered them all."""
+    classes = []
+    for name in (*CONFIGS, *A2D):
+        model = tiny(name)
+        model.save_pretrained(tmp_path / name)
+        classes.append(type(model.config).__name__)
+    program = (
+        "import sys; from memdlm.models.hub.resolution import resolve_config\n"
+        "for folder in sys.argv[1:]: print(type(resolve_config(folder)[1]).__name__)"
+    )
+    words = [sys.executable, "-c", program, *(str(tmp_path / name) for name in (*CONFIGS, *A2D))]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == classes

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 from memdlm.errors import CheckpointError, did_you_mean
 from memdlm.hub import is_offline, look_for
 from memdlm.models.blocks.published import PublishedConfig, config_class_for, config_class_of_tensors
-from memdlm.models.hub.families import FAMILIES, Family, family_of
+from memdlm.models.hub.families import FAMILIES, Family, family_of, register
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def resolve_config(
 
     Raises CheckpointError when there is no readable configuration, or it describes no known model.
     """
+    register()  # a command may ask before anything is loaded
     fields = published_fields(name, revision=revision, token=token) or {}
     try:
         target = config_class_for(fields) or _by_model_type(fields)
