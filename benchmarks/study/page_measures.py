@@ -62,8 +62,9 @@ def measured(
 
     `loss`: nats per token of an answer and its end, all slots masked. `one_shot`: exact match of the likeliest tokens
     then. `exact`: exact match after decoding, the surest tokens first, as many at a step as there are questions.
-    `kinds` has it by kind of question, `among` by how many facts of the document are of that kind: where it is one, the
-    kind alone tells the answer, and nothing has to be known of the name.
+    `kinds` has it by kind of question (`kinds_one_shot`: the one shot). `among` has it by how many facts of the
+    document are of that kind: where it is one, the kind alone tells the answer, and nothing has to be known of the
+    name.
     """
     tokenizer, device = reader.corpus.tokenizer, model.device
     pad, mask = tokenizer.pad_token_id, tokenizer.mask_token_id
@@ -98,6 +99,7 @@ def measured(
                     right_among[each.kinds.count(kind)] += is_right and name == "exact"
     total = sum(kinds.values())
     found: dict[str, Any] = {"loss": lost / tokens, "questions": total, "one_shot": right["one_shot"].total() / total}
+    found["kinds_one_shot"] = {kind: right["one_shot"][kind] / count for kind, count in sorted(kinds.items())}
     if decodes:
         found["exact"] = right["exact"].total() / total
         found["kinds"] = {kind: right["exact"][kind] / count for kind, count in sorted(kinds.items())}

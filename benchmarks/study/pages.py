@@ -73,7 +73,10 @@ class Corpus(ABC):
     network: ClassVar[Mapping[str, Any]] = {}
     """What its networks have other than the small family's defaults."""
     time_epsilon: ClassVar[float] = 1e-3
-    """Lowest diffusion time of the training; near 1, answers are hidden as a whole."""
+    """Lowest diffusion time of the training; near 1, answers are hidden as a whole. In exercises they always are."""
+    after_reading: ClassVar[float] = 1 / 3
+    """Share of the learning rate that a network is trained with after exercises. With all of it a network unlearns to
+    read before it has learned to write."""
 
     @abstractmethod
     def page(self, part: str, index: int, stage: Stage) -> Page:

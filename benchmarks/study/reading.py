@@ -26,8 +26,8 @@ from memdlm.workflows.studies.recall_study import on_one_device
 
 ARMS = (MEMORY, IN_SIGHT)
 CURVE_POINTS = 10
-AFTER_READING = 1 / 3
-"""Of the learning rate: with all of it a network unlearns to read before it has learned to write."""
+HIDDEN_WHOLE = 0.999
+"""Lowest diffusion time of exercises. With a part of an answer in sight, a network completes it and does not read."""
 TRIAL_STEPS = 5
 """Steps that are timed for every stage, to learn how many the budget holds; their models are thrown away."""
 
@@ -38,7 +38,7 @@ class Size:
 
     network: dict[str, Any]
     learning_rate: float
-    """Of a network that begins with random weights; one that can read is trained on with a third of it."""
+    """Of a network that begins with random weights; one that can read is trained on with a share of it."""
     batch: int
     rank: int
 
@@ -160,6 +160,11 @@ class Run:
         return self.arm == IN_SIGHT
 
     @property
+    def share_of_rate(self) -> float:
+        """Share of the learning rate, but for exercises."""
+        return self.corpus.after_reading if self.reader_steps else 1.0
+
+    @property
     def clock(self) -> Callable[[], float]:
         """What the budget is read from: on the CPU its own seconds, whoever else computes on the machine."""
         return time.perf_counter if self.device.startswith("cuda") else time.process_time
@@ -176,12 +181,13 @@ class Run:
         )
         return build_model(config, seed=self.seed)
 
-    def reading_network(self, reader: Reader) -> PreTrainedModel:
-        """Build the network, and have it read."""
+    def reading_network(self, reader: Reader) -> tuple[PreTrainedModel, float]:
+        """Build the network, and have it read; returns its last loss as well, in nats per token."""
         trainer = self.trainer(self.new_network(), Exercises(reader, self), self.reader_steps)
         trainer.train()
-        print(f"  {self.arm}, exercises: {trainer.state.log_history[-2]['loss']:.3f} nats per token", flush=True)
-        return trainer.model
+        loss = trainer.state.log_history[-2]["loss"]
+        print(f"  {self.arm}, exercises: {loss:.3f} nats per token", flush=True)
+        return trainer.model, loss
 
     def trainer(self, network: PreTrainedModel, rows: Rows | Exercises, steps: int) -> MemDLMTrainer:
         """Return what trains a network: with memory, unless the text is in sight or there is none."""
@@ -196,7 +202,7 @@ class Run:
             output_dir=tempfile.gettempdir(),
             max_steps=steps,
             per_device_train_batch_size=size.batch,
-            learning_rate=size.learning_rate * (AFTER_READING if self.reader_steps and not is_exercise else 1),
+            learning_rate=size.learning_rate * (1.0 if is_exercise else self.share_of_rate),
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             warmup_steps=min(200, steps // 10),
@@ -209,7 +215,7 @@ class Run:
             train_sampling_strategy="sequential",
             loss_weight_type="uniform",
             stratified_times=True,
-            time_epsilon=self.corpus.time_epsilon,
+            time_epsilon=HIDDEN_WHOLE if is_exercise else self.corpus.time_epsilon,
             use_cpu=not on_gpu,
             bf16=on_gpu,
             dataloader_num_workers=8 if on_gpu else 0,
@@ -248,7 +254,7 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     """Train one network within `seconds`, or for `steps`, and measure it; returns the row."""
     reader = Reader(wanted.corpus)
     begun = wanted.clock()
-    network = wanted.reading_network(reader) if wanted.reader_steps else wanted.new_network()
+    network, reader_loss = wanted.reading_network(reader) if wanted.reader_steps else (wanted.new_network(), None)
     reader_seconds = wanted.clock() - begun
     planned = steps or wanted.steps_in(0.9 * (seconds or 0.0))
     validation = reader.pages("validation", max(1, wanted.pages // 4), in_sight=wanted.in_sight)
@@ -271,6 +277,7 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
     row = {
         "parameters": model.num_parameters(),
         "reader_seconds": reader_seconds,
+        "reader_loss": reader_loss,
         "steps_planned": planned,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - wall,

@@ -12,6 +12,8 @@ from pages import Corpus
 from reading import ARMS, SIZES, Run, run
 from study_rows import Rows
 
+from memdlm.errors import ConfigError
+
 SHARES = {arm: 0.7 if arm == MEMORY else 0.3 for arm in ARMS}
 """Of a seed's minutes: a step with memory costs several of one without."""
 RESULTS = Path("benchmarks/study/results")
@@ -70,7 +72,10 @@ def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
                 reader_steps=options.reader_steps,
             )
             seconds = None if options.steps else 60 * budget["minutes"]
-            found = run(wanted, seconds=seconds, steps=options.steps)
+            try:
+                found = run(wanted, seconds=seconds, steps=options.steps)
+            except ConfigError as error:
+                raise SystemExit(str(error)) from error
             rows.add(key | {"device": device_name(options.device)} | found)
 
 
@@ -85,7 +90,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "|---" * 9 + "|",
     ]
     for row in rows:
-        for way, each in row["measured"].items():
+        alike = {f"{way}, facts alike": each for way, each in row.get("alike", {}).items()}
+        for way, each in (row["measured"] | alike).items():
             figures = f"{each['exact']:.3f} | {each['one_shot']:.3f} | {each['loss']:.3f}"
             about = f"{row['size']} | {row['seed']} | {row['part']}"
             out.append(f"| {about} | {way} | {figures} | {row['steps']} | {row['cpu_seconds']:.0f} |")

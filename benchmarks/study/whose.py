@@ -15,7 +15,7 @@ to be known. What it learns is to have the name in mind there, new names, too. T
 question.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from english import English
@@ -23,14 +23,13 @@ from pages import GappedText, Page, Stage
 from reading_command import main
 from small_english import exercise, page
 
-KINDS = ("job",)
-
 
 class Whose(English):
     """Documents whose facts are told apart by names alone."""
 
     name = "whose"
     has_kinds = False
+    kinds: ClassVar[Sequence[str]] = ("job",)
     # A view of a stride of 6 often hides a part of the name together with the job.
     strides = 12
     # Short waves tell positions a few tokens apart from each other.
@@ -44,11 +43,11 @@ class Whose(English):
 
     def page(self, part: str, index: int, stage: Stage) -> Page:
         """Return a document of a part."""
-        return page(part, index, facts=stage.facts, cloze=stage.cloze, kinds=KINDS)
+        return page(part, index, facts=stage.facts, cloze=stage.cloze, alike=stage.alike, kinds=self.kinds)
 
     def exercise(self, index: int) -> Page | GappedText:
         """Return two facts, of each of which the network says whose it is."""
-        return exercise(index, facts=2, kinds=KINDS)
+        return exercise(index, facts=2, kinds=self.kinds)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,43 @@ def test_all_facts_of_whose_it_is_are_of_one_kind():
     assert all(len(each.questions) == 4 for each in pages)
 
 
+def test_documents_of_all_kinds_are_trained_with_one_kind_each_and_asked_both_ways():
+    from pages import Page, Reader
+    from small_english import KINDS
+    from whose_all import WhoseAll
+
+    corpus = WhoseAll(is_tiny=True)
+    trained = [corpus.page("train", index, corpus.stages[0]).questions for index in range(30)]
+    kinds = [{question.kind.split()[0] for question in each} for each in trained]
+    assert all(len(each) == 1 for each in kinds)
+    assert set.union(*kinds) == set(KINDS)
+    exercises = [found for found in map(corpus.exercise, range(60)) if isinstance(found, Page)]
+    assert {question.kind.split()[0] for each in exercises for question in each.questions} == set(KINDS)
+    reader = Reader(corpus)
+    assert any(len(set(each.kinds)) > 1 for each in reader.pages("test", 10, in_sight=False))
+    assert all(len(set(each.kinds)) == 1 for each in reader.pages("test", 10, in_sight=False, alike=1.0))
+
+
+def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatch):
+    from reading import Exercises, Rows, Run
+    from whose_all import WhoseAll
+
+    monkeypatch.setattr(WhoseAll, "time_epsilon", 0.5)
+    wanted = Run(corpus=WhoseAll(is_tiny=True), size="smoke", arm="memory", seed=0, reader_steps=4)
+    reader = None
+    found = {
+        kind: wanted.trainer(wanted.new_network(), rows, 4).args
+        for kind, rows in {
+            "exercises": Exercises(reader, wanted),
+            "memory": Rows(reader, wanted, 4, wanted.corpus.stages),
+        }.items()
+    }
+    assert (found["exercises"].time_epsilon, found["exercises"].mem_enabled) == (0.999, False)
+    assert (found["memory"].time_epsilon, found["memory"].mem_enabled) == (0.5, True)
+    rate = found["exercises"].learning_rate
+    assert found["memory"].learning_rate == pytest.approx(wanted.corpus.after_reading * rate)
+
+
 def test_a_slot_does_not_tell_how_long_its_answer_is():
     from english import English
     from pages import Reader, answer_spans_of
@@ -235,6 +272,20 @@ def test_whose_it_is_runs_from_beginning_to_end():
     said = smoked("whose.py", "--reader_steps", "4")
     assert "memory, exercises: " in said
     assert "| smoke | 0 | test | memory of a wrong document | " in said
+
+
+@pytest.mark.slow
+def test_whose_it_is_of_all_kinds_runs_from_beginning_to_end():
+    said = smoked("whose_all.py", "--reader_steps", "4", "--arms", "memory")
+    assert "| smoke | 0 | test | memory of a wrong document, facts alike | " in said
+
+
+@pytest.mark.slow
+def test_exercises_that_do_not_exist_are_refused_in_one_line():
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        smoked("english.py", "--reader_steps", "4")
+    assert failed.value.stderr.strip().splitlines()[-1].startswith("reader_steps: english has no reading exercises")
+    assert "Traceback" not in failed.value.stderr
 
 
 @pytest.mark.slow
