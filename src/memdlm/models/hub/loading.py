@@ -101,7 +101,6 @@ def load_model(
         if value is not None or what == "name_or_path":
             check_name(value, what)
     _check_arguments(device, load_in_4bit, attn_implementation, revision)
-    register()
     if device is not None and device != AUTO:
         check_device(device)
     if adapter is None and is_adapter(name_or_path, token=token):
@@ -264,7 +263,6 @@ def model_skeleton(
     name_or_path: str | Path, revision: str | None = None, token: str | bool | None = None
 ) -> PreTrainedModel:
     """Return the model that `load_model` would load, without weights and adapters, on the meta device."""
-    register()
     name = (
         str(name_or_path) if not is_adapter(name_or_path, token=token) else base_of_adapter(name_or_path, token=token)
     )
