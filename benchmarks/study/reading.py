@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
+from exercises import HIDDEN_WHOLE, Exercises, ReadingOn
 from page_measures import IN_SIGHT, MEMORY, measured_ways
 from pages import Corpus, Reader, Stage
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -26,8 +27,6 @@ from memdlm.workflows.studies.recall_study import on_one_device
 
 ARMS = (MEMORY, IN_SIGHT)
 CURVE_POINTS = 10
-HIDDEN_WHOLE = 0.999
-"""Lowest diffusion time of exercises. With a part of an answer in sight, a network completes it and does not read."""
 TRIAL_STEPS = 5
 """Steps that are timed for every stage, to learn how many the budget holds; their models are thrown away."""
 
@@ -85,23 +84,6 @@ class Rows:
         return row if self.in_sight else row | {"context_ids": asked.context}
 
 
-@final
-class Exercises:
-    """Reading exercises, made when they are asked for: none is seen twice, and every seed has its own."""
-
-    def __init__(self, reader: Reader, wanted: "Run") -> None:
-        self.reader, self.first = reader, wanted.seed * 10**8
-        self.count = wanted.reader_steps * SIZES[wanted.size].batch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """Return one row as the collator takes it."""
-        found = self.reader.exercise(self.first + index)
-        return {"input_ids": found.input_ids, "labels": found.labels}
-
-
 def shared_out(steps: int, stages: Sequence[Stage]) -> list[int]:
     """Return the steps of every stage."""
     ends = [round(sum(each.share for each in stages[: number + 1]) * steps) for number in range(len(stages))]
@@ -154,6 +136,8 @@ class Run:
     part: str = "test"
     reader_steps: int = 0
     """Steps on reading exercises before, without text and without memory."""
+    reads_on: bool = False
+    """Exercises are in every step of the memory's training, too."""
 
     @property
     def in_sight(self) -> bool:
@@ -183,7 +167,8 @@ class Run:
 
     def reading_network(self, reader: Reader) -> tuple[PreTrainedModel, float]:
         """Build the network, and have it read; returns its last loss as well, in nats per token."""
-        trainer = self.trainer(self.new_network(), Exercises(reader, self), self.reader_steps)
+        exercises = Exercises(reader, self.seed, self.reader_steps * SIZES[self.size].batch)
+        trainer = self.trainer(self.new_network(), exercises, self.reader_steps)
         trainer.train()
         loss = trainer.state.log_history[-2]["loss"]
         print(f"  {self.arm}, exercises: {loss:.3f} nats per token", flush=True)
@@ -224,13 +209,18 @@ class Run:
             mem_enabled=has_memory,
             **memory,
         )
-        trainer = MemDLMTrainer(
-            network,
-            on_one_device(arguments),
-            train_dataset=rows,
-            data_collator=Collator(tokenizer.pad_token_id, supervise_padding="none"),
-            processing_class=tokenizer,
-        )
+        parts: dict[str, Any] = {
+            "args": on_one_device(arguments),
+            "train_dataset": rows,
+            "data_collator": Collator(tokenizer.pad_token_id, supervise_padding="none"),
+            "processing_class": tokenizer,
+        }
+        if has_memory and self.reads_on:
+            done = self.reader_steps * size.batch
+            more = Exercises(rows.reader, self.seed, steps * size.batch, start=done)
+            trainer: MemDLMTrainer = ReadingOn(network, exercises=more, **parts)
+        else:
+            trainer = MemDLMTrainer(network, **parts)
         trainer.remove_callback(PrinterCallback)
         return trainer
 

@@ -27,12 +27,16 @@ def parsed(name: str, doc: str) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="of a seed's training, all arms together")
     parser.add_argument("--steps", type=int, help="instead of a time; of every arm")
     parser.add_argument("--reader_steps", type=int, default=0, help="of reading exercises before; not in the time")
+    parser.add_argument("--reads_on", action="store_true", help="exercises beside the memory's training, too")
     parser.add_argument("--pages", type=int, default=128, help="documents that are asked about")
     parser.add_argument("--validation", action="store_true", help="other documents, for choices")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.reads_on and options.arms != [MEMORY]:
+        parser.error(f"--reads_on is for --arms {MEMORY} alone: the other network is trained without memory.")
+    return options
 
 
 def main(make: Callable[..., Corpus], doc: str) -> None:
@@ -57,8 +61,8 @@ def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
         for arm in options.arms:
             budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes * SHARES[arm]}
             key = {"size": options.size, "seed": seed, "arm": arm, "part": part, "pages": options.pages, **budget}
-            # None, as older rows have no `reader_steps`.
-            key |= {"reader_steps": options.reader_steps or None}
+            # None, as older rows have neither.
+            key |= {"reader_steps": options.reader_steps or None, "reads_on": options.reads_on or None}
             if rows.where(**key):
                 continue
             wanted = Run(
@@ -70,6 +74,7 @@ def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
                 pages=options.pages,
                 part=part,
                 reader_steps=options.reader_steps,
+                reads_on=options.reads_on,
             )
             seconds = None if options.steps else 60 * budget["minutes"]
             try:
@@ -86,14 +91,15 @@ def device_name(device: str) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return a table: one line per network and way of asking, then how its kinds of questions fare."""
     out = [
-        "| size | seed | part | asked with | exact match | one shot | nats per token | steps | CPU s |",
-        "|---" * 9 + "|",
+        "| size | seed | part | exercises | asked with | exact match | one shot | nats per token | steps | CPU s |",
+        "|---" * 10 + "|",
     ]
     for row in rows:
         alike = {f"{way}, facts alike": each for way, each in row.get("alike", {}).items()}
         for way, each in (row["measured"] | alike).items():
             figures = f"{each['exact']:.3f} | {each['one_shot']:.3f} | {each['loss']:.3f}"
-            about = f"{row['size']} | {row['seed']} | {row['part']}"
+            exercises = f"{row.get('reader_steps') or 'none'}{' before, and beside' if row.get('reads_on') else ''}"
+            about = f"{row['size']} | {row['seed']} | {row['part']} | {exercises}"
             out.append(f"| {about} | {way} | {figures} | {row['steps']} | {row['cpu_seconds']:.0f} |")
     out += ["", "| size | seed | asked with | exact match by kind |", "|---" * 4 + "|"]
     for row in rows:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from memdlm.errors import ConfigError
 
@@ -138,7 +139,8 @@ def test_documents_of_all_kinds_are_trained_with_one_kind_each_and_asked_both_wa
 
 
 def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatch):
-    from reading import Exercises, Rows, Run
+    from exercises import Exercises
+    from reading import Rows, Run
     from whose_all import WhoseAll
 
     monkeypatch.setattr(WhoseAll, "time_epsilon", 0.5)
@@ -147,7 +149,7 @@ def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatc
     found = {
         kind: wanted.trainer(wanted.new_network(), rows, 4).args
         for kind, rows in {
-            "exercises": Exercises(reader, wanted),
+            "exercises": Exercises(reader, 0, 16),
             "memory": Rows(reader, wanted, 4, wanted.corpus.stages),
         }.items()
     }
@@ -155,6 +157,43 @@ def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatc
     assert (found["memory"].time_epsilon, found["memory"].mem_enabled) == (0.5, True)
     rate = found["exercises"].learning_rate
     assert found["memory"].learning_rate == pytest.approx(wanted.corpus.after_reading * rate)
+
+
+def test_who_reads_on_adds_the_gradient_of_exercises_that_come_after_those_before():
+    from exercises import Exercises
+    from pages import Reader
+    from reading import Rows, Run
+    from transformers import TrainerCallback
+    from whose_all import WhoseAll
+
+    corpus = WhoseAll(is_tiny=True)
+    reader = Reader(corpus)
+    found = {}
+
+    class Seen(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found[args.run_name] = {name: each.grad.clone() for name, each in model.named_parameters()}
+
+    for reads_on in (False, True):
+        wanted = Run(corpus=corpus, size="smoke", arm="memory", seed=3, reader_steps=2, reads_on=reads_on)
+        trainer = wanted.trainer(wanted.new_network(), Rows(reader, wanted, 1, corpus.stages), 1)
+        trainer.args.run_name, trainer.args.max_grad_norm = reads_on, 0.0
+        trainer.add_callback(Seen)
+        trainer.train()
+    network = wanted.new_network()
+    for number in range(4):
+        # Two steps of four exercises were before. Each row alone: padding must not count.
+        row = Exercises(reader, 3, 12)[8 + number]
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        logits = network(input_ids=ids.masked_fill(labels != -100, corpus.tokenizer.mask_token_id)).logits
+        found.setdefault("lost", []).append(torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="none"))
+        found.setdefault("asked", []).append(labels[0] != -100)
+    lost, asked = torch.cat(found["lost"]), torch.cat(found["asked"])
+    (lost[asked].sum() / asked.sum()).backward()
+    assert float(trainer.last_asked) == pytest.approx(float(lost[asked].detach().mean()), rel=1e-5)
+    for name, each in network.named_parameters():
+        torch.testing.assert_close(found[True][name] - found[False][name], each.grad, rtol=1e-3, atol=1e-5)
+    assert max(float(each.abs().max()) for each in found[False].values()) > 0
 
 
 def test_a_slot_does_not_tell_how_long_its_answer_is():
@@ -264,20 +303,20 @@ def smoked(script, *options):
 def test_english_runs_from_beginning_to_end():
     said = smoked("english.py")
     for way in ("memory", "without memory", "memory of a wrong document", "text in sight"):
-        assert f"| smoke | 0 | test | {way} | " in said
+        assert f"| smoke | 0 | test | none | {way} | " in said
 
 
 @pytest.mark.slow
 def test_whose_it_is_runs_from_beginning_to_end():
     said = smoked("whose.py", "--reader_steps", "4")
     assert "memory, exercises: " in said
-    assert "| smoke | 0 | test | memory of a wrong document | " in said
+    assert "| smoke | 0 | test | 4 | memory of a wrong document | " in said
 
 
 @pytest.mark.slow
 def test_whose_it_is_of_all_kinds_runs_from_beginning_to_end():
-    said = smoked("whose_all.py", "--reader_steps", "4", "--arms", "memory")
-    assert "| smoke | 0 | test | memory of a wrong document, facts alike | " in said
+    said = smoked("whose_all.py", "--reader_steps", "4", "--reads_on", "--arms", "memory")
+    assert "| smoke | 0 | test | 4 before, and beside | memory of a wrong document, facts alike | " in said
 
 
 @pytest.mark.slow
@@ -294,4 +333,4 @@ def test_the_dictionary_runs_from_beginning_to_end():
 
     if not dictionary.is_installed():
         pytest.skip("dict-gcide is not installed")
-    assert "| smoke | 0 | test | memory of a wrong document | " in smoked("dictionary.py")
+    assert "| smoke | 0 | test | none | memory of a wrong document | " in smoked("dictionary.py")
