@@ -18,6 +18,7 @@ from pages import Corpus, Reader, Stage
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from memdlm.data.collate import Collator
+from memdlm.errors import ConfigError
 from memdlm.memory.config import MemoryConfig
 from memdlm.models.hub.loading import build_model
 from memdlm.models.networks.small import SmallDLMConfig
@@ -67,7 +68,7 @@ class Rows:
     """Training rows, made when they are asked for: no document is seen twice, and every seed has its own."""
 
     def __init__(self, reader: Reader, wanted: "Run", steps: int, stages: Sequence[Stage]) -> None:
-        self.reader, self.in_sight, self.batch = reader, wanted.in_sight, SIZES[wanted.size].batch
+        self.reader, self.in_sight, self.batch = reader, wanted.in_sight, wanted.rows
         self.first = wanted.seed * 10**8
         self.stages = [
             stage for stage, count in zip(stages, shared_out(steps, stages), strict=True) for _ in range(count)
@@ -90,10 +91,11 @@ def shared_out(steps: int, stages: Sequence[Stage]) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def memory_config(corpus: Corpus, size: Size) -> MemoryConfig:
+def memory_config(corpus: Corpus, size: Size, targets: str | None = None) -> MemoryConfig:
     """Return a memory that learns to be written, of a text that is gone when questions come."""
+    changes = {} if targets is None else {"inner_target_modules": targets}
     return MemoryConfig.recall(
-        write_source="context", strides=corpus.strides, inner_rank=size.rank, inner_alpha=2.0 * size.rank
+        write_source="context", strides=corpus.strides, inner_rank=size.rank, inner_alpha=2.0 * size.rank, **changes
     )
 
 
@@ -122,6 +124,24 @@ class Budget(TrainerCallback):
             self.look(state.global_step)
 
 
+@final
+class ThenShares(TrainerCallback):
+    """From step `start` on, any share of an answer is hidden, as the diffusion bound has it.
+
+    A network whose answers were always hidden as a whole has never seen one that is filled in half, and decodes badly.
+    """
+
+    def __init__(self, trainer: MemDLMTrainer, start: int) -> None:
+        self.trainer, self.start = trainer, start
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Change what is drawn, once."""
+        if state.global_step == self.start:
+            objective = self.trainer.objective
+            options = dataclasses.replace(objective.options, time_epsilon=Corpus.time_epsilon)
+            self.trainer.objective = dataclasses.replace(objective, options=options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One network to be trained: everything that its figures depend on."""
@@ -138,6 +158,17 @@ class Run:
     """Steps on reading exercises before, without text and without memory."""
     reads_on: bool = False
     """Exercises are in every step of the memory's training, too."""
+    targets: str | None = None
+    """Projections that get fast weights, instead of the preset's."""
+    batch: int | None = None
+    """Rows of a step, but for exercises before, instead of the size's."""
+    whole_until: float | None = None
+    """Share of the steps in which answers are hidden as the corpus says; then any share of them is. None: in all."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step, but for exercises before."""
+        return self.batch or SIZES[self.size].batch
 
     @property
     def in_sight(self) -> bool:
@@ -181,12 +212,13 @@ class Run:
         has_memory = not (is_exercise or self.in_sight)
         memory: dict[str, Any] = {}
         if has_memory:
-            memory = {f"mem_{name}": value for name, value in asdict(memory_config(self.corpus, size)).items()}
+            config = memory_config(self.corpus, size, self.targets)
+            memory = {f"mem_{name}": value for name, value in asdict(config).items()}
         on_gpu = self.device.startswith("cuda")
         arguments = TrainingArguments(
             output_dir=tempfile.gettempdir(),
             max_steps=steps,
-            per_device_train_batch_size=size.batch,
+            per_device_train_batch_size=size.batch if is_exercise else self.rows,
             learning_rate=size.learning_rate * (1.0 if is_exercise else self.share_of_rate),
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -217,11 +249,15 @@ class Run:
         }
         if has_memory and self.reads_on:
             done = self.reader_steps * size.batch
-            more = Exercises(rows.reader, self.seed, steps * size.batch, start=done)
+            more = Exercises(rows.reader, self.seed, steps * self.rows, start=done)
             trainer: MemDLMTrainer = ReadingOn(network, exercises=more, **parts)
         else:
             trainer = MemDLMTrainer(network, **parts)
         trainer.remove_callback(PrinterCallback)
+        if has_memory and self.whole_until is not None:
+            if self.corpus.time_epsilon == Corpus.time_epsilon:
+                raise ConfigError(f"whole_until={self.whole_until}: {self.corpus.name} never hides answers as a whole.")
+            trainer.add_callback(ThenShares(trainer, round(self.whole_until * steps)))
         return trainer
 
     def steps_in(self, seconds: float) -> int:
@@ -282,6 +318,7 @@ def run(wanted: Run, *, seconds: float | None = None, steps: int | None = None) 
         row["alike"] = measured_ways(reader, model, trainer.memory, alike, seed=wanted.seed, decodes=True)
     row["settings"] = asdict(SIZES[wanted.size]) | {
         "learning_rate": trainer.args.learning_rate,
+        "batch": wanted.rows,
         "time_epsilon": wanted.corpus.time_epsilon,
         "corpus_network": dict(wanted.corpus.network),
     }

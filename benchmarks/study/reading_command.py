@@ -16,6 +16,8 @@ from memdlm.errors import ConfigError
 
 SHARES = {arm: 0.7 if arm == MEMORY else 0.3 for arm in ARMS}
 """Of a seed's minutes: a step with memory costs several of one without."""
+OF_MEMORY = ("reads_on", "targets", "whole_until")
+"""Options that say how a memory is trained."""
 RESULTS = Path("benchmarks/study/results")
 
 
@@ -28,14 +30,18 @@ def parsed(name: str, doc: str) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of a time; of every arm")
     parser.add_argument("--reader_steps", type=int, default=0, help="of reading exercises before; not in the time")
     parser.add_argument("--reads_on", action="store_true", help="exercises beside the memory's training, too")
+    parser.add_argument("--targets", help="projections that get fast weights, instead of the preset's")
+    parser.add_argument("--batch", type=int, help="rows of a step, but for exercises before")
+    parser.add_argument("--whole_until", type=float, help="share of the steps that hide answers as a whole")
     parser.add_argument("--pages", type=int, default=128, help="documents that are asked about")
     parser.add_argument("--validation", action="store_true", help="other documents, for choices")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     options = parser.parse_args()
-    if options.reads_on and options.arms != [MEMORY]:
-        parser.error(f"--reads_on is for --arms {MEMORY} alone: the other network is trained without memory.")
+    for name in OF_MEMORY:
+        if getattr(options, name) and options.arms != [MEMORY]:
+            parser.error(f"--{name} is for --arms {MEMORY} alone: the other network is trained without memory.")
     return options
 
 
@@ -57,12 +63,14 @@ def main(make: Callable[..., Corpus], doc: str) -> None:
 def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
     """Add the rows that are missing."""
     part = "validation" if options.validation else "test"
+    memory = {name: getattr(options, name) for name in OF_MEMORY}
     for seed in options.seed:
         for arm in options.arms:
             budget = {"steps": options.steps} if options.steps else {"minutes": options.minutes * SHARES[arm]}
             key = {"size": options.size, "seed": seed, "arm": arm, "part": part, "pages": options.pages, **budget}
-            # None, as older rows have neither.
-            key |= {"reader_steps": options.reader_steps or None, "reads_on": options.reads_on or None}
+            # None, as older rows have none of them.
+            how = {"reader_steps": options.reader_steps, "batch": options.batch}
+            key |= {name: value or None for name, value in (how | memory).items()}
             if rows.where(**key):
                 continue
             wanted = Run(
@@ -74,7 +82,8 @@ def measure(options: argparse.Namespace, corpus: Corpus, rows: Rows) -> None:
                 pages=options.pages,
                 part=part,
                 reader_steps=options.reader_steps,
-                reads_on=options.reads_on,
+                batch=options.batch,
+                **memory,
             )
             seconds = None if options.steps else 60 * budget["minutes"]
             try:

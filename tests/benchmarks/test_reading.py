@@ -196,6 +196,42 @@ def test_who_reads_on_adds_the_gradient_of_exercises_that_come_after_those_befor
     assert max(float(each.abs().max()) for each in found[False].values()) > 0
 
 
+def test_answers_are_hidden_as_a_whole_up_to_a_step_and_then_by_any_share(monkeypatch):
+    from pages import Reader
+    from reading import Rows, Run
+    from whose_all import WhoseAll
+
+    from memdlm.training.objective import OuterObjective
+
+    corpus, shares = WhoseAll(is_tiny=True), []
+    wanted = Run(corpus=corpus, size="smoke", arm="memory", seed=0, batch=2, whole_until=0.5, targets="o_proj")
+    trainer = wanted.trainer(wanted.new_network(), Rows(Reader(corpus), wanted, 8, corpus.stages), 8)
+    noised = OuterObjective.noised
+
+    def seen(objective, *args):
+        batch = noised(objective, *args)
+        shares.append((batch.noised.is_masked.sum() / batch.is_maskable.sum()).item())
+        assert len(batch.clean) == 2
+        return batch
+
+    monkeypatch.setattr(OuterObjective, "noised", seen)
+    trainer.train()
+    assert min(shares[:4]) > 0.95
+    assert all(share < 0.95 for share in shares[4:])
+    assert all("o_proj" in name for name in trainer.memory.fast.names())
+
+
+def test_a_corpus_that_never_hides_answers_as_a_whole_refuses_to_do_so_up_to_a_step():
+    from english import English
+    from pages import Reader
+    from reading import Rows, Run
+
+    corpus = English(is_tiny=True)
+    wanted = Run(corpus=corpus, size="smoke", arm="memory", seed=0, whole_until=0.5)
+    with pytest.raises(ConfigError, match=r"whole_until=0\.5: english never hides"):
+        wanted.trainer(wanted.new_network(), Rows(Reader(corpus), wanted, 8, corpus.stages), 8)
+
+
 def test_a_slot_does_not_tell_how_long_its_answer_is():
     from english import English
     from pages import Reader, answer_spans_of
@@ -315,8 +351,15 @@ def test_whose_it_is_runs_from_beginning_to_end():
 
 @pytest.mark.slow
 def test_whose_it_is_of_all_kinds_runs_from_beginning_to_end():
-    said = smoked("whose_all.py", "--reader_steps", "4", "--reads_on", "--arms", "memory")
+    said = smoked("whose_all.py", "--arms", "memory", "--reader_steps", "4", "--reads_on", "--whole_until", "0.5")
     assert "| smoke | 0 | test | 4 before, and beside | memory of a wrong document, facts alike | " in said
+
+
+@pytest.mark.slow
+def test_options_of_a_memory_are_refused_for_the_network_without_one():
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        smoked("whose_all.py", "--reader_steps", "4", "--reads_on")
+    assert "--reads_on is for --arms memory alone" in failed.value.stderr
 
 
 @pytest.mark.slow
