@@ -54,6 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "inner_alpha": 64.0,
         "inner_target_modules": "gate_proj,up_proj",
     },
+    "rank 32, attention's output": {"inner_rank": 32, "inner_alpha": 64.0, "inner_target_modules": "o_proj"},
     "rank 32, all three": {
         "inner_rank": 32,
         "inner_alpha": 64.0,

@@ -2,6 +2,7 @@
 
     python benchmarks/study/distance.py --seeds 0 1 2
     python benchmarks/study/distance.py --seeds 0 1 2 --between 1 2 3 6 --reader_steps 200 --steps 300
+    python benchmarks/study/distance.py --seeds 0 1 2 --between 0 1 2 3 6 --targets o_proj
 
 Texts hold 8 facts "fact KEY w1 ... wn VALUE", the n words between being the same in every fact, and are gone when they
 are asked about. Keys and values can be several words each. The network is the small one of the other studies, whose
@@ -92,10 +93,12 @@ def plan_of(task: Distant, steps: int) -> RecallPlan:
     )
 
 
-def row_of(task: Distant, steps: int, reader_steps: int, seed: int) -> dict[str, Any]:
+def row_of(task: Distant, steps: int, reader_steps: int, targets: str | None, seed: int) -> dict[str, Any]:
     """Train and measure one network; returns its row."""
     plan = plan_of(task, steps)
     data, config = recall_data(plan), arms(plan)[OURS]
+    if targets is not None:
+        config = dataclasses.replace(config, inner_target_modules=targets)
     if not reader_steps:
         return {"strides": plan.strides} | run_arm(plan, data, config, seed)
     first = plan_of(dataclasses.replace(task, is_fixed=True), reader_steps)
@@ -120,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--reader_steps", type=int, default=0, help="steps on fixed pairs before, without memory")
+    parser.add_argument("--targets", help="projections that get fast weights, instead of the preset's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/distance.json"))
     arguments = parser.parse_args()
     if arguments.reader_steps and (arguments.key_words, arguments.value_words) != (1, 1):
@@ -133,11 +137,13 @@ def main() -> None:
         for between in arguments.between:
             task = Distant(between=between, key_words=arguments.key_words, value_words=arguments.value_words)
             key = {"between": between, "key_words": task.key_words, "value_words": task.value_words}
-            # None, as older rows have no `reader_steps`.
+            # None, as older rows have neither `reader_steps` nor `targets`.
             key |= {"steps": arguments.steps, "seed": seed, "reader_steps": arguments.reader_steps or None}
+            key |= {"targets": arguments.targets}
             if rows.where(**key):
                 continue
-            row = rows.add(key | row_of(task, arguments.steps, arguments.reader_steps, seed))
+            found = row_of(task, arguments.steps, arguments.reader_steps, arguments.targets, seed)
+            row = rows.add(key | found)
             print(key, [f"{each['accuracy']:.3f}" for each in row["accuracy"]], flush=True)
 
 
