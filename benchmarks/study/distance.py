@@ -2,7 +2,7 @@
 
     python benchmarks/study/distance.py --seeds 0 1 2
     python benchmarks/study/distance.py --seeds 0 1 2 --between 1 2 3 6 --reader_steps 200 --steps 300
-    python benchmarks/study/distance.py --seeds 0 1 2 --between 0 1 2 3 6 --targets o_proj
+    python benchmarks/study/distance.py --seeds 10 --between 2 --targets o_proj --out /tmp/validation.json
 
 Texts hold 8 facts "fact KEY w1 ... wn VALUE", the n words between being the same in every fact, and are gone when they
 are asked about. Keys and values can be several words each. The network is the small one of the other studies, whose

@@ -7,7 +7,6 @@ from pages import Reader
 from torch import Tensor, nn
 
 from memdlm.training.trainer import MemDLMTrainer
-from memdlm.types import IGNORE_INDEX
 
 HIDDEN_WHOLE = 0.999
 """Lowest diffusion time of exercises. With a part of an answer in sight, a network completes it and does not read."""
@@ -41,21 +40,20 @@ class ReadingOn(MemDLMTrainer):
     def __init__(self, *args: Any, exercises: Exercises, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.exercises = exercises
-        self.last_asked: Tensor | None = None
-        """Loss of the last step's exercises, [], in nats per token."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of the exercises to that of the step; returns the loss of the memory's training."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         rows = self.args.train_batch_size
         first = self.state.global_step * rows
-        batch = self.data_collator([self.exercises[first + row] for row in range(rows)])
-        batch = {name: value.to(self.args.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        is_hidden = batch["labels"] != IGNORE_INDEX
-        ids = batch["input_ids"].masked_fill(is_hidden, self.mask_token_id)
+        inputs = self._prepare_inputs(self.data_collator([self.exercises[first + row] for row in range(rows)]))
+        ids = inputs["input_ids"]
+        # At time 1 all of an answer is hidden.
+        batch = self.objective.noised(
+            inputs, torch.ones(rows, device=ids.device), torch.zeros(ids.shape, device=ids.device)
+        )
+        totals = {"total_tokens": batch.noised.is_masked.sum(), "total_rows": rows}
         with self.compute_loss_context_manager():
-            logits = model(input_ids=ids, attention_mask=batch.get("attention_mask")).logits
-            asked = torch.nn.functional.cross_entropy(logits[is_hidden].float(), batch["labels"][is_hidden])
+            asked = self.objective.score(model, batch, totals=totals).loss
         self.accelerator.backward(asked)
-        self.last_asked = asked.detach()
         return loss

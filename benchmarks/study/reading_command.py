@@ -42,6 +42,8 @@ def parsed(name: str, doc: str) -> argparse.Namespace:
     for name in OF_MEMORY:
         if getattr(options, name) and options.arms != [MEMORY]:
             parser.error(f"--{name} is for --arms {MEMORY} alone: the other network is trained without memory.")
+    if options.whole_until is not None and not 0 < options.whole_until < 1:
+        parser.error(f"--whole_until is a share of the steps, between 0 and 1, not {options.whole_until}.")
     return options
 
 
