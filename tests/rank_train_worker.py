@@ -27,6 +27,8 @@ ROWS = [
     {"input_ids": row[:length].tolist(), "labels": [-100, -100, *row[2:length].tolist()]}
     for row, length in zip(random_ids(len(LENGTHS), 14, 3), LENGTHS, strict=True)
 ]
+CONTEXTS = [ids.tolist() if row % 3 == 1 else [] for row, ids in enumerate(random_ids(len(LENGTHS), 9, 4))]
+"""Texts for a memory alone; two rows of three have none."""
 MEMORY = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "inner_lr": 0.5}
 STEP = 8
 """Rows of an optimizer step."""
@@ -58,9 +60,12 @@ def train(options, folder, *, world=1, accumulation=1):
         deepspeed=options.get("deepspeed"),
         **({"mem_enabled": True, **memory} if options.get("mem", True) else {}),
     )
+    rows = ROWS
+    if options.get("contexts"):
+        rows = [row | {"context_ids": context} for row, context in zip(ROWS, CONTEXTS, strict=True)]
     # Several cards in one process would become torch's DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    trainer = MemDLMTrainer(model, arguments, mask_token_id=MASK, train_dataset=ROWS, data_collator=COLLATE)
+    trainer = MemDLMTrainer(model, arguments, mask_token_id=MASK, train_dataset=rows, data_collator=COLLATE)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = {

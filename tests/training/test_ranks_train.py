@@ -20,6 +20,11 @@ CASES = {
     "memory": {"stratified": True},
     "memory, sequence norm": {"norm": "sequence"},
     "memory per row": {"memory": {"per_sample": True}},
+    "contexts of some rows": {
+        "memory": {"write_source": "context", "per_sample": True, "outer_gradient": "exact", "learn_start": True},
+        "contexts": True,
+        "more": ["nll_memory", "nll_no_context"],
+    },
     "memory, fully_shard": {"wrapper": "fsdp"},
     "block diffusion, memory": {"family": "llada2", "block_size": 4, "stratified": True},
     "not synchronised": {"memory": {"sync_inner": False}},
@@ -107,6 +112,7 @@ def test_without_synchronisation_the_result_is_another(name, two_ranks, tmp_path
     [
         CASES["plain"],
         CASES["memory per row"],
+        {**CASES["contexts of some rows"], "family": "small"},
         {"mem": False, "stratified": True},
         {"mem": False, "family": "llada2", "block_size": 4},
     ],

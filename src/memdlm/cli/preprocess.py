@@ -16,9 +16,10 @@ def main(argv: Sequence[str]) -> int:
     (options,) = parser.parse({}, argv)
     manifest = run_preprocessing(options, Display())
     for split, facts in manifest["splits"].items():
+        bare = f", {facts['without_context']} without a context" if facts.get("without_context") else ""
         say(
             f"{split}: {facts['rows']} conversations, {facts['tokens']} tokens, the longest {facts['longest']}; "
-            f"{facts['without_target']} with nothing to learn"
+            f"{facts['without_target']} with nothing to learn{bare}"
         )
     say(options.output_dir)
     return 0

@@ -29,7 +29,8 @@ class Collator:
 
     The batch has `input_ids`, `labels` [B, L] int64, `is_padding` [B, L] bool (true at padding added here, never at
     the row's own EOS) and, unless everything is visible, `attention_mask` [B, L] int64. Rows with `context_ids` (what
-    `mem_write_source=context` writes) add `context_ids` [B, C] int64, right-padded, and `is_context` [B, C] bool.
+    `mem_write_source=context` writes) add `context_ids` [B, C] int64, right-padded, and `is_context` [B, C] bool; C is
+    at least 1. The context of a row may be empty: it is trained without memory.
     """
 
     pad_token_id: int
@@ -82,7 +83,9 @@ class Collator:
             return {}
         if count < len(features):
             raise DataError(
-                f"context_ids: {count} of the {len(features)} rows of a batch have a context; give all one, or none."
+                f"context_ids: {count} of the {len(features)} rows of a batch have `context_ids`; give "
+                "them to all (an empty list to a row that is trained without memory), or to none."
             )
         ids, lengths = right_padded((row["context_ids"] for row in features), self.pad_token_id)
+        ids = nn.functional.pad(ids, (0, max(0, 1 - ids.shape[1])), value=self.pad_token_id)
         return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}

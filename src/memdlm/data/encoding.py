@@ -1,6 +1,7 @@
 """Encode conversations into rows of tokens, in parallel, and choose the rows that fit a run's length."""
 
 import dataclasses
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from memdlm.options import option, validate
 TRUNCATIONS = ("filter", "right")
 CHUNK = 256
 """Number of conversations that a worker encodes at a time."""
+LOOKED_AT = 4096
+"""Number of rows whose contexts are looked at together."""
 COLUMNS = ("input_ids", "labels", "prompt_length", "length")
 CONTEXT = "context_ids"
 """Column of the tokens that only a memory sees, with `context_column`."""
@@ -38,7 +41,7 @@ class EncodingOptions:
     context_column: str | None = option(
         None,
         "Column with a text that the network is not shown. mem_write_source=context writes it, and the "
-        "answers need it.",
+        "answers need it. Rows without such a text are trained without memory.",
     )
     column_map: str | None = option(
         None,
@@ -72,6 +75,8 @@ class Counts:
     """Kept, but cut at their right end to `max_length` (truncation=right)."""
     without_target: int = 0
     """Left out: nothing to learn, or nothing within `max_length`."""
+    without_context: int = 0
+    """Kept, but with nothing for a memory (`context_column`)."""
 
     def words(self) -> str:
         """Return the counts in words, without those that are 0."""
@@ -80,6 +85,7 @@ class Counts:
             (self.too_long, "too long"),
             (self.shortened, "cut at their end"),
             (self.without_target, "with nothing to learn"),
+            (self.without_context, "without a context, which are trained without memory"),
         ):
             if number:
                 words.append(f"{number} {what}")
@@ -120,14 +126,14 @@ def fit(
     *,
     max_length: int,
     truncation: str,
-    has_context: bool = False,
+    context_lengths: Sequence[int] | None = None,
 ) -> tuple[TokenRows, Counts]:
     """Choose the rows to train on, and count them.
 
     `filter` leaves out rows longer than `max_length` (the paper's choice); `right` keeps their first `max_length`
     tokens. Rows without a target left are dropped: a row whose prompt fills `max_length` would teach nothing.
-    `lengths` and `prompt_lengths` are in tokens. With `has_context` the chosen rows keep their whole context, which is
-    not part of their length.
+    `lengths` and `prompt_lengths` are in tokens. With `context_lengths` the chosen rows keep their whole context, which
+    is not part of their length.
     """
     places, too_long, shortened, empty = [], 0, 0, 0
     for place, (length, prompt) in enumerate(zip(lengths, prompt_lengths, strict=True)):
@@ -139,10 +145,24 @@ def fit(
             shortened += length > max_length
             places.append(place)
     counts = Counts(
-        conversations=len(lengths), kept=len(places), too_long=too_long, shortened=shortened, without_target=empty
+        conversations=len(lengths),
+        kept=len(places),
+        too_long=too_long,
+        shortened=shortened,
+        without_target=empty,
+        without_context=0 if context_lengths is None else sum(context_lengths[place] == 0 for place in places),
     )
     chosen = [lengths[place] for place in places]
-    return TokenRows(rows, places, chosen, max_length, has_context=has_context), counts
+    return TokenRows(rows, places, chosen, max_length, has_context=context_lengths is not None), counts
+
+
+def context_lengths(rows: Any) -> list[int]:
+    """Return the tokens of every row's context; `rows` are a list of dictionaries, or a `datasets.Dataset`."""
+    if isinstance(rows, list):
+        return [len(row[CONTEXT]) for row in rows]
+    compute = importlib.import_module("pyarrow.compute")
+    parts = rows.select_columns([CONTEXT]).with_format("arrow").iter(LOOKED_AT)
+    return [length for part in parts for length in compute.list_value_length(part[CONTEXT]).to_pylist()]
 
 
 def encode_chunk(
@@ -173,14 +193,31 @@ def _row(encoded: Encoded) -> dict[str, Any]:
 
 
 def _context(conversation: dict[str, Any], column: str) -> str:
+    """Return the text for the memory; nothing where there is none."""
     text = conversation.get(column)
-    if not isinstance(text, str) or not text.strip():
-        others = ", ".join(name for name in conversation if name != "messages")
-        raise DataError(
-            f"context_column: {column!r} must be a column of text, got {text!r} (columns beside the conversation: "
-            f"{others or 'none'})."
-        )
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return ""
+    if not isinstance(text, str):
+        raise DataError(f"context_column: {column!r} must be a column of text, got {text!r}.")
     return text
+
+
+def check_contexts(splits: Mapping[str, Sequence[dict[str, Any]]], column: str | None) -> None:
+    """Raise DataError if no row of any split has anything in the column `column`; None: there need be nothing."""
+    if column is None:
+        return
+    others: dict[str, None] = {}
+    for conversations in splits.values():
+        for start in range(0, len(conversations), CHUNK):
+            for row in conversations[start : start + CHUNK]:
+                text = row.get(column)
+                if text is not None and (not isinstance(text, str) or text.strip()):
+                    return
+                others |= dict.fromkeys(row)
+    names = ", ".join(name for name in others if name not in ("messages", "text", column))
+    raise DataError(
+        f"context_column: no row has a text in {column!r} (columns beside the conversation: {names or 'none'})."
+    )
 
 
 def encode_all(

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, in_parallel
+from memdlm.data.encoding import COLUMNS, CONTEXT, EncodingOptions, context_lengths, in_parallel
 from memdlm.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -198,9 +198,11 @@ def _statistics(rows: Any) -> dict[str, Any]:
     bins = dict.fromkeys([*map(str, HISTOGRAM), "longer"], 0)
     for length in lengths:
         bins[next((str(bound) for bound in HISTOGRAM if length <= bound), "longer")] += 1
+    contexts = context_lengths(rows) if CONTEXT in rows.column_names else None
     return {
         "rows": len(rows),
         "without_target": sum(prompt >= length for prompt, length in zip(prompts, lengths, strict=True)),
+        **({} if contexts is None else {"without_context": contexts.count(0)}),
         "tokens": sum(lengths),
         "longest": max(lengths),
         "lengths_up_to": bins,

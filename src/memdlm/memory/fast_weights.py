@@ -137,6 +137,21 @@ class FastWeights:
         finally:
             self._values, self.num_samples, self._is_part = values, number, False
 
+    @contextmanager
+    def read_by(self, rows: Sequence[int], count: int) -> Iterator[None]:
+        """Inside an open block: row rows[i] of `count` reads memory i, and the other rows read nothing.
+
+        There may be more memories than `rows`; the last ones are then read by none. Gradients flow through.
+        """
+        self._check_open()
+        wide = [tensor.new_zeros(*tensor.shape[:-3], count, *tensor.shape[-2:]) for tensor in self.tensors()]
+        places = torch.tensor(rows, dtype=torch.int64).to(self.sites[0].device, non_blocking=True)
+        read = [tensor.narrow(-3, 0, len(rows)) for tensor in self.tensors()]
+        # Zeros add exactly nothing, whatever the adapter.
+        spread = [zeros.index_copy(-3, places, own) for zeros, own in zip(wide, read, strict=True)]
+        with self.holding(spread, (count, None)):
+            yield
+
     def tensors(self) -> list[Tensor]:
         """Return all values, site by site in the adapter's order."""
         return [tensor for site in self.sites for tensor in self._values[site.path]]

@@ -3,7 +3,8 @@
 Plain functions on tensors; the Trainer only calls them.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from memdlm.diffusion.masking import (
 )
 from memdlm.diffusion.schedules import Schedule
 from memdlm.diffusion.soft_masking import SoftMask
-from memdlm.errors import DataError
+from memdlm.errors import ConfigError, DataError
+from memdlm.memory.config import MemoryConfig
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern
@@ -31,7 +33,7 @@ from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.networks.lower_layers import LowerLayers
 from memdlm.models.networks.soft_inputs import blended_inputs
 from memdlm.randomness import Randomness
-from memdlm.training.rows import FIRST_TARGET, PROMPT_WIDTH, prompt_columns, prompt_width
+from memdlm.training.rows import FIRST_TARGET, PROMPT_WIDTH, WITH_CONTEXT, prompt_columns, prompt_width
 from memdlm.types import IGNORE_INDEX, ContextIds, ContextSet, Denoise, Ids, PositionSet
 
 
@@ -48,7 +50,9 @@ class Batch:
     context: ContextIds | None = None
     """[B, C] ids that `mem_write_source=context` writes and the network is not shown."""
     is_context: ContextSet | None = None
-    """[B, C], false at the context's padding."""
+    """[B, C], false at the context's padding. A row where it is false everywhere has no context."""
+    with_context: Sequence[int] | None = None
+    """The rows that have a context; None if the host does not know it, or if there are no contexts."""
     prompt_width: int | None = None
     """Number of columns up to the end of the longest prompt; None if the host does not know it."""
     first_target: int = 0
@@ -101,6 +105,7 @@ def noise_batch(
         noised=noised,
         context=inputs.get("context_ids"),
         is_context=inputs.get("is_context"),
+        with_context=inputs.get(WITH_CONTEXT),
         prompt_width=inputs.get(PROMPT_WIDTH),
         first_target=inputs.get(FIRST_TARGET, 0),
     )
@@ -183,14 +188,26 @@ def memory_of(
 ) -> AbstractContextManager[Written]:
     """Write the part of the batch that `mem_write_source` names; yield the write's record, with the memory open.
 
-    With `is_of_next_row`, a row reads the memory of the row after it, and the last one that of the first; not with
-    `mem_write_source=response`, whose memories belong to their row's noise. With `mem_sync_inner` all ranks take part,
-    unless the write `is_alone`. Block diffusion does not read the anchor's lower blocks (`is_read_at_anchor`).
+    With `is_of_next_row`, a row reads the memory of the row after it, and the last one that of the first; the only row
+    that has one reads nothing. Not with `mem_write_source=response`, whose memories belong to their row's noise. With
+    `mem_sync_inner` all ranks take part, unless the write `is_alone`. Block diffusion does not read the anchor's lower
+    blocks (`is_read_at_anchor`).
+
+    With `mem_write_source=context`, rows without a context read nothing: they are as without memory. Raises ConfigError
+    for such rows where all of a batch share one memory.
     """
     is_own = memory.config.write_source == "response"
-    shift = -1 if is_of_next_row else 0
     ids, labels, mask = _written_part(memory, batch, pad_token_id)
-    return memory.write(
+    rows = _rows_with_context(batch) if memory.config.write_source == "context" else None
+    if rows is not None:
+        refuse_shared_memory(memory.config, len(ids) - len(rows), f"the {len(ids)} rows of a batch")
+        # Where no row has a context, one is written that teaches nothing: every rank has to count the same figures.
+        kept = torch.tensor(rows or (0,)).to(ids.device, non_blocking=True)
+        ids, labels, mask = ids[kept], labels[kept], None if mask is None else mask[kept]
+        if not isinstance(randomness, torch.Generator):
+            randomness = [randomness[row] for row in rows or (0,)]
+    shift = -1 if is_of_next_row else 0
+    write = memory.write(
         ids.roll(shift, 0),
         labels.roll(shift, 0),
         None if mask is None else mask.roll(shift, 0),
@@ -201,6 +218,36 @@ def memory_of(
         is_read_at_anchor=is_read_at_anchor,
         attention_pattern=attention_pattern,
     )
+    if is_of_next_row and len(ids) == 1:
+        rows = ()
+    return write if rows is None else _read_by(write, memory, rows, len(batch.clean))
+
+
+@contextmanager
+def _read_by(
+    write: AbstractContextManager[Written], memory: ParametricMemory, rows: Sequence[int], count: int
+) -> Iterator[Written]:
+    with write as written, memory.fast.read_by(rows, count):
+        yield written
+
+
+def _rows_with_context(batch: Batch) -> Sequence[int] | None:
+    """Return which rows have a context; None: all."""
+    rows = batch.with_context
+    if rows is None:
+        assert batch.is_context is not None
+        # Waits for the device; where the collator told, nothing does.
+        rows = batch.is_context.any(1).nonzero().flatten().tolist()
+    return None if len(rows) == len(batch.clean) else rows
+
+
+def refuse_shared_memory(config: MemoryConfig, count: int, rows: str) -> None:
+    """Raise ConfigError if `count` of `rows` have no context, and would read what is written of others."""
+    if count and config.per_sample is False:
+        raise ConfigError(
+            f"mem_per_sample=False: {count} of {rows} have no context, and would read the memory of the others. Set "
+            "mem_per_sample=True, or leave such rows out."
+        )
 
 
 def score(

@@ -17,6 +17,8 @@ PROMPT_WIDTH = "prompt_width"
 """Batch entry: the number of columns that hold prompts, see `prompt_width`; on the host, like SAMPLE."""
 FIRST_TARGET = "first_target"
 """Batch entry: the number of columns before the first target of any row; on the host, like SAMPLE."""
+WITH_CONTEXT = "with_context"
+"""Batch entry: a tuple of the places of the rows that have a context; on the host, like SAMPLE."""
 POOL = 50
 """Number of batches sorted by length together: larger pools pad less and shuffle less."""
 
@@ -50,7 +52,10 @@ class NumberedCollator:
         numbers, rows = zip(*features, strict=True)
         batch = self.collate(list(rows))
         width = prompt_width(batch["labels"], batch.get("attention_mask"), batch.get("is_padding"))
-        return {**batch, SAMPLE: numbers, PROMPT_WIDTH: width, FIRST_TARGET: first_target(batch["labels"])}
+        more = {SAMPLE: numbers, PROMPT_WIDTH: width, FIRST_TARGET: first_target(batch["labels"])}
+        if "is_context" in batch:
+            more[WITH_CONTEXT] = tuple(batch["is_context"].any(1).nonzero().flatten().tolist())
+        return {**batch, **more}
 
 
 def prompt_columns(labels: Tensor, attention_mask: Tensor | None, is_padding: PositionSet | None) -> PositionSet:

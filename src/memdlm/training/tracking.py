@@ -101,6 +101,10 @@ NO_MEMORY = -math.inf
 """Stands for a missing bound with memory; unlike NaN, it cannot be confused with a bound that came out as NaN."""
 
 
+NO_CONTEXT = "nll_no_context"
+"""Metric: the bound of rows that have nothing to be written, and are read without memory."""
+
+
 def row_columns(bound: Tensor, with_memory: Tensor, counts: Tensor, times: Tensor) -> Tensor:
     """Return the evaluation rows [B, 3 + 2 BUCKETS] of a batch, see `row_metrics`; `with_memory` is [B], others [B, P].
 
@@ -113,14 +117,18 @@ def row_columns(bound: Tensor, with_memory: Tensor, counts: Tensor, times: Tenso
 def row_metrics(rows: Tensor) -> dict[str, float]:
     """Turn evaluation rows [N, 3 + 2 BUCKETS] into means per maskable token.
 
-    Columns are the bound, the bound with memory or NO_MEMORY, the count, and the bound and the count by time.
+    Columns are the bound, the bound with memory or NO_MEMORY, the count, and the bound and the count by time. Rows
+    without memory among others with one have no context.
     """
     bounds, with_memory, counts = rows[:, :3].double().unbind(1)
     tokens = counts.sum().clamp_min(1)
     nll = (bounds.sum() / tokens).item()
     metrics = {"nll": nll, "ppl": safe_exp(nll)}
-    if not (with_memory == NO_MEMORY).any():
-        metrics["nll_memory"] = (with_memory.sum() / tokens).item()
+    has_memory = with_memory != NO_MEMORY
+    if has_memory.any():
+        metrics["nll_memory"] = (with_memory[has_memory].sum() / counts[has_memory].sum().clamp_min(1)).item()
+        if not has_memory.all():
+            metrics[NO_CONTEXT] = (bounds[~has_memory].sum() / counts[~has_memory].sum().clamp_min(1)).item()
     totals, numbers = rows[:, 3:].double().sum(0).view(2, BUCKETS)
     pairs: Sequence[tuple[float, float]] = list(zip(totals.tolist(), numbers.tolist(), strict=True))
     for name, (total, number) in zip(bucket_names("nll"), pairs, strict=True):

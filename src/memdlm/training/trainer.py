@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState
 
-from memdlm.diffusion.losses import normalise
+from memdlm.diffusion.losses import MaskedLoss, normalise
 from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
 from memdlm.memory.inner_loop import Written
@@ -26,7 +26,7 @@ from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, host_g
 from memdlm.training.objective import OuterObjective
 from memdlm.training.outer import Batch, memory_of
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
-from memdlm.training.tracking import NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
+from memdlm.training.tracking import NO_CONTEXT, NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,9 @@ class MemDLMTrainer(GuardedTrainer):
 
     It logs, besides transformers' own metrics and all per maskable token: `nll` and `ppl`, the bound without memory;
     `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on the steps of `mem_batch_mix`
-    that see no further than `mem_batch_reach`, `nll_memory_other` on those that read the memory of the next row).
+    that see no further than `mem_batch_reach`, `nll_memory_other` on those that read the memory of the next row). With
+    `mem_write_source=context`, rows whose context is empty are trained without memory; `nll_no_context` is theirs, and
+    not in `nll_memory`.
     With the published `mem_write_source=response` the memory has seen the labels it is scored on: compare models by
     `nll`, never by `nll_memory`. While memory is on, training measures `nll` only on logged steps, and at most once
     in `BARE_EVERY` steps, over all rows of the step; with more frequent logging some logs lack it. Evaluation noise
@@ -242,10 +244,24 @@ class MemDLMTrainer(GuardedTrainer):
             raise AssertionError("without memory, mix is 1")
         rows = [derive(key) for key in inputs[WRITE]]
         written = self._written(batch, rows, pattern, is_of_next_row=mode == OTHER)
-        self._count_write(self._open.enter_context(written))
+        self._count_write(self._open.enter_context(written), batch.with_context)
         lost = self.objective.score(model, batch, self.memory.lower_layers, pattern, totals=totals)
-        self._means.add(_NAMES[mode], lost.bound.double().sum(), lost.counts.sum())
+        has_memory = self._has_memory(batch)
+        self._count_rows(_NAMES[mode], lost, has_memory)
+        # Also where there are none, as all ranks have to count the same.
+        self._count_rows(NO_CONTEXT, lost, ~has_memory)
         return loss + (1 - mix) * lost.loss
+
+    def _has_memory(self, batch: Batch) -> Tensor:
+        """Return [B], true where a row reads a memory, once it is written."""
+        if self.memory is not None and self.memory.config.write_source == "context" and batch.is_context is not None:
+            return batch.is_context.any(1)
+        return torch.ones(len(batch.clean), dtype=torch.bool, device=batch.clean.device)
+
+    def _count_rows(self, name: str, lost: MaskedLoss, is_counted: Tensor) -> None:
+        """Count the bound of the rows that `is_counted` [B] has."""
+        bound = lost.bound.double().where(is_counted, 0.0)
+        self._means.add(name, bound.sum(), lost.counts.where(is_counted, 0).sum())
 
     def _mode(self) -> tuple[str, AttentionPattern | None]:
         """Return what this optimizer step trains with (`mem_batch_mix`; the same on all ranks), and its attention."""
@@ -298,6 +314,7 @@ class MemDLMTrainer(GuardedTrainer):
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
                 with_memory = self.objective.score(model, batch, self.memory.lower_layers).bound
+            with_memory = with_memory.where(self._has_memory(batch), NO_MEMORY)
         rows = row_columns(lost.parts.bound, with_memory, lost.parts.counts, lost.parts.t)
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
 
@@ -327,15 +344,19 @@ class MemDLMTrainer(GuardedTrainer):
 
     # Logging --------------------------------------------------------------------------------------------------
 
-    def _count_write(self, written: Written) -> None:
-        """Count the losses and gradient norms before the inner updates, and the norm of the fast weights."""
+    def _count_write(self, written: Written, rows: Sequence[int] | None) -> None:
+        """Count the losses and gradient norms before the inner updates, and the norm of the fast weights.
+
+        Nothing counts where no row had anything to be written: of `rows`, there is none.
+        """
         if self.memory is None:
             raise AssertionError("only called while memory is on")
+        count = 0 if rows is not None and len(rows) == 0 else 1
         for step, (loss, norm) in enumerate(zip(written.losses, written.grad_norms, strict=True), start=1):
-            self._means.add(f"inner_loss_{step}", loss.mean(), 1)
-            self._means.add(f"inner_grad_norm_{step}", norm.mean(), 1)
+            self._means.add(f"inner_loss_{step}", loss.mean() * count, count)
+            self._means.add(f"inner_grad_norm_{step}", norm.mean() * count, count)
         squares = [value.detach().double().square().sum() for value in self.memory.fast.tensors()]
-        self._means.add("fast_norm", torch.stack(squares).sum().sqrt(), 1)
+        self._means.add("fast_norm", torch.stack(squares).sum().sqrt() * count, count)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the metrics since the last log to transformers' training metrics."""

@@ -7,12 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from memdlm.data.encoding import Counts, TokenRows, encode_all, fit
+from memdlm.data.encoding import Counts, TokenRows, check_contexts, context_lengths, encode_all, fit
 from memdlm.data.manifest import tokenizer_state
 from memdlm.data.preprocess import load_preprocessed
 from memdlm.data.sources import evaluation_split, load_conversations, source_state, unused
 from memdlm.data.vocabulary import looked_at, unknown_in_conversations
 from memdlm.errors import ConfigError, DataError
+from memdlm.memory.config import MemoryConfig
+from memdlm.training.outer import refuse_shared_memory
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.options import DataOptions
 
@@ -29,6 +31,12 @@ class RunData:
     """Counts by split."""
     manifest: dict[str, Any] = field(default_factory=dict)
     """Identifies the data: manifests of preprocessed folders, or the same facts about data tokenized now."""
+
+    def check_memory(self, memory: MemoryConfig | None) -> None:
+        """Raise ConfigError if some rows have no text for a memory that all rows of a batch share."""
+        for split, counts in self.counts.items():
+            if memory is not None:
+                refuse_shared_memory(memory, counts.without_context, f"the {counts.kept} rows of {split}")
 
 
 def load_data(
@@ -81,6 +89,7 @@ def _encoded(
         )
         return _used(found, options, evaluates, display), manifests
     splits = _used(load_conversations(options.dataset_args, options.columns), options, evaluates, display)
+    check_contexts(splits, options.context_column)
     for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     encoded = {}
@@ -130,11 +139,16 @@ def _fitting(rows: Any, options: DataOptions, split: str) -> tuple[TokenRows, Co
         prompts,
         max_length=options.max_length,
         truncation=options.truncation,
-        has_context=options.context_column is not None,
+        context_lengths=None if options.context_column is None else context_lengths(rows),
     )
     if not kept:
         raise DataError(
             f"dataset: {options.dataset_args!r} ({split}) has {len(lengths)} rows, but none has a token to learn "
             f"within max_length {options.max_length}; raise it."
+        )
+    if split == TRAIN and counts.without_context == counts.kept:
+        raise DataError(
+            f"context_column: none of the {counts.kept} rows to train on has a text in {options.context_column!r}, so "
+            "that no memory is written. Add rows that have one, or train without memory."
         )
     return kept, counts

@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from memdlm.data.encoding import EncodingOptions
+from memdlm.data.encoding import EncodingOptions, check_contexts
 from memdlm.data.preprocess import preprocess
 from memdlm.data.sources import load_conversations, unused
 from memdlm.files import name_under_base
@@ -34,6 +34,7 @@ def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str,
     """Write the preprocessed folder and return its manifest; an interrupted run continues where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args, options.columns)
+    check_contexts(splits, options.context_column)
     for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     with display.bar("tokenizing", "tokenizing", sum(map(len, splits.values()))) as advance:
