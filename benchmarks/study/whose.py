@@ -43,7 +43,8 @@ class Whose(English):
 
     def page(self, part: str, index: int, stage: Stage) -> Page:
         """Return a document of a part."""
-        return page(part, index, facts=stage.facts, cloze=stage.cloze, alike=stage.alike, kinds=self.kinds)
+        sizes = {"facts": stage.facts, "filler": stage.filler}
+        return page(part, index, **sizes, cloze=stage.cloze, alike=stage.alike, kinds=self.kinds)
 
     def exercise(self, index: int) -> Page | GappedText:
         """Return two facts, of each of which the network says whose it is."""

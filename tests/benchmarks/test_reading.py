@@ -138,6 +138,20 @@ def test_documents_of_all_kinds_are_trained_with_one_kind_each_and_asked_both_wa
     assert all(len(set(each.kinds)) == 1 for each in reader.pages("test", 10, in_sight=False, alike=1.0))
 
 
+def test_documents_among_filler_are_asked_about_as_those_of_the_study_of_english():
+    from among import Among
+    from english import English
+    from pages import Reader, Stage
+
+    among, english = Among(is_tiny=True), English(is_tiny=True)
+    english.stages = [Stage(share=1.0, facts=4, filler=2)]
+    for own, other in zip(
+        *(Reader(corpus).pages("test", 20, in_sight=False) for corpus in (among, english)), strict=True
+    ):
+        assert among.tokenizer.decode(own.context) == english.tokenizer.decode(other.context)
+        assert own.kinds == other.kinds
+
+
 def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatch):
     from exercises import Exercises
     from reading import Rows, Run
@@ -349,8 +363,9 @@ def test_whose_it_is_runs_from_beginning_to_end():
 
 
 @pytest.mark.slow
-def test_whose_it_is_of_all_kinds_runs_from_beginning_to_end():
-    said = smoked("whose_all.py", "--arms", "memory", "--reader_steps", "4", "--reads_on", "--whole_until", "0.5")
+@pytest.mark.parametrize("study", ["whose_all.py", "among.py"])
+def test_whose_it_is_of_all_kinds_runs_from_beginning_to_end(study):
+    said = smoked(study, "--arms", "memory", "--reader_steps", "4", "--reads_on", "--whole_until", "0.5")
     assert "| smoke | 0 | test | 4 before, and beside | memory of a wrong document, facts alike | " in said
 
 
