@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion.masking import positions_of
 from memdlm.models import (
     A2DLlamaConfig,
@@ -102,6 +103,14 @@ def families(*slow: str) -> pytest.MarkDecorator:
 
 def tiny(name: str, dtype=torch.float32, seed: int = 0):
     return build_model({**CONFIGS, **A2D}[name](), seed=seed).to(dtype).eval()
+
+
+def saved_with_words(name: str, folder):
+    """Save a tiny model with a tokenizer of the words w0, w1, ...; returns the folder and the tokenizer."""
+    tokenizer = build_word_tokenizer([f"w{index}" for index in range(V - 5)])
+    tiny(name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer
 
 
 def rng(seed: int = 0) -> torch.Generator:

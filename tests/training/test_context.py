@@ -1,6 +1,5 @@
 """Contexts: texts that a memory is written from and the network is never shown, from file to training."""
 
-import dataclasses
 import json
 
 import pytest
@@ -10,21 +9,20 @@ from torch.testing import assert_close
 from memdlm.cli.main import main
 from memdlm.data import Collator, EncodingOptions, load_conversations
 from memdlm.data.documents import plain_ids
-from memdlm.data.encoding import check_contexts, context_lengths, encode_all, fit
+from memdlm.data.encoding import encode_all
 from memdlm.data.preprocess import load_preprocessed, preprocess
 from memdlm.data.synthetic import KeyValueRecall
 from memdlm.data.tokenizer import build_word_tokenizer
 from memdlm.diffusion import Corrupted
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import DataError
 from memdlm.evaluation import recall
 from memdlm.evaluation.recall import encode_samples, written_texts
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.models import SmallDLMConfig, build_model
 from memdlm.training import Batch
 from memdlm.training.outer import context_only, memory_of
-from memdlm.training.tracking import NO_MEMORY, row_columns, row_metrics
 from memdlm.types import IGNORE_INDEX
-from tiny import MASK, PAD, V, families, random_ids, rng, tiny
+from tiny import MASK, PAD, random_ids, rng, saved_with_words, tiny
 
 CONFIG = MemoryConfig.recall(write_source="context", inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, strides=2)
 ROWS = [
@@ -47,11 +45,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def network(tmp_path):
-    words = [f"w{index}" for index in range(V - 5)]
-    tokenizer = build_word_tokenizer(words)
-    tiny("small").save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model", tokenizer
+    return saved_with_words("small", tmp_path / "model")
 
 
 def test_a_context_is_plain_text_in_both_layouts_and_never_part_of_the_conversation(source, network, tmp_path):
@@ -76,103 +70,6 @@ def test_a_context_that_is_no_text_is_named(network):
     row = {"messages": ROWS[1]["messages"], "context": 3}
     with pytest.raises(DataError, match="row 0: context_column: 'context' must be a column of text, got 3"):
         encode_all([row], network[1], EncodingOptions(context_column="context"))
-
-
-def test_rows_without_a_context_are_kept_and_counted(network, tmp_path):
-    tokenizer, options = network[1], EncodingOptions(context_column="context")
-    bare = [{"prompt": "w1", "response": "w2", **more} for more in ({}, {"context": None}, {"context": " "})]
-    path = tmp_path / "mixed.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*bare, *ROWS]))
-    splits = load_conversations(str(path))
-    check_contexts(splits, "context")
-    rows = encode_all(splits["train"], tokenizer, options)
-    assert context_lengths(rows) == [0, 0, 0, 3, 1]
-    facts = preprocess(splits, str(path), tokenizer, options, tmp_path / "out")["splits"]["train"]
-    assert (facts["rows"], facts["without_context"]) == (5, 3)
-    found, _ = load_preprocessed(f"{tmp_path / 'out'}[train:4]", tokenizer, options, tmp_path)
-    lengths = context_lengths(found["train"])
-    assert lengths == [len(row) for row in found["train"]["context_ids"]]
-    kept, counts = fit(found["train"], [2] * 4, [1] * 4, max_length=9, truncation="filter", context_lengths=lengths)
-    assert counts.without_context == lengths.count(0) >= 2
-    assert f"{counts.without_context} without a context, which are trained without memory" in counts.words()
-    assert [kept[row]["context_ids"] for row in range(4)] == found["train"]["context_ids"][:]
-    with pytest.raises(
-        DataError, match=r"no row has a text in 'document' \(columns beside the conversation: context\)"
-    ):
-        check_contexts(splits, "document")
-
-
-PLAIN = MemoryConfig(write_source="context", inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, per_sample=True)
-MEMORIES = {
-    "learned": CONFIG,
-    "LoRA": PLAIN,
-    "full": MemoryConfig(
-        write_source="context", inner_layer_fraction=0.5, inner_adapter_type="full", inner_lr=0.1, per_sample=True
-    ),
-}
-
-
-def half_bare(family, config):
-    """A memory, and a batch whose second and last row have no context."""
-    memory = ParametricMemory(tiny(family, torch.float64), config, mask_token_id=MASK)
-    contexts = [random_ids(1, 9)[0].tolist(), [], random_ids(1, 5, seed=1)[0].tolist(), []]
-    return memory, batch_of(contexts)
-
-
-@families("llada_switches", "small_windowed", "sdar", "mdlm")
-@pytest.mark.parametrize("kind", list(MEMORIES))
-def test_rows_without_a_context_read_no_memory_and_others_their_own(kind, family):
-    memory, batch = half_bare(family, MEMORIES[kind])
-    ids, model = batch.noised.ids, memory.model
-    without = model(ids).logits
-    keys = [rng(row) for row in range(4)]
-    with memory_of(memory, batch, pad_token_id=PAD, randomness=keys):
-        mixed = model(ids).logits
-    assert_close(mixed[[1, 3]], without[[1, 3]], rtol=0, atol=1e-12)
-    for row in (0, 2):
-        context = batch.context[row : row + 1, : int(batch.is_context[row].sum())]
-        with memory.write(context, generator=[rng(row)]):
-            assert_close(mixed[row], model(ids[row : row + 1]).logits[0], rtol=0, atol=1e-10)
-        assert not torch.allclose(mixed[row], without[row], atol=1e-6), "the memory changes nothing"
-
-
-def test_a_batch_without_any_context_is_read_without_memory():
-    memory, batch = half_bare("small", CONFIG)[0], batch_of([[], []])
-    without = memory.model(batch.noised.ids).logits
-    with memory_of(memory, batch, pad_token_id=PAD, randomness=[rng(0), rng(1)]):
-        found = memory.model(batch.noised.ids).logits
-    assert_close(found, without, rtol=0, atol=1e-12)
-    found.sum().backward()
-    assert not any(parameter.grad.any() for parameter in memory.learned.parameters() if parameter.grad is not None)
-
-
-@pytest.mark.parametrize("contexts", [[[5, 6, 7, 8]], [[], [5, 6, 7, 8], []]])
-def test_the_only_memory_of_a_batch_is_not_another_row_s(contexts):
-    memory, batch = half_bare("small", CONFIG)[0], batch_of(contexts)
-    without, keys = memory.model(batch.noised.ids).logits, [rng(row) for row in range(len(contexts))]
-    with memory_of(memory, batch, pad_token_id=PAD, randomness=keys, is_of_next_row=True):
-        assert_close(memory.model(batch.noised.ids).logits, without, rtol=0, atol=1e-12)
-
-
-def test_rows_without_a_context_are_told_apart_in_the_figures_of_an_evaluation():
-    t = torch.ones(3, 1)
-    rows = row_columns(
-        torch.tensor([[4.0], [6.0], [10.0]]), torch.tensor([2.0, NO_MEMORY, 3.0]), torch.tensor([[2], [3], [5]]), t
-    )
-    found = row_metrics(rows)
-    assert {name: found[name] for name in ("nll", "nll_memory", "nll_no_context")} == {
-        "nll": 2.0,
-        "nll_memory": pytest.approx(5 / 7),
-        "nll_no_context": 2.0,
-    }
-    assert "nll_no_context" not in row_metrics(rows[[0, 2]])
-    assert not {"nll_memory", "nll_no_context"} & set(row_metrics(rows[[1]]))
-
-
-def test_rows_that_share_a_memory_all_need_a_context():
-    memory, batch = half_bare("small", dataclasses.replace(PLAIN, per_sample=False))
-    with pytest.raises(ConfigError, match="mem_per_sample=False: 2 of the 4 rows of a batch have no context"):
-        memory_of(memory, batch, pad_token_id=PAD, randomness=rng(0))
 
 
 def batch_of(contexts, labels=None):
@@ -284,7 +181,7 @@ def test_memorising_is_trained_from_the_command_line(is_preprocessed, source, ne
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     assert main(command) == 0
-    assert "1 without a context, which are trained without memory" in capsys.readouterr().err
+    assert "1 without a context, for which no memory is written" in capsys.readouterr().err
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     norms = [entry["fast_norm"] for entry in log if "loss" in entry]
     assert len(norms) == 2
@@ -309,7 +206,7 @@ def test_memorising_is_trained_from_the_command_line(is_preprocessed, source, ne
         ),
         (
             ["--mem_enabled", "True", "--mem_write_source", "context", "--context_column", "document"],
-            "no row has a text in 'document' (columns beside the conversation: context)",
+            "no row of train has a text in 'document' (columns beside the conversation: context)",
         ),
     ],
 )

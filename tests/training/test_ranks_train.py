@@ -23,7 +23,7 @@ CASES = {
     "contexts of some rows": {
         "memory": {"write_source": "context", "per_sample": True, "outer_gradient": "exact", "learn_start": True},
         "contexts": True,
-        "more": ["nll_memory", "nll_no_context"],
+        "more": ["nll_memory", "nll_no_context", "inner_loss_1"],
     },
     "memory, fully_shard": {"wrapper": "fsdp"},
     "block diffusion, memory": {"family": "llada2", "block_size": 4, "stratified": True},

@@ -86,6 +86,7 @@ class Collator:
                 f"context_ids: {count} of the {len(features)} rows of a batch have `context_ids`; give "
                 "them to all (an empty list to a row that is trained without memory), or to none."
             )
-        ids, lengths = right_padded((row["context_ids"] for row in features), self.pad_token_id)
+        # `datasets` fills in None where rows are joined and some have no such column.
+        ids, lengths = right_padded((row["context_ids"] or () for row in features), self.pad_token_id)
         ids = nn.functional.pad(ids, (0, max(0, 1 - ids.shape[1])), value=self.pad_token_id)
         return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}

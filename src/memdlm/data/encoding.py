@@ -5,7 +5,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class Counts:
             (self.too_long, "too long"),
             (self.shortened, "cut at their end"),
             (self.without_target, "with nothing to learn"),
-            (self.without_context, "without a context, which are trained without memory"),
+            (self.without_context, "without a context, for which no memory is written"),
         ):
             if number:
                 words.append(f"{number} {what}")
@@ -116,7 +116,7 @@ class TokenRows(Sequence[dict[str, list[int]]]):
         """Return one row."""
         row = self.rows[self.places[index]]
         cut = {name: row[name][: self.max_length] for name in ("input_ids", "labels")}
-        return cut | ({CONTEXT: row[CONTEXT]} if self.has_context else {})
+        return cut | ({CONTEXT: row[CONTEXT] or []} if self.has_context else {})
 
 
 def fit(
@@ -162,7 +162,8 @@ def context_lengths(rows: Any) -> list[int]:
         return [len(row[CONTEXT]) for row in rows]
     compute = importlib.import_module("pyarrow.compute")
     parts = rows.select_columns([CONTEXT]).with_format("arrow").iter(LOOKED_AT)
-    return [length for part in parts for length in compute.list_value_length(part[CONTEXT]).to_pylist()]
+    # A folder without contexts, joined with one that has them, has nulls.
+    return [length or 0 for part in parts for length in compute.list_value_length(part[CONTEXT]).to_pylist()]
 
 
 def encode_chunk(
@@ -198,26 +199,34 @@ def _context(conversation: dict[str, Any], column: str) -> str:
     if text is None or (isinstance(text, str) and not text.strip()):
         return ""
     if not isinstance(text, str):
-        raise DataError(f"context_column: {column!r} must be a column of text, got {text!r}.")
+        raise DataError(
+            f"context_column: {column!r} must be a column of text, got {text!r} (columns beside the conversation: "
+            f"{_beside(conversation)}). Name another one, or leave the row's empty."
+        )
     return text
 
 
-def check_contexts(splits: Mapping[str, Sequence[dict[str, Any]]], column: str | None) -> None:
-    """Raise DataError if no row of any split has anything in the column `column`; None: there need be nothing."""
+def check_contexts(splits: Sequence[Sequence[dict[str, Any]]], column: str | None, where: str) -> None:
+    """Raise DataError if no row of the `splits` of `where` has anything in `column`; None: there need be nothing."""
     if column is None:
         return
     others: dict[str, None] = {}
-    for conversations in splits.values():
+    for conversations in splits:
         for start in range(0, len(conversations), CHUNK):
             for row in conversations[start : start + CHUNK]:
                 text = row.get(column)
                 if text is not None and (not isinstance(text, str) or text.strip()):
                     return
                 others |= dict.fromkeys(row)
-    names = ", ".join(name for name in others if name not in ("messages", "text", column))
+    others.pop(column, None)
     raise DataError(
-        f"context_column: no row has a text in {column!r} (columns beside the conversation: {names or 'none'})."
+        f"context_column: no row of {where} has a text in {column!r} (columns beside the conversation: "
+        f"{_beside(others)}). Name another one, or leave context_column out."
     )
+
+
+def _beside(row: Iterable[str]) -> str:
+    return ", ".join(name for name in row if name not in ("messages", "text")) or "none"
 
 
 def encode_all(

@@ -202,7 +202,8 @@ def _statistics(rows: Any) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "without_target": sum(prompt >= length for prompt, length in zip(prompts, lengths, strict=True)),
-        **({} if contexts is None else {"without_context": contexts.count(0)}),
+        # Only where there are some: what a folder holds stays what it was before rows could have none.
+        **({"without_context": contexts.count(0)} if contexts and 0 in contexts else {}),
         "tokens": sum(lengths),
         "longest": max(lengths),
         "lengths_up_to": bins,
@@ -230,12 +231,18 @@ def load_preprocessed(
         return read_directory(folder), {str(folder): manifest}
     mixed: dict[str, list[Any]] = {}
     manifests: dict[str, Any] = {}
-    for spec in parse_specs(dataset_args):
-        path = spec.path
-        find(path, PREPROCESSED)
-        if not path.is_dir() or read_manifest(path, optional=True) is None:
+    specs = parse_specs(dataset_args)
+    for spec in specs:
+        find(spec.path, PREPROCESSED)
+        if not spec.path.is_dir() or read_manifest(spec.path, optional=True) is None:
             raise DataError(_not_found(dataset_args, spec, root) + "".join(f" Skipped: {each}" for each in unread))
-        manifests[str(path)] = _serving(path, wanted)
+    has_contexts = any(_has_contexts(spec.path) for spec in specs)
+    for spec in specs:
+        path, needed = spec.path, wanted
+        if has_contexts and not _has_contexts(path):
+            # Joined with folders that have contexts, one without holds rows that have none.
+            needed = wanted | {"options": wanted["options"] | {"context_column": None}}
+        manifests[str(path)] = _serving(path, needed)
         for split, rows in limited(read_directory(path), spec).items():
             mixed.setdefault(split, []).append(rows)
     return {split: _joined(parts) for split, parts in mixed.items()}, manifests
@@ -286,6 +293,10 @@ def _serving(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     check_files(folder, manifest)
     return manifest
+
+
+def _has_contexts(folder: Path) -> bool:
+    return (read_manifest(folder) or {})["options"].get("context_column") is not None
 
 
 def _not_found(dataset_args: str, spec: DatasetSpec, root: Path) -> str:

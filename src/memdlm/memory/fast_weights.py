@@ -43,6 +43,8 @@ class FastWeights:
         self._attachments: ExitStack | None = None
         self._some: tuple[tuple[int, ...], dict[str, tuple[Tensor, ...]]] | None = None
         self._is_part = False
+        self.is_spread = False
+        """Whether rows and memories have other numbers, see `read_by`."""
 
     def __getstate__(self) -> dict[str, Any]:
         if self._block is not None:
@@ -150,7 +152,11 @@ class FastWeights:
         # Zeros add exactly nothing, whatever the adapter.
         spread = [zeros.index_copy(-3, places, own) for zeros, own in zip(wide, read, strict=True)]
         with self.holding(spread, (count, None)):
-            yield
+            self.is_spread = True
+            try:
+                yield
+            finally:
+                self.is_spread, self._some = False, None
 
     def tensors(self) -> list[Tensor]:
         """Return all values, site by site in the adapter's order."""

@@ -257,6 +257,8 @@ class ParametricMemory:
         self.fast.check_thread()
         if isinstance(self._source, SavedMemory):
             return self._source
+        if self.fast.is_spread:
+            raise ConfigError("some rows of this batch have no memory; save one where its text is written alone.")
         return exported(self._source, self.fast, row, self.config, self._identity.fingerprint(self.learned))
 
     def save(self, folder: str | Path, row: int | None = None, **provenance: Any) -> SavedMemory:

@@ -198,9 +198,9 @@ def memory_of(
     """
     is_own = memory.config.write_source == "response"
     ids, labels, mask = _written_part(memory, batch, pad_token_id)
-    rows = _rows_with_context(batch) if memory.config.write_source == "context" else None
+    rows = rows_with_context(memory.config, batch)
     if rows is not None:
-        refuse_shared_memory(memory.config, len(ids) - len(rows), f"the {len(ids)} rows of a batch")
+        refuse_bare_rows(memory.config, len(ids) - len(rows), f"the {len(ids)} rows of a batch")
         # Where no row has a context, one is written that teaches nothing: every rank has to count the same figures.
         kept = torch.tensor(rows or (0,)).to(ids.device, non_blocking=True)
         ids, labels, mask = ids[kept], labels[kept], None if mask is None else mask[kept]
@@ -218,9 +218,8 @@ def memory_of(
         is_read_at_anchor=is_read_at_anchor,
         attention_pattern=attention_pattern,
     )
-    if is_of_next_row and len(ids) == 1:
-        rows = ()
-    return write if rows is None else _read_by(write, memory, rows, len(batch.clean))
+    readers = reading_rows(memory.config, batch, is_of_next_row=is_of_next_row)
+    return write if readers is None else _read_by(write, memory, readers, len(batch.clean))
 
 
 @contextmanager
@@ -231,22 +230,37 @@ def _read_by(
         yield written
 
 
-def _rows_with_context(batch: Batch) -> Sequence[int] | None:
-    """Return which rows have a context; None: all."""
+def rows_with_context(config: MemoryConfig, batch: Batch) -> Sequence[int] | None:
+    """Return which rows have something to be written; None: all, as ever unless `mem_write_source` is context."""
+    if config.write_source != "context" or batch.is_context is None:
+        return None
     rows = batch.with_context
     if rows is None:
-        assert batch.is_context is not None
         # Waits for the device; where the collator told, nothing does.
         rows = batch.is_context.any(1).nonzero().flatten().tolist()
     return None if len(rows) == len(batch.clean) else rows
 
 
-def refuse_shared_memory(config: MemoryConfig, count: int, rows: str) -> None:
-    """Raise ConfigError if `count` of `rows` have no context, and would read what is written of others."""
+def reading_rows(config: MemoryConfig, batch: Batch, *, is_of_next_row: bool = False) -> Sequence[int] | None:
+    """Return which rows read a memory inside `memory_of`; None: all."""
+    rows = rows_with_context(config, batch)
+    is_only_one = len(batch.clean if rows is None else rows) == 1
+    return () if is_of_next_row and is_only_one else rows
+
+
+def refuse_bare_rows(config: MemoryConfig, count: int, rows: str) -> None:
+    """Raise ConfigError if `count` of `rows` have no context, and could not be trained as without memory."""
     if count and config.per_sample is False:
         raise ConfigError(
             f"mem_per_sample=False: {count} of {rows} have no context, and would read the memory of the others. Set "
             "mem_per_sample=True, or leave such rows out."
+        )
+    shares = config.batch_shares
+    if count and shares is not None and shares.alone:
+        raise ConfigError(
+            f"mem_batch_mix={config.batch_mix!r}: {count} of {rows} have no context, and in the first share of the "
+            f"steps (memory alone) they would see no further than mem_batch_reach={config.batch_reach} tokens. Set the "
+            "first share to 0, or leave such rows out."
         )
 
 

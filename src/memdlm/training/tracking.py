@@ -118,23 +118,29 @@ def row_metrics(rows: Tensor) -> dict[str, float]:
     """Turn evaluation rows [N, 3 + 2 BUCKETS] into means per maskable token.
 
     Columns are the bound, the bound with memory or NO_MEMORY, the count, and the bound and the count by time. Rows
-    without memory among others with one have no context.
+    without memory among others with one have no context: they are told apart, so that `nll` and `nll_memory` are of the
+    same rows.
     """
-    bounds, with_memory, counts = rows[:, :3].double().unbind(1)
-    tokens = counts.sum().clamp_min(1)
-    nll = (bounds.sum() / tokens).item()
+    has_memory = rows[:, 1] != NO_MEMORY
+    bare = rows[~has_memory] if has_memory.any() else rows[:0]
+    rows = rows[has_memory] if has_memory.any() else rows
+    nll = _mean(rows, 0)
     metrics = {"nll": nll, "ppl": safe_exp(nll)}
-    has_memory = with_memory != NO_MEMORY
     if has_memory.any():
-        metrics["nll_memory"] = (with_memory[has_memory].sum() / counts[has_memory].sum().clamp_min(1)).item()
-        if not has_memory.all():
-            metrics[NO_CONTEXT] = (bounds[~has_memory].sum() / counts[~has_memory].sum().clamp_min(1)).item()
+        metrics["nll_memory"] = _mean(rows, 1)
+    if len(bare):
+        metrics[NO_CONTEXT] = _mean(bare, 0)
     totals, numbers = rows[:, 3:].double().sum(0).view(2, BUCKETS)
     pairs: Sequence[tuple[float, float]] = list(zip(totals.tolist(), numbers.tolist(), strict=True))
     for name, (total, number) in zip(bucket_names("nll"), pairs, strict=True):
         if number > 0:
             metrics[name] = total / number
     return metrics
+
+
+def _mean(rows: Tensor, column: int) -> float:
+    """Return the mean of a column per maskable token."""
+    return (rows[:, column].double().sum() / rows[:, 2].double().sum().clamp_min(1)).item()
 
 
 def safe_exp(nll: float) -> float:

@@ -24,7 +24,7 @@ from memdlm.training.guarding import GuardedTrainer
 from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, host_group
 from memdlm.training.objective import OuterObjective
-from memdlm.training.outer import Batch, memory_of
+from memdlm.training.outer import Batch, memory_of, reading_rows, rows_with_context
 from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
 from memdlm.training.tracking import NO_CONTEXT, NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
 
@@ -45,8 +45,8 @@ class MemDLMTrainer(GuardedTrainer):
     It logs, besides transformers' own metrics and all per maskable token: `nll` and `ppl`, the bound without memory;
     `nll_memory`, the bound with the memory that training writes (`nll_memory_alone` on the steps of `mem_batch_mix`
     that see no further than `mem_batch_reach`, `nll_memory_other` on those that read the memory of the next row). With
-    `mem_write_source=context`, rows whose context is empty are trained without memory; `nll_no_context` is theirs, and
-    not in `nll_memory`.
+    `mem_write_source=context`, rows whose context is empty are trained without memory: `nll` and `nll_memory` are those
+    of the other rows, `nll_no_context` is theirs (in training, on the steps that write).
     With the published `mem_write_source=response` the memory has seen the labels it is scored on: compare models by
     `nll`, never by `nll_memory`. While memory is on, training measures `nll` only on logged steps, and at most once
     in `BARE_EVERY` steps, over all rows of the step; with more frequent logging some logs lack it. Evaluation noise
@@ -236,7 +236,9 @@ class MemDLMTrainer(GuardedTrainer):
                 is_soft = self.objective.softens(inputs)
                 honest = self.objective.score(own, batch, is_soft=is_soft, totals=totals)
             name = "nll" if is_soft is None else "nll_soft"
-            self._means.add_rows(name, honest.parts.bound, honest.parts.counts, honest.parts.t)
+            bound, counts, times = honest.parts.bound, honest.parts.counts, honest.parts.t
+            is_counted = self._has_context(batch)[:, None]
+            self._means.add_rows(name, bound.where(is_counted, 0.0), counts.where(is_counted, 0), times)
             loss = mix * honest.loss if mix > 0 else 0.0
             if mix == 1:
                 return honest.loss
@@ -244,19 +246,24 @@ class MemDLMTrainer(GuardedTrainer):
             raise AssertionError("without memory, mix is 1")
         rows = [derive(key) for key in inputs[WRITE]]
         written = self._written(batch, rows, pattern, is_of_next_row=mode == OTHER)
-        self._count_write(self._open.enter_context(written), batch.with_context)
+        readers = reading_rows(self.memory.config, batch, is_of_next_row=mode == OTHER)
+        self._count_write(self._open.enter_context(written), is_read=readers is None or len(readers) > 0)
         lost = self.objective.score(model, batch, self.memory.lower_layers, pattern, totals=totals)
-        has_memory = self._has_memory(batch)
-        self._count_rows(_NAMES[mode], lost, has_memory)
+        self._count_rows(_NAMES[mode], lost, self._chosen(batch, readers))
         # Also where there are none, as all ranks have to count the same.
-        self._count_rows(NO_CONTEXT, lost, ~has_memory)
+        self._count_rows(NO_CONTEXT, lost, ~self._has_context(batch))
         return loss + (1 - mix) * lost.loss
 
-    def _has_memory(self, batch: Batch) -> Tensor:
-        """Return [B], true where a row reads a memory, once it is written."""
-        if self.memory is not None and self.memory.config.write_source == "context" and batch.is_context is not None:
-            return batch.is_context.any(1)
-        return torch.ones(len(batch.clean), dtype=torch.bool, device=batch.clean.device)
+    def _has_context(self, batch: Batch) -> Tensor:
+        """Return [B], false at the rows that are trained without memory as they have no context."""
+        return self._chosen(batch, None if self.memory is None else rows_with_context(self.memory.config, batch))
+
+    def _chosen(self, batch: Batch, rows: Sequence[int] | None) -> Tensor:
+        """Return [B], true at the `rows`; None: everywhere."""
+        is_chosen = torch.full((len(batch.clean),), rows is None, device=batch.clean.device)
+        if rows:
+            is_chosen[torch.tensor(rows).to(is_chosen.device, non_blocking=True)] = True
+        return is_chosen
 
     def _count_rows(self, name: str, lost: MaskedLoss, is_counted: Tensor) -> None:
         """Count the bound of the rows that `is_counted` [B] has."""
@@ -310,11 +317,11 @@ class MemDLMTrainer(GuardedTrainer):
             lost = self.objective.score(model, batch)
             loss = normalise(lost.sums, lost.counts, self.args.loss_norm_type).squeeze(0)
         with_memory = torch.full_like(lost.bound, NO_MEMORY)
-        if self.memory is not None:
+        if self.memory is not None and rows_with_context(self.memory.config, batch) != ():
             randomness = [derive("evaluation write", self.args.seed, sample) for sample in inputs[SAMPLE]]
             with torch.no_grad(), self._written(batch, randomness, is_alone=True):
                 with_memory = self.objective.score(model, batch, self.memory.lower_layers).bound
-            with_memory = with_memory.where(self._has_memory(batch), NO_MEMORY)
+            with_memory = with_memory.where(self._has_context(batch), NO_MEMORY)
         rows = row_columns(lost.parts.bound, with_memory, lost.parts.counts, lost.parts.t)
         return (loss, None, None) if prediction_loss_only else (loss, rows, lost.counts)
 
@@ -344,17 +351,17 @@ class MemDLMTrainer(GuardedTrainer):
 
     # Logging --------------------------------------------------------------------------------------------------
 
-    def _count_write(self, written: Written, rows: Sequence[int] | None) -> None:
+    def _count_write(self, written: Written, *, is_read: bool) -> None:
         """Count the losses and gradient norms before the inner updates, and the norm of the fast weights.
 
-        Nothing counts where no row had anything to be written: of `rows`, there is none.
+        Nothing counts where no row reads what was written.
         """
         if self.memory is None:
             raise AssertionError("only called while memory is on")
-        count = 0 if rows is not None and len(rows) == 0 else 1
+        count = int(is_read)
         for step, (loss, norm) in enumerate(zip(written.losses, written.grad_norms, strict=True), start=1):
-            self._means.add(f"inner_loss_{step}", loss.mean() * count, count)
-            self._means.add(f"inner_grad_norm_{step}", norm.mean() * count, count)
+            self._means.add(f"inner_loss_{step}", loss.sum() * count, loss.numel() * count)
+            self._means.add(f"inner_grad_norm_{step}", norm.sum() * count, norm.numel() * count)
         squares = [value.detach().double().square().sum() for value in self.memory.fast.tensors()]
         self._means.add("fast_norm", torch.stack(squares).sum().sqrt() * count, count)
 

@@ -12,9 +12,11 @@ from memdlm.data.manifest import tokenizer_state
 from memdlm.data.preprocess import load_preprocessed
 from memdlm.data.sources import evaluation_split, load_conversations, source_state, unused
 from memdlm.data.vocabulary import looked_at, unknown_in_conversations
-from memdlm.errors import ConfigError, DataError
+from memdlm.errors import ConfigError, DataError, did_you_mean
 from memdlm.memory.config import MemoryConfig
-from memdlm.training.outer import refuse_shared_memory
+from memdlm.training.arguments import TrainingArguments
+from memdlm.training.outer import refuse_bare_rows
+from memdlm.training.tracking import NO_CONTEXT, bucket_names
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.options import DataOptions
 
@@ -32,11 +34,26 @@ class RunData:
     manifest: dict[str, Any] = field(default_factory=dict)
     """Identifies the data: manifests of preprocessed folders, or the same facts about data tokenized now."""
 
-    def check_memory(self, memory: MemoryConfig | None) -> None:
-        """Raise ConfigError if some rows have no text for a memory that all rows of a batch share."""
+    def check(self, arguments: TrainingArguments) -> None:
+        """Raise ConfigError for rows that `arguments` cannot train on, and for a best metric that is not measured."""
+        memory = arguments.memory
         for split, counts in self.counts.items():
             if memory is not None:
-                refuse_shared_memory(memory, counts.without_context, f"the {counts.kept} rows of {split}")
+                refuse_bare_rows(memory, counts.without_context, f"the {counts.kept} rows of {split}")
+        name = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+        if self.evaluation is not None and arguments.load_best_model_at_end and name not in self._metrics(memory):
+            raise ConfigError(
+                f"metric_for_best_model={arguments.metric_for_best_model!r} is not measured on these data; possible: "
+                f"{', '.join(self._metrics(memory))}.{did_you_mean(name, self._metrics(memory))}"
+            )
+
+    def _metrics(self, memory: MemoryConfig | None) -> list[str]:
+        """Return the names of what an evaluation on these data measures."""
+        names = ["loss", "nll", "ppl", *bucket_names("nll")]
+        counts = self.counts[TEST]
+        if memory is not None and counts.without_context < counts.kept:
+            names += ["nll_memory", NO_CONTEXT] if counts.without_context else ["nll_memory"]
+        return names
 
 
 def load_data(
@@ -89,7 +106,8 @@ def _encoded(
         )
         return _used(found, options, evaluates, display), manifests
     splits = _used(load_conversations(options.dataset_args, options.columns), options, evaluates, display)
-    check_contexts(splits, options.context_column)
+    if evaluates is not None and TRAIN in splits:
+        check_contexts([splits[TRAIN]], options.context_column, TRAIN)
     for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     encoded = {}

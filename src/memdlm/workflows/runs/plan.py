@@ -225,7 +225,7 @@ def _about_steps(plan: RunPlan, display: Display) -> list[str]:
     tokenizer = load_tokenizer(plan.model.path)
     try:
         data = load_data(plan.data, tokenizer, evaluates=plan.arguments.eval_strategy != "no", display=display)
-        data.check_memory(plan.arguments.memory)
+        data.check(plan.arguments)
     except DataError as error:
         return _unknown_steps(plan, error)
     counts = [f"{split:<19} {found.words()}" for split, found in data.counts.items()]

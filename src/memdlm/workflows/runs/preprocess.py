@@ -34,7 +34,7 @@ def run_preprocessing(options: PreprocessOptions, display: Display) -> dict[str,
     """Write the preprocessed folder and return its manifest; an interrupted run continues where it stopped."""
     tokenizer = load_tokenizer(name_under_base(options.model, BASE_MODELS))
     splits = load_conversations(options.dataset_args, options.columns)
-    check_contexts(splits, options.context_column)
+    check_contexts(list(splits.values()), options.context_column, "any split")
     for line in [*unused(splits.values()), *own_words(splits, tokenizer, options.context_column)]:
         display.say(line)
     with display.bar("tokenizing", "tokenizing", sum(map(len, splits.values()))) as advance:

@@ -83,7 +83,7 @@ def _run(
         display.say(first_line(model_options, arguments, weights))
     tokenizer = load_tokenizer(model_options.path)
     data = load_data(data_options, tokenizer, evaluates=arguments.eval_strategy != "no", display=display)
-    data.check_memory(arguments.memory)
+    data.check(arguments)
     for split, counts in data.counts.items():
         display.say(f"{split}: {counts.words()}")
     if data.evaluation is None and arguments.eval_strategy != IntervalStrategy.NO:
