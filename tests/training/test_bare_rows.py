@@ -260,6 +260,19 @@ def test_bare_rows_that_could_not_be_as_without_memory_are_refused(config, messa
         opened(memory_on("small", config), batch_of())
 
 
+@pytest.mark.parametrize("bare", [[], None])
+def test_a_trainer_needs_a_row_with_a_context(bare, tmp_path):
+    with pytest.raises(DataError, match="none of the 4 rows of train_dataset has `context_ids`"):
+        trainer_of(tmp_path, [bare] * 4).train()
+
+
+def test_contexts_may_be_tensors():
+    rows = [{"input_ids": [5], "labels": [5], "context_ids": ids} for ids in (torch.tensor([6, 7]), None, [8])]
+    batch = Collator(PAD)(rows)
+    assert batch["context_ids"].tolist() == [[6, 7], [PAD, PAD], [8, PAD]]
+    assert batch["is_context"].sum(1).tolist() == [2, 0, 1]
+
+
 def written(folder, name, rows):
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -87,6 +87,8 @@ class Collator:
                 "them to all (an empty list to a row that is trained without memory), or to none."
             )
         # `datasets` fills in None where rows are joined and some have no such column.
-        ids, lengths = right_padded((row["context_ids"] or () for row in features), self.pad_token_id)
+        ids, lengths = right_padded(
+            (() if row["context_ids"] is None else row["context_ids"] for row in features), self.pad_token_id
+        )
         ids = nn.functional.pad(ids, (0, max(0, 1 - ids.shape[1])), value=self.pad_token_id)
         return {"context_ids": ids, "is_context": torch.arange(ids.shape[1]) < lengths[:, None]}

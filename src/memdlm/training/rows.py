@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from memdlm.diffusion.masking import before_targets
+from memdlm.errors import DataError
 from memdlm.randomness import derive
 from memdlm.types import IGNORE_INDEX, PositionSet
 
@@ -115,6 +116,18 @@ class EpochSampler(Sampler[int]):
             longest = max(range(full), key=lambda place: lengths[batches[place][0]])
             batches[0], batches[longest] = batches[longest], batches[0]
         return [row for rows in batches for row in rows]
+
+
+def check_contexts(rows: Any) -> None:
+    """Raise DataError if none of `rows` has a context, so that no memory would ever be written."""
+    for index in range(len(rows)):
+        context = rows[index].get("context_ids")
+        if context is not None and len(context) > 0:
+            return
+    raise DataError(
+        f"mem_write_source=context, but none of the {len(rows)} rows of train_dataset has `context_ids`: add the "
+        "tokens of the text to write to some of them, name its column with context_column, or train without memory."
+    )
 
 
 def lengths_of(rows: Any, column: str) -> list[int]:

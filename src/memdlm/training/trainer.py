@@ -25,7 +25,7 @@ from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, host_group
 from memdlm.training.objective import OuterObjective
 from memdlm.training.outer import Batch, memory_of, reading_rows, rows_with_context
-from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of
+from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, check_contexts, lengths_of
 from memdlm.training.tracking import NO_CONTEXT, NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,8 @@ class MemDLMTrainer(GuardedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Visit rows in an order that depends on seed and epoch alone."""
         rows = self.train_dataset
+        if self.memory is not None and self.memory.config.write_source == "context":
+            check_contexts(rows)
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
