@@ -152,8 +152,8 @@ WRITES = {
     "recall": LEARNED,
     "full": dataclasses.replace(MEMORIES["full"], outer_gradient="exact"),
     "dropout": dataclasses.replace(PLAIN, outer_gradient="exact", inner_dropout=0.3),
-    "chunks": dataclasses.replace(PLAIN, outer_gradient="exact", chunk_length=3, chunk_overlap=1),
-    "accumulated chunks": dataclasses.replace(LEARNED, chunk_length=3),
+    "chunks": dataclasses.replace(PLAIN, outer_gradient="exact", chunk_length=4),
+    "accumulated chunks": dataclasses.replace(LEARNED, chunk_length=4),
     "distillation": dataclasses.replace(PLAIN, outer_gradient="exact", inner_loss_type="distill"),
     "block diffusion": dataclasses.replace(PLAIN, outer_gradient="exact", learn_start=True),
 }
