@@ -19,6 +19,12 @@ MEMORY = {
         **{f"mem_{field.name}": getattr(RECALL, field.name) for field in dataclasses.fields(RECALL)},
     },
 }
+WITH_CONTEXTS = {**MEMORY["learned"], "mem_write_source": "context"}
+"""As `learned`; two rows of three have nothing to be written."""
+CONTEXT_ROWS = [
+    row | {"context_ids": ids if index % 3 == 0 else []}
+    for index, (row, ids) in enumerate(zip(ROWS, random_ids(12, 9, 5).tolist(), strict=True))
+]
 
 
 def new_model(folder, family, trained, seed=0):
@@ -32,19 +38,22 @@ def new_model(folder, family, trained, seed=0):
     return add_outer_lora(model, LoRAOptions(r=4, lora_dropout=0.0), seed=seed)
 
 
-def trainer_of(model, out, memory="off", **options):
-    """Return a trainer of three steps that saves at each."""
+def trainer_of(model, out, memory="off", rows=None, **options):
+    """Return a trainer of three steps that saves at each; `memory` is one of MEMORY, or "contexts"."""
+    if rows is None:
+        rows = CONTEXT_ROWS if memory == "contexts" else ROWS
+    kind = (MEMORY | {"contexts": WITH_CONTEXTS})[memory]
     settings = {
         **{"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1},
         **{"save_strategy": "steps", "save_steps": 1, "use_cpu": True, "report_to": [], "disable_tqdm": True},
     }
-    arguments = TrainingArguments(output_dir=str(out), **{**settings, **MEMORY[memory], **options})
+    arguments = TrainingArguments(output_dir=str(out), **{**settings, **kind, **options})
     return MemDLMTrainer(
         model,
         arguments,
         mask_token_id=MASK,
-        train_dataset=ROWS,
-        eval_dataset=ROWS[:4],
+        train_dataset=rows,
+        eval_dataset=[rows[index] for index in range(4)],
         data_collator=Collator(pad_token_id=PAD),
     )
 

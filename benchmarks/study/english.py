@@ -18,9 +18,12 @@ tokens, and none of the five on either side. So a name keeps most of itself, whi
 of its document. A stride of 12 costs twice as much, and was not compared.
 """
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from pages import Corpus, Page, Stage
 from reading_command import main
-from small_english import page
+from small_english import KINDS, page
 
 from memdlm.data.tokenizer import build_byte_pair_tokenizer
 
@@ -30,6 +33,7 @@ class English(Corpus):
 
     name = "english"
     has_kinds = True
+    kinds: ClassVar[Sequence[str]] = KINDS
     slot = 10
     strides = 6
 
@@ -55,7 +59,15 @@ class English(Corpus):
 
     def page(self, part: str, index: int, stage: Stage) -> Page:
         """Return a document of a part."""
-        return page(part, index, facts=stage.facts, filler=stage.filler, cloze=stage.cloze, alike=stage.alike)
+        return page(
+            part,
+            index,
+            facts=stage.facts,
+            filler=stage.filler,
+            cloze=stage.cloze,
+            alike=stage.alike,
+            kinds=self.kinds,
+        )
 
 
 if __name__ == "__main__":

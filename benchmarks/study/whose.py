@@ -15,13 +15,13 @@ to be known. What it learns is to have the name in mind there, new names, too. T
 question.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from english import English
 from pages import GappedText, Page, Stage
 from reading_command import main
-from small_english import exercise, page
+from small_english import exercise
 
 
 class Whose(English):
@@ -29,7 +29,7 @@ class Whose(English):
 
     name = "whose"
     has_kinds = False
-    kinds: ClassVar[Sequence[str]] = ("job",)
+    kinds = ("job",)
     # A view of a stride of 6 often hides a part of the name together with the job.
     strides = 12
     # Short waves tell positions a few tokens apart from each other.
@@ -40,11 +40,6 @@ class Whose(English):
     def __init__(self, *, is_tiny: bool = False) -> None:
         super().__init__(is_tiny=is_tiny)
         self.stages = (Stage(share=1.0, facts=4, cloze=0.5),)
-
-    def page(self, part: str, index: int, stage: Stage) -> Page:
-        """Return a document of a part."""
-        sizes = {"facts": stage.facts, "filler": stage.filler}
-        return page(part, index, **sizes, cloze=stage.cloze, alike=stage.alike, kinds=self.kinds)
 
     def exercise(self, index: int) -> Page | GappedText:
         """Return two facts, of each of which the network says whose it is."""

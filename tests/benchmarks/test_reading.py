@@ -139,15 +139,15 @@ def test_documents_of_all_kinds_are_trained_with_one_kind_each_and_asked_both_wa
     assert all(len(set(each.kinds)) == 1 for each in reader.pages("test", 10, in_sight=False, alike=1.0))
 
 
-def test_documents_among_filler_are_asked_about_as_those_of_the_study_of_english():
+def test_documents_among_filler_are_those_of_the_study_of_english():
     from among import Among
-    from english import English
     from pages import Stage
+    from small_english import page
 
     corpus, stage = Among(is_tiny=True), Stage(share=1.0, facts=4, filler=2)
     assert dataclasses.replace(corpus.stages[-1], share=1.0, cloze=0.0, alike=0.0) == stage
     for index in range(20):
-        assert corpus.page("test", index, stage) == English.page(corpus, "test", index, stage)
+        assert corpus.page("test", index, stage) == page("test", index, facts=4, filler=2)
 
 
 def test_exercises_hide_answers_as_a_whole_at_the_whole_learning_rate(monkeypatch):

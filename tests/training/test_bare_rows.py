@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.testing import assert_close
 
+import run_kinds
 from memdlm.cli.main import main
 from memdlm.data import Collator, EncodingOptions, load_conversations
 from memdlm.data.encoding import check_contexts, context_lengths, encode_all, fit
@@ -15,8 +16,9 @@ from memdlm.data.preprocess import load_preprocessed, preprocess
 from memdlm.diffusion import Corrupted, Linear
 from memdlm.errors import ConfigError, DataError
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.models.hub.tokenizers import load_tokenizer
 from memdlm.randomness import derive
-from memdlm.training import Batch, MemDLMTrainer, TrainingArguments, memory_of, score
+from memdlm.training import Batch, memory_of, score
 from memdlm.training.tracking import NO_MEMORY, row_columns, row_metrics
 from memdlm.types import IGNORE_INDEX
 from tiny import MASK, PAD, families, random_ids, rng, saved_with_words, tiny
@@ -203,23 +205,11 @@ def test_nll_with_and_without_memory_are_of_the_rows_with_a_context():
     assert not {"nll_memory", "nll_no_context"} & set(row_metrics(rows[[1]]))
 
 
-def trainer_of(folder, contexts, config=LEARNED, **options):
+def trainer_of(folder, contexts, config=LEARNED):
     memory = {f"mem_{field.name}": getattr(config, field.name) for field in dataclasses.fields(config)}
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        mem_enabled=True,
-        **{"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "max_steps": 1, "logging_steps": 1},
-        **memory,
-        **options,
-    )
     rows = Dataset.from_list([feature(row, contexts) for row in range(4)])
-    data = {"train_dataset": rows, "eval_dataset": rows, "data_collator": Collator(PAD)}
-    return MemDLMTrainer(tiny("small", torch.float64), arguments, mask_token_id=MASK, **data)
+    options = {"mem_enabled": True, "max_steps": 1, "save_strategy": "no", "per_device_eval_batch_size": 3}
+    return run_kinds.trainer_of(tiny("small", torch.float64), folder, rows=rows, **options, **memory)
 
 
 @pytest.mark.parametrize("bare", [[], None])
@@ -262,7 +252,7 @@ def test_bare_rows_that_could_not_be_as_without_memory_are_refused(config, messa
 
 @pytest.mark.parametrize("bare", [[], None])
 def test_a_trainer_needs_a_row_with_a_context(bare, tmp_path):
-    with pytest.raises(DataError, match="none of the 4 rows of train_dataset has `context_ids`"):
+    with pytest.raises(DataError, match="none of the 4 rows to train on has a text to write"):
         trainer_of(tmp_path, [bare] * 4).train()
 
 
@@ -304,12 +294,19 @@ def trains(network, folder, *more, **options):
 def test_a_best_metric_that_is_not_measured_is_refused_before_the_training(dry, network, tmp_path, capsys):
     data, bare = written(tmp_path, "data", WORDS * 4), written(tmp_path, "bare", WORDS[1:])
     options = {"dataset_args": data, "eval_dataset_args": bare, "eval_strategy": "steps", "save_strategy": "steps"}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "nll_memory"}
-    assert trains(network, tmp_path, *dry, **options, **best) != 0
-    said = capsys.readouterr().err
-    assert "metric_for_best_model='nll_memory' is not measured on these data; possible: loss, nll, ppl" in said
-    if not dry:
-        assert trains(network, tmp_path, **options, **(best | {"metric_for_best_model": "nll"})) == 0
+    for best in ("nll_memory", "eval_nll_memory", "nll_no_context", "nnl"):
+        named = {"load_best_model_at_end": True, "metric_for_best_model": best}
+        assert trains(network, tmp_path, *dry, **options, **named) != 0
+        said = capsys.readouterr().err
+        assert f"metric_for_best_model='{best}' is not measured on these data; possible: loss, nll, ppl" in said
+
+
+@pytest.mark.parametrize("best", ["nll", "nll_memory", "eval_nll_no_context"])
+def test_the_best_of_what_is_measured_is_kept(best, network, tmp_path):
+    data = written(tmp_path, "data", WORDS * 4)
+    options = {"dataset_args": data, "eval_dataset_args": data, "eval_strategy": "steps", "save_strategy": "steps"}
+    named = {"load_best_model_at_end": True, "metric_for_best_model": best}
+    assert trains(network, tmp_path, **options, **named) == 0
 
 
 def test_training_needs_a_row_with_a_context(network, tmp_path, capsys):
@@ -319,7 +316,7 @@ def test_training_needs_a_row_with_a_context(network, tmp_path, capsys):
     # The one row with a context is left out, as it is too long; the other alone writes no memory.
     long = written(tmp_path, "long", [{**WORDS[0], "prompt": "w1 " * 30}, WORDS[1]])
     assert trains(network, tmp_path, dataset_args=long, max_length=20) != 0
-    assert "none of the 1 rows to train on has a text in 'document'" in capsys.readouterr().err
+    assert "none of the 1 rows to train on has a text to write" in capsys.readouterr().err
 
 
 # Data ---------------------------------------------------------------------------------------------------------------
@@ -346,7 +343,7 @@ def test_bare_rows_are_kept_and_counted(network, tmp_path):
 
 
 def test_a_folder_without_contexts_is_joined_with_one_that_has_them(network, tmp_path):
-    tokenizer, options = network[1], EncodingOptions(context_column="document")
+    tokenizer, options = load_tokenizer(network[0]), EncodingOptions(context_column="document")
     for name, rows, made in (("with", WORDS[:1], options), ("bare", WORDS[1:], EncodingOptions())):
         path = written(tmp_path, name, rows)
         preprocess(load_conversations(path), path, tokenizer, made, tmp_path / f"{name}.out")
@@ -358,3 +355,5 @@ def test_a_folder_without_contexts_is_joined_with_one_that_has_them(network, tmp
     assert [len(row["context_ids"]) for row in kept] == [0, 3]
     with pytest.raises(DataError, match="context_column: made with None, wanted document"):
         load_preprocessed(str(tmp_path / "bare.out"), tokenizer, options, tmp_path)
+    more = {"load_preprocessed_data": True, "eval_strategy": "steps", "dataset_args": tmp_path / "with.out"}
+    assert trains(network, tmp_path, **more, eval_dataset_args=tmp_path / "bare.out") == 0

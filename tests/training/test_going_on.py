@@ -21,6 +21,7 @@ KINDS += [
 ]
 # Dream shares its network with SDAR; together they meet every kind of training and of memory.
 KINDS += [("dream", "full", "learned"), ("sdar", "LoRA", "on"), ("dream", "QLoRA", "on")]
+KINDS += [("llada", "full", "contexts"), ("lladamoe", "LoRA", "contexts"), ("llada2", "QLoRA", "contexts")]
 KINDS += [("a decoder with stacked experts", "full", "off")]
 
 
@@ -55,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(family, trained, memory, bases, 
     part = {"full": "experts" if "experts" in "".join(expected) else "weight"}.get(trained, "lora_")
     assert any(part in name for name in moved)
     assert trained == "full" or not is_same(fresh, base), "the adapter of the resumed run began elsewhere"
-    if memory == "learned":
+    if memory in ("learned", "contexts"):
         assert any(name.startswith("memory.") for name in moved)
 
 
@@ -79,7 +80,7 @@ def test_what_is_left_is_the_best_checkpoint(family, trained, memory, bases, tmp
     assert left.keys() >= {"adapter_model.safetensors" if trained != "full" else "model.safetensors"}
     assert left == best
     assert left != last
-    assert ("memory_init.safetensors" in left) == (memory == "learned")
+    assert ("memory_init.safetensors" in left) == (memory in ("learned", "contexts"))
 
 
 def files(folder):

@@ -116,7 +116,7 @@ class TokenRows(Sequence[dict[str, list[int]]]):
         """Return one row."""
         row = self.rows[self.places[index]]
         cut = {name: row[name][: self.max_length] for name in ("input_ids", "labels")}
-        return cut | ({CONTEXT: row[CONTEXT] or []} if self.has_context else {})
+        return cut | ({CONTEXT: row.get(CONTEXT) or []} if self.has_context else {})
 
 
 def fit(
@@ -160,6 +160,8 @@ def context_lengths(rows: Any) -> list[int]:
     """Return the tokens of every row's context; `rows` are a list of dictionaries, or a `datasets.Dataset`."""
     if isinstance(rows, list):
         return [len(row[CONTEXT]) for row in rows]
+    if CONTEXT not in rows.column_names:
+        return [0] * len(rows)
     compute = importlib.import_module("pyarrow.compute")
     parts = rows.select_columns([CONTEXT]).with_format("arrow").iter(LOOKED_AT)
     # A folder without contexts, joined with one that has them, has nulls.

@@ -211,7 +211,12 @@ def _statistics(rows: Any) -> dict[str, Any]:
 
 
 def load_preprocessed(
-    dataset_args: str, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions, root: Path
+    dataset_args: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EncodingOptions,
+    root: Path,
+    *,
+    may_be_bare: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return ({split: Dataset}, manifests by folder) of a mixture that `memdlm preprocess` has tokenized.
 
@@ -219,6 +224,9 @@ def load_preprocessed(
     what such a folder was made from. In the second case the folder is looked for below `root` and in the index of
     written folders. Raises DataError when none is found, when tokenizer, chat template, options or data differ from the
     manifest's, and when the checksum of a file differs.
+
+    Named folders without contexts serve a run with `context_column` beside others that have them; alone, if they
+    `may_be_bare`.
     """
     wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
     if options.context_column is None:
@@ -231,16 +239,19 @@ def load_preprocessed(
         return read_directory(folder), {str(folder): manifest}
     mixed: dict[str, list[Any]] = {}
     manifests: dict[str, Any] = {}
-    specs = parse_specs(dataset_args)
+    specs, bare = parse_specs(dataset_args), set[Path]()
     for spec in specs:
         find(spec.path, PREPROCESSED)
-        if not spec.path.is_dir() or read_manifest(spec.path, optional=True) is None:
+        made = read_manifest(spec.path, optional=True) if spec.path.is_dir() else None
+        if made is None:
             raise DataError(_not_found(dataset_args, spec, root) + "".join(f" Skipped: {each}" for each in unread))
-    has_contexts = any(_has_contexts(spec.path) for spec in specs)
+        if made["options"].get("context_column") is None:
+            bare.add(spec.path)
+    may_be_bare = may_be_bare or any(spec.path not in bare for spec in specs)
     for spec in specs:
         path, needed = spec.path, wanted
-        if has_contexts and not _has_contexts(path):
-            # Joined with folders that have contexts, one without holds rows that have none.
+        if path in bare and may_be_bare:
+            # All its rows have no context, as some rows of other folders.
             needed = wanted | {"options": wanted["options"] | {"context_column": None}}
         manifests[str(path)] = _serving(path, needed)
         for split, rows in limited(read_directory(path), spec).items():
@@ -293,10 +304,6 @@ def _serving(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     check_files(folder, manifest)
     return manifest
-
-
-def _has_contexts(folder: Path) -> bool:
-    return (read_manifest(folder) or {})["options"].get("context_column") is not None
 
 
 def _not_found(dataset_args: str, spec: DatasetSpec, root: Path) -> str:

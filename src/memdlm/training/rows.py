@@ -118,15 +118,15 @@ class EpochSampler(Sampler[int]):
         return [row for rows in batches for row in rows]
 
 
-def check_contexts(rows: Any) -> None:
+def require_context(rows: Any) -> None:
     """Raise DataError if none of `rows` has a context, so that no memory would ever be written."""
     for index in range(len(rows)):
         context = rows[index].get("context_ids")
         if context is not None and len(context) > 0:
             return
     raise DataError(
-        f"mem_write_source=context, but none of the {len(rows)} rows of train_dataset has `context_ids`: add the "
-        "tokens of the text to write to some of them, name its column with context_column, or train without memory."
+        f"mem_write_source=context, but none of the {len(rows)} rows to train on has a text to write: name its column "
+        "with context_column, or add its tokens to some rows as `context_ids`; or train without memory."
     )
 
 

@@ -25,7 +25,7 @@ from memdlm.training.learned import LearnedTraining
 from memdlm.training.noise import SOFT, TIMES, UNIFORM, WRITE, add_noise, host_group
 from memdlm.training.objective import OuterObjective
 from memdlm.training.outer import Batch, memory_of, reading_rows, rows_with_context
-from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, check_contexts, lengths_of
+from memdlm.training.rows import SAMPLE, EpochSampler, Numbered, NumberedCollator, lengths_of, require_context
 from memdlm.training.tracking import NO_CONTEXT, NO_MEMORY, Means, Speed, row_columns, row_metrics, safe_exp
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class MemDLMTrainer(GuardedTrainer):
         """Visit rows in an order that depends on seed and epoch alone."""
         rows = self.train_dataset
         if self.memory is not None and self.memory.config.write_source == "context":
-            check_contexts(rows)
+            require_context(rows)
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length"):
             return super()._get_train_sampler(train_dataset)
@@ -264,7 +264,7 @@ class MemDLMTrainer(GuardedTrainer):
         """Return [B], true at the `rows`; None: everywhere."""
         is_chosen = torch.full((len(batch.clean),), rows is None, device=batch.clean.device)
         if rows:
-            is_chosen[torch.tensor(rows).to(is_chosen.device, non_blocking=True)] = True
+            is_chosen.index_fill_(0, torch.tensor(rows).to(is_chosen.device, non_blocking=True), True)
         return is_chosen
 
     def _count_rows(self, name: str, lost: MaskedLoss, is_counted: Tensor) -> None:

@@ -16,6 +16,7 @@ from memdlm.errors import ConfigError, DataError, did_you_mean
 from memdlm.memory.config import MemoryConfig
 from memdlm.training.arguments import TrainingArguments
 from memdlm.training.outer import refuse_bare_rows
+from memdlm.training.rows import require_context
 from memdlm.training.tracking import NO_CONTEXT, bucket_names
 from memdlm.workflows.display import Display
 from memdlm.workflows.runs.options import DataOptions
@@ -102,7 +103,11 @@ def _encoded(
     """Return the used splits and what identifies the data. `evaluates` None: the dataset is for evaluation only."""
     if options.load_preprocessed_data:
         found, manifests = load_preprocessed(
-            options.dataset_args, tokenizer, options.encoding, Path(options.preprocessed_dir)
+            options.dataset_args,
+            tokenizer,
+            options.encoding,
+            Path(options.preprocessed_dir),
+            may_be_bare=evaluates is None,
         )
         return _used(found, options, evaluates, display), manifests
     splits = _used(load_conversations(options.dataset_args, options.columns), options, evaluates, display)
@@ -164,9 +169,6 @@ def _fitting(rows: Any, options: DataOptions, split: str) -> tuple[TokenRows, Co
             f"dataset: {options.dataset_args!r} ({split}) has {len(lengths)} rows, but none has a token to learn "
             f"within max_length {options.max_length}; raise it."
         )
-    if split == TRAIN and counts.without_context == counts.kept:
-        raise DataError(
-            f"context_column: none of the {counts.kept} rows to train on has a text in {options.context_column!r}, so "
-            "that no memory is written. Add rows that have one, or train without memory."
-        )
+    if split == TRAIN and options.context_column is not None:
+        require_context(kept)
     return kept, counts
