@@ -20,7 +20,7 @@ import gzip
 import random
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pages import Corpus, Page, Question, Stage
@@ -40,6 +40,10 @@ SHORT, LONG = 4, 10
 WORD = re.compile(r"[a-z]{4,12}")
 MOST_BYTES = 2000
 """Of an entry are read: its first sense begins there, and some entries are pages long."""
+
+
+Entry = tuple[str, str]
+"""A headword and its definition."""
 
 
 def is_installed(folder: Path = FOLDER) -> bool:
@@ -84,7 +88,7 @@ def definition(entry: str) -> str | None:
     return sense if is_plain and SHORT <= len(words) <= LONG else None
 
 
-def entries(folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
+def entries(folder: Path = FOLDER) -> Iterator[Entry]:
     """Yield (headword, definition) of every plain entry that has a short one, each headword once."""
     text, index = installed(folder)
     data = gzip.decompress(text.read_bytes())
@@ -103,7 +107,7 @@ def entries(folder: Path = FOLDER) -> Iterator[tuple[str, str]]:
             yield word, found
 
 
-def shared_out() -> dict[str, list[tuple[str, str]]]:
+def shared_out() -> dict[str, list[Entry]]:
     """Share the entries out, a tenth each for validation and test; no training entry mentions their headwords."""
     everything = sorted(entries())
     random.Random("dictionary").shuffle(everything)
@@ -111,6 +115,20 @@ def shared_out() -> dict[str, list[tuple[str, str]]]:
     held_out = {word for word, _ in everything[: 2 * tenth]}
     train = [each for each in everything[2 * tenth :] if not held_out & set(re.findall("[a-z]+", each[1]))]
     return {"validation": everything[:tenth], "test": everything[tenth : 2 * tenth], "train": train}
+
+
+def question(entry: Entry, is_for_word: bool, document: Sequence[Entry]) -> Question:
+    """Ask for the headword, or for the first words of its definition; those of the document's others can be chosen."""
+    word, meaning = entry
+    others = [each for each in document if each != entry]
+    if is_for_word:
+        return Question("headword", f"Which word means {meaning}?", word, [each for each, _ in others])
+    first = [first_words(each) for _, each in others]
+    return Question("definition", f"What is the meaning of {word}?", first_words(meaning), first)
+
+
+def first_words(meaning: str) -> str:
+    return " ".join(meaning.split()[:FIRST_WORDS])
 
 
 class Dictionary(Corpus):
@@ -140,14 +158,7 @@ class Dictionary(Corpus):
         chosen = draw.sample(self.entries[part], stage.facts)
         text = " ".join(f"{word}: {meaning}." for word, meaning in chosen)
         draw.shuffle(chosen)
-        return Page(text, [self.question(word, meaning, draw.random() < 0.5) for word, meaning in chosen])
-
-    @staticmethod
-    def question(word: str, meaning: str, is_for_word: bool) -> Question:
-        """Ask for the headword, or for the first words of its definition."""
-        if is_for_word:
-            return Question("headword", f"Which word means {meaning}?", word)
-        return Question("definition", f"What is the meaning of {word}?", " ".join(meaning.split()[:FIRST_WORDS]))
+        return Page(text, [question(entry, draw.random() < 0.5, chosen) for entry in chosen])
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def measured(
 
     `loss`: nats per token of an answer and its end, all slots masked. `one_shot`: exact match of the likeliest tokens
     then. `exact`: exact match after decoding, the surest tokens first, as many at a step as there are questions.
+    `chosen`: of the answers that the document has to questions of that kind, the right one is the likeliest; `guessed`:
+    how often a guess among them is right. Both are of `questions_with_choice`, which have more than one such answer.
     `kinds` has it by kind of question (`kinds_one_shot`: the one shot). `among` has it by how many facts of the
     document are of that kind: where it is one, the kind alone tells the answer, and nothing has to be known of the
     name.
@@ -71,6 +73,7 @@ def measured(
     written = [asked[(index + shift) % len(asked)].context for index in range(len(asked))]
     right: dict[str, Counter[str]] = {"one_shot": Counter(), "exact": Counter()}
     right_among: Counter[int] = Counter()
+    chosen, chances, with_choice = 0, 0.0, 0
     lost, tokens, kinds = 0.0, 0, Counter(kind for each in asked for kind in each.kinds)
     among = Counter(each.kinds.count(kind) for each in asked for kind in each.kinds)
     for start in range(0, len(asked), batch):
@@ -89,7 +92,11 @@ def measured(
                 filled["exact"] = _decoded(model, shown, mask, reader.corpus.slot).cpu()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), shown.ids, reduction="none").cpu()
         for row, each in enumerate(part):
-            for kind, (first, last) in zip(each.kinds, answer_spans_of(each, reader.corpus.slot), strict=True):
+            spans = answer_spans_of(each, reader.corpus.slot)
+            for kind, choices, (first, last) in zip(each.kinds, each.choices, spans, strict=True):
+                if len(choices) > 1:
+                    chosen += likeliest(logits[row, first:last], choices) == 0
+                    chances, with_choice = chances + 1 / len(choices), with_choice + 1
                 golden = each.shown.input_ids[first:last]
                 end = golden.index(reader.end) + 1
                 lost, tokens = lost + float(losses[row, first : first + end].sum()), tokens + end
@@ -99,6 +106,9 @@ def measured(
                     right_among[each.kinds.count(kind)] += is_right and name == "exact"
     total = sum(kinds.values())
     found: dict[str, Any] = {"loss": lost / tokens, "questions": total, "one_shot": right["one_shot"].total() / total}
+    if with_choice:
+        found["questions_with_choice"] = with_choice
+        found |= {"chosen": chosen / with_choice, "guessed": chances / with_choice}
     found["kinds_one_shot"] = {kind: right["one_shot"][kind] / count for kind, count in sorted(kinds.items())}
     if decodes:
         found["exact"] = right["exact"].total() / total
@@ -106,6 +116,13 @@ def measured(
         found["among"] = {str(facts): right_among[facts] / count for facts, count in sorted(among.items())}
         found["questions_among"] = {str(facts): count for facts, count in sorted(among.items())}
     return found
+
+
+def likeliest(logits: torch.Tensor, choices: Sequence[Sequence[int]]) -> int:
+    """Return which of the slots is the likeliest, by the sum over its tokens' log-probabilities."""
+    logs = logits.log_softmax(-1)
+    slots = torch.tensor(choices, device=logs.device)
+    return int(logs.gather(-1, slots.t()).sum(0).argmax())
 
 
 def _decoded(model: PreTrainedModel, batch: PaddedBatch, mask_token_id: int, steps: int) -> torch.Tensor:

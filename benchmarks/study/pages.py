@@ -26,6 +26,8 @@ class Question:
     kind: str
     text: str
     answer: str
+    others: Sequence[str] = ()
+    """Answers that the document has to other questions of the kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class Asked:
     """The questions, their slots being targets; behind the text where it is in sight."""
     context: list[int]
     kinds: list[str]
+    choices: list[list[list[int]]]
+    """Of every question the slots that one can choose from: the right one first, then those of the others."""
 
 
 @final
@@ -108,19 +112,25 @@ class Reader:
 
     def ask(self, page: Page, *, in_sight: bool) -> Asked:
         """Leave out questions whose answer does not fit into its slot."""
-        context, kinds = self.encoder.text(page.text), []
+        context, kinds, choices = self.encoder.text(page.text), [], []
         ids = list(context) if in_sight else []
         labels = [IGNORE_INDEX] * len(ids)
         for question in page.questions:
-            answer = self.encoder.text(question.answer)
-            if len(answer) >= self.corpus.slot:
+            answer = self.slot(question.answer)
+            if answer is None:
                 continue
             asked = [self.user, *self.encoder.text(question.text)]
-            answer += [self.end] * (self.corpus.slot - len(answer))
             ids += asked + answer
             labels += [IGNORE_INDEX] * len(asked) + answer
             kinds.append(question.kind)
-        return Asked(shown=Encoded(ids, labels, 0), context=context, kinds=kinds)
+            others = [slot for slot in map(self.slot, question.others) if slot is not None and slot != answer]
+            choices.append([answer, *others])
+        return Asked(shown=Encoded(ids, labels, 0), context=context, kinds=kinds, choices=choices)
+
+    def slot(self, answer: str) -> list[int] | None:
+        """Return an answer's tokens, filled up; None where it does not fit."""
+        ids = self.encoder.text(answer)
+        return ids + [self.end] * (self.corpus.slot - len(ids)) if len(ids) < self.corpus.slot else None
 
     def exercise(self, index: int) -> Encoded:
         """Return a reading exercise, without a text beside it."""

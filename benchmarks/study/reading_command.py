@@ -100,15 +100,19 @@ def device_name(device: str) -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return a table: one line per network and way of asking, then how its kinds of questions fare."""
+    """Return a table: one line per network and way of asking, then how its kinds of questions fare.
+
+    `chosen` is empty in rows that are older than this figure.
+    """
     out = [
-        "| size | seed | part | exercises | asked with | exact match | one shot | nats per token | steps | CPU s |",
-        "|---" * 10 + "|",
+        "| size | seed | part | exercises | way | exact match | one shot | chosen | nats per token | steps | CPU s |",
+        "|---" * 11 + "|",
     ]
     for row in rows:
         alike = {f"{way}, facts alike": each for way, each in row.get("alike", {}).items()}
         for way, each in (row["measured"] | alike).items():
-            figures = f"{each['exact']:.3f} | {each['one_shot']:.3f} | {each['loss']:.3f}"
+            chosen = f"{each['chosen']:.3f}" if "chosen" in each else ""
+            figures = f"{each['exact']:.3f} | {each['one_shot']:.3f} | {chosen} | {each['loss']:.3f}"
             exercises = f"{row.get('reader_steps') or 'none'}{' before, and beside' if row.get('reads_on') else ''}"
             about = f"{row['size']} | {row['seed']} | {row['part']} | {exercises}"
             out.append(f"| {about} | {way} | {figures} | {row['steps']} | {row['cpu_seconds']:.0f} |")

@@ -98,9 +98,10 @@ class Fact:
         """Return the sentence up to its answer as a question."""
         return Question(f"{self.kind} cloze", CLOZE + self.around()[0], self.answer)
 
-    def asked(self) -> Question:
-        """Return the question."""
-        return Question(self.kind, self.question, self.answer)
+    def asked(self, document: "Sequence[Fact]" = ()) -> Question:
+        """Return the question; answers of the document's other facts of its kind can be chosen instead."""
+        others = [each.answer for each in document if each.kind == self.kind and each is not self]
+        return Question(self.kind, self.question, self.answer, others)
 
     def around(self) -> tuple[str, str]:
         """Return what stands before the answer and after it."""
@@ -272,7 +273,7 @@ def page(
     sentences = [each.sentence for each in found] + draw.sample(FILLER, filler)
     draw.shuffle(sentences)
     draw.shuffle(found)
-    return Page(" ".join(sentences), [each.cloze() if draw.random() < cloze else each.asked() for each in found])
+    return Page(" ".join(sentences), [each.cloze() if draw.random() < cloze else each.asked(found) for each in found])
 
 
 def exercise(index: int, *, facts: int, kinds: Sequence[str] = KINDS) -> Page | GappedText:

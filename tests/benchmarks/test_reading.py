@@ -8,6 +8,7 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,62 @@ def test_a_slot_does_not_tell_how_long_its_answer_is():
         for first, last in spans:
             assert hidden.shown.input_ids[last - 1] == reader.end
             assert reader.said(hidden.shown.input_ids[first:last]).strip() in corpus.tokenizer.decode(hidden.context)
+
+
+def test_answers_of_the_document_to_the_same_kind_of_question_can_be_chosen_and_no_others():
+    from english import English
+    from pages import Page, Question, Reader
+
+    reader = Reader(English(is_tiny=True))
+    told = Page("", [Question("job", "Who is Mira?", "baker", ["diver", "baker", "word " * 20])])
+    asked = reader.ask(told, in_sight=False)
+    assert [[reader.said(slot).strip() for slot in slots] for slots in asked.choices] == [["baker", "diver"]]
+    for each in reader.pages("test", 8, in_sight=False, alike=1.0):
+        # Of one kind each, so that every answer of the document can be chosen, and the right one comes first.
+        answers = {tuple(slots[0]) for slots in each.choices}
+        assert all({tuple(slot) for slot in slots} == answers for slots in each.choices)
+    for each in reader.pages("test", 8, in_sight=False):
+        for kind, slots in zip(each.kinds, each.choices, strict=True):
+            assert len(slots) <= each.kinds.count(kind)
+
+
+class Says(torch.nn.Module):
+    """Holds the slots that it is given for likely, and everything else for very unlikely."""
+
+    def __init__(self, asked, slots, vocabulary):
+        from pages import answer_spans_of
+
+        super().__init__()
+        self.logits = torch.full((1, len(asked.shown.input_ids), vocabulary), -20.0)
+        for (first, last), slot in zip(answer_spans_of(asked, len(slots[0])), slots, strict=True):
+            self.logits[0, range(first, last), slot] = 0.0
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits)
+
+
+def test_the_answer_is_chosen_that_is_the_likeliest_of_the_documents():
+    from english import English
+    from page_measures import measured
+    from pages import Page, Question, Reader
+
+    reader = Reader(English(is_tiny=True))
+    jobs = {"Mira": "baker", "Tol": "diver", "Bren": "baker"}
+    questions = [
+        Question("job", f"Who is {who}?", job, sorted(set(jobs.values()) - {job})) for who, job in jobs.items()
+    ]
+    asked = reader.ask(Page("", [*questions, Question("time", "When?", "at noon")]), in_sight=False)
+
+    def figures(*said):
+        model = Says(asked, [reader.slot(each) for each in said], len(reader.corpus.tokenizer))
+        return measured(reader, model, [asked], memory=None, shift=0, seed=0, decodes=False)
+
+    right = figures("baker", "diver", "baker", "at noon")
+    assert (right["chosen"], right["guessed"], right["questions_with_choice"]) == (1.0, 0.5, 3)
+    # Nobody asked for a time of the other facts: it cannot be chosen, however likely it is.
+    assert figures("diver", "diver", "baker", "baker")["chosen"] == pytest.approx(2 / 3)
+    assert figures("diver", "baker", "diver", "at noon")["chosen"] == 0.0
 
 
 def test_steps_are_shared_out_among_the_stages():
