@@ -19,8 +19,11 @@ from tiny import MASK, PAD, random_ids, rng, tiny
 ROWS, WIDTH = 4, 14
 
 
-def batch_of(rows: slice) -> Batch:
-    """Rows of one fixed, ragged batch whose rows mask very different numbers of tokens."""
+def batch_of(rows: slice, *, is_trimmed: bool = False) -> Batch:
+    """Rows of one fixed, ragged batch whose rows mask very different numbers of tokens.
+
+    Trimmed, it is as wide as its longest row, as a collator leaves it.
+    """
     clean = random_ids(ROWS, WIDTH, 5)
     keep = torch.arange(WIDTH) < torch.tensor([14, 9, 12, 6])[:, None]
     clean = clean.masked_fill(~keep, PAD)
@@ -28,6 +31,9 @@ def batch_of(rows: slice) -> Batch:
     t = torch.tensor([0.2, 0.4, 0.9, 0.6])
     is_masked = keep & (torch.rand(ROWS, WIDTH, generator=rng(2)) < t[:, None])
     clean, labels, keep, is_masked, t = (each[rows] for each in (clean, labels, keep, is_masked, t))
+    if is_trimmed:
+        longest = int(keep.sum(1).max())
+        clean, labels, keep, is_masked = (each[:, :longest] for each in (clean, labels, keep, is_masked))
     return Batch(
         clean=clean,
         labels=labels,
@@ -69,10 +75,10 @@ def run(options: dict, rows: slice, world: int = 1) -> dict[str, torch.Tensor]:
         loss_weight_type="scheduler",
         inner_loss_type=options.get("objective", "ce"),
         inner_score_fraction=options.get("fraction", 1.0),
-        **options.get("chunks", {}),
+        **options.get("memory", {}),
     )
     memory = ParametricMemory(model, config, mask_token_id=MASK)
-    batch = batch_of(rows)
+    batch = batch_of(rows, is_trimmed=options.get("trimmed", False))
     generators = [derive("row", row) for row in range(ROWS)[rows]]
     with memory.write(batch.clean, batch.labels, batch.attention_mask, generators, anchor=batch.noised) as written:
         out = {f"fast/{name}": value.clone() for name, value in memory.fast.named().items()}

@@ -307,9 +307,15 @@ def refuse_foreign(folder: Path, kind: Kind, *, shown: str | Path | None = None,
 
 def discard(folder: Path, kind: Kind) -> None:
     """Delete what memdlm wrote into `folder`. If anything else is in it, that stays, and so does the folder."""
-    entries = written_in(folder, kind)
-    # Deepest first. The marker goes last, so that an interrupted deletion can be finished later.
-    for entry in (*sorted(entries, key=lambda each: each.rstrip("/").count("/"), reverse=True), MARKER, ""):
+    # The marker goes last, so that an interrupted deletion can be finished later.
+    remove(folder, written_in(folder, kind))
+    remove(folder, (MARKER, ""))
+
+
+def remove(folder: Path, entries: Iterable[str]) -> None:
+    """Delete `entries`, named as by `content`, in `folder`; "" is the folder itself. Links and full folders stay."""
+    # Deepest first, and the folder itself last.
+    for entry in sorted(entries, key=lambda each: (each != "", each.rstrip("/").count("/")), reverse=True):
         path = folder / entry
         # What cannot be deleted now is tried again at the next use. The new result is already in place.
         with suppress(OSError):

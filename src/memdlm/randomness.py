@@ -46,6 +46,23 @@ def on_the_host(generator: torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
+def offshoots(randomness: Randomness) -> Randomness:
+    """Return a CPU generator for each one given, whose stream is another one; those given draw nothing.
+
+    For draws of which others in the batch say how many there are: whatever is drawn afterwards does not depend on them.
+    Waits for the device of generators that are not on the CPU.
+    """
+    if isinstance(randomness, torch.Generator):
+        return _offshoot(randomness)
+    return [_offshoot(each) for each in randomness]
+
+
+def _offshoot(generator: torch.Generator) -> torch.Generator:
+    # The generator itself will draw the same number next, so that it is no seed as it is.
+    seed = torch.randint(2**62, (1,), generator=generator.clone_state(), device=generator.device)
+    return derive("offshoot", int(seed))
+
+
 def uniform(
     shape: Sequence[int],
     randomness: Randomness,

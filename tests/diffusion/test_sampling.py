@@ -262,6 +262,49 @@ def test_the_estimate_does_not_depend_on_the_batch_size_beyond_its_error():
     assert abs(estimates[0] - estimates[1]) < 5 * spread
 
 
+@pytest.mark.parametrize("copies", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("target", [*range(1, 13), 16, 24, 48])
+def test_every_number_of_masks_is_as_likely_as_any_other(target, copies):
+    class Counts(Uniform):
+        def logits(self, ids, positions):
+            counts.append((ids == MASK).sum(1))
+            return super().logits(ids, positions)
+
+    counts: list[torch.Tensor] = []
+    ids, rounds = torch.zeros(target, dtype=torch.long), 2000 // copies
+    monte_carlo_nll(
+        Counts(), ids[:0], ids, mask_token_id=MASK, num_samples=rounds * copies, batch_size=copies, generator=rng(3)
+    )
+    drawn = torch.stack(counts)
+    assert drawn.min() >= 1
+    assert drawn.max() <= target
+    # Evenly spread in every round: neighbours on the circle of 1..T are equally far apart, to a whole token.
+    for each in drawn:
+        found = torch.bincount(each - 1, minlength=target)
+        assert found.max() - found.min() <= 1
+    # And over the rounds no count is preferred: five standard deviations of a uniform draw at most.
+    share = torch.bincount(drawn.flatten() - 1, minlength=target) / drawn.numel()
+    assert (share - 1 / target).abs().max() <= 5 * math.sqrt((1 - 1 / target) / target / rounds)
+
+
+def test_a_bound_that_depends_on_the_number_of_masks_is_met_for_every_length():
+    class ByCount(Table):
+        """The truth, token 1, has exp(-x / 2) where x tokens are masked: the bound is T times the mean of x / 2."""
+
+        def everywhere(self, ids):
+            known = (-(ids == MASK).sum(1, keepdim=True) / 2).double().exp().expand(ids.shape)
+            logits = torch.full((*ids.shape, V), -50.0, dtype=torch.float64)
+            logits[..., 1], logits[..., 2] = known.log(), (1 - known).log()
+            return logits
+
+    for target, copies in [(4, 16), (8, 16), (8, 32), (5, 2), (7, 8)]:
+        ids = torch.ones(target, dtype=torch.long)
+        found = monte_carlo_nll(
+            ByCount(), ids[:0], ids, mask_token_id=MASK, num_samples=800 * copies, batch_size=copies, generator=rng(4)
+        )
+        assert abs(found - target * (target + 1) / 4) < max(5 * found.stderr, 1e-6), (target, copies)
+
+
 def test_greedy_check_accepts_what_greedy_decoding_gives():
     ids, is_open = canvas_of([4], 5)
     for step in denoise_canvas(

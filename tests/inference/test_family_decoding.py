@@ -290,6 +290,49 @@ def test_infilling_commits_each_rows_own_masks(family):
         assert done[row != mask].equal(row[row != mask])
 
 
+INFILLED = [
+    {"steps": 4, "block_size": 4},
+    {"steps": 6, "threshold": 0.9},
+    {"steps": 5, "threshold": 0.9, "block_size": 4},
+    {"steps": 4, "block_size": 4, "transfer_schedule": "llada"},
+    {"steps": 4, "block_size": 4, "transfer_schedule": "dllm", "stochastic_transfer": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (family, options)
+        for family in ("llada", "lladamoe", "llada2", "dream", "sdar", "a2d_qwen3")
+        for options in INFILLED
+        # LLaDA2.x commits by confidence alone.
+        if family != "llada2" or "transfer_schedule" not in options
+    ],
+    ids=str,
+)
+def test_a_short_text_is_infilled_beside_a_long_one_as_alone(family, options):
+    mask, rows = words().mask_token_id, prompts_of([8, 32, 13])
+    for row in rows:
+        row[torch.arange(row.numel()) % 4 != 0] = mask
+    config = GenerationConfig(**options)
+    draws = [drawing(3)[index] for index in range(3)]
+    together = infill(network(family), words(), rows, config, generator=draws)
+    alone = [infill(network(family), words(), [row], config, generator=[drawing(3)[i]]) for i, row in enumerate(rows)]
+    same(together.sequences, [each.sequences[0] for each in alone])
+    assert together.unresolved == 0
+
+
+@pytest.mark.parametrize("attention", ["full", "block_causal", "bd3lm"])
+@pytest.mark.parametrize("family", ["small", "a2d_qwen3"])
+def test_padding_is_seen_under_no_attention(family, attention):
+    config = GenerationConfig(max_new_tokens=4, block_size=3, attention=attention)
+    for seed in range(6):
+        prompts = prompts_of([2, 9, 5], seed)
+        together = generate(network(family), words(), prompts, config)
+        alone = [generate(network(family), words(), [prompt], config) for prompt in prompts]
+        same(together.sequences, [each.sequences[0] for each in alone])
+
+
 def test_the_preset_of_mdlm_draws_from_its_published_sampler():
     """The joint distribution of two tokens after two steps, each of which unmasks a token with probability (t - s) / t.
 

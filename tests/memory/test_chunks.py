@@ -8,8 +8,9 @@ from memdlm.diffusion import Corrupted
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.memory.chunks import Text
-from memdlm.randomness import derive
-from tiny import CONFIGS, MASK, PAD, families, random_ids, rng, tiny
+from memdlm.models import SmallDLMConfig, build_model
+from memdlm.randomness import derive, uniform
+from tiny import CONFIGS, MASK, PAD, V, families, random_ids, rng, tiny
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
@@ -122,7 +123,8 @@ def test_nothing_of_a_chunk_is_kept(update):
                 held -= self.size
 
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor), torch.no_grad():
-            memory = memory_of(tiny("small"), chunk_length=32, chunk_update=update)
+            # Strided, so that every chunk predicts equally many tokens.
+            memory = memory_of(tiny("small"), **(STRIDED | {"chunk_update": update}), chunk_length=32)
             with memory.write(random_ids(1, 32 * chunks), generator=rng()):
                 pass
         return most
@@ -217,6 +219,60 @@ def test_accumulated_chunks_are_written_alike_with_and_without_a_graph(family, o
             found.append((written.losses, model(question).logits))
     for tracked, plain in zip(*found, strict=True):
         assert_close(tracked, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weighting", ["scheduler", "inverse", "uniform"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"masking_strategy": "strided", "strides": 4, "num_inner_steps": 1},
+        {"masking_strategy": "strided", "strides": 4, "num_inner_steps": 2},
+        {"masking_strategy": "no_progressive"},
+    ],
+    ids=["a step", "two steps", "nominal times"],
+)
+@pytest.mark.parametrize("length", [8, 9, 11])
+def test_accumulated_chunks_are_the_write_in_one_piece_where_attention_ends_at_each_token(weighting, options, length):
+    """Chunks of 4, the last of which may hold a single token, whose own share of masks is 0 or 1."""
+    config = SmallDLMConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        sliding_window=0,
+        token_mixing=False,
+        initializer_range=0.3,
+    )
+    model, ids = build_model(config, seed=0).double().eval(), random_ids(2, length)
+    keep = torch.arange(length) < torch.tensor([length, 7])[:, None]
+    found = []
+    for chunks in ({}, {"chunk_length": 4, "chunk_update": "accumulated"}):
+        shape = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0, "inner_lr": 1.0}
+        whole = {"loss_norm_type": "batch", "loss_weight_type": weighting, "prompt_mask_ratio": 1.0}
+        memory = ParametricMemory(model, MemoryConfig(**shape, **(whole | options), **chunks), mask_token_id=MASK)
+        # The offset of the strides is one draw per chunk: a generator whose every draw is the same number.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("memdlm.memory.writer.uniform", lambda shape, *rest: torch.full(tuple(shape), 0.3))
+            with memory.write(ids, attention_mask=keep, generator=rng()) as written:
+                found.append((written.losses, *(value.clone() for value in memory.fast.tensors())))
+    for whole, cut in zip(*found, strict=True):
+        assert_close(cut, whole, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("update", ["sequential", "accumulated"])
+@pytest.mark.parametrize("family", ["llada", "lladamoe", "llada2", "small", "sdar", "dream"])
+def test_what_a_row_draws_after_its_write_does_not_depend_on_its_neighbours(family, update):
+    """A row of one chunk beside a row of four: the decoding draws from where the write left the generator."""
+    memory = memory_of(tiny(family), chunk_length=5, chunk_update=update)
+    long, after = random_ids(2, 17), []
+    keep = torch.arange(17) < torch.tensor([3, 17])[:, None]
+    for rows, width in ((slice(0, 2), 17), (slice(0, 1), 3)):
+        generators = [derive("row", row) for row in range(2)][rows]
+        with memory.write(long[rows, :width], attention_mask=keep[rows, :width], generator=generators):
+            values = [value.select(-3, 0).clone() for value in memory.fast.tensors()]
+        after.append((values, uniform((len(generators), 4), generators)[0]))
+    (together, drawn), (alone, drawn_alone) = after
+    assert_close(drawn, drawn_alone, rtol=0, atol=0)
+    assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 @every_family

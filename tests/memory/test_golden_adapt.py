@@ -96,6 +96,7 @@ def replayed_steps(case: Case, config: MemoryConfig) -> tuple[list[TrajectorySte
                 is_scored=is_masked & ~teacher if newly else is_masked,
                 next_ids=clean.masked_fill(teacher, MASK),
                 t=data[f"step{k}/t"],
+                num_maskable=torch.full((len(clean),), clean.shape[1]),
             )
         )
     return steps, attention[named]

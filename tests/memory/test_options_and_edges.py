@@ -1,6 +1,7 @@
 """Every option takes effect or is refused; odd inputs are defined; what training wraps around changes nothing."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -121,10 +122,19 @@ def test_recomputing_the_adapted_blocks_changes_nothing_and_no_mode(family):
 
 
 @pytest.mark.parametrize("family", ["lladamoe", "llada2", "small"])
-@pytest.mark.parametrize("objective", ["ce", "distill"])
-def test_dropout_drops_while_writing_only_and_each_row_for_itself(family, objective):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_loss_type": "ce"},
+        {"inner_loss_type": "distill"},
+        {"masking_strategy": "strided", "strides": 4, "num_inner_steps": 1},
+        {"masking_strategy": "strided", "strides": 3, "num_inner_steps": 2},
+    ],
+    ids=["ce", "distill", "four views", "views by step"],
+)
+def test_dropout_drops_while_writing_only_and_each_row_for_itself(family, options):
     model = tiny(family, torch.float64)
-    memory = memory_of(model, inner_dropout=0.5, inner_loss_type=objective, per_sample=True)
+    memory = memory_of(model, inner_dropout=0.5, per_sample=True, **options)
     lengths, width = [9, 5, 12], 12
     keep = torch.arange(width) < torch.tensor(lengths)[:, None]
     ids = random_ids(3, width).masked_fill(~keep, PAD)
@@ -137,7 +147,7 @@ def test_dropout_drops_while_writing_only_and_each_row_for_itself(family, object
     undropped = written(
         model,
         ids,
-        memory_of(model, inner_loss_type=objective, per_sample=True),
+        memory_of(model, per_sample=True, **options),
         mask=keep,
         generator=[derive("row", row) for row in range(3)],
     )
@@ -149,11 +159,12 @@ def test_dropout_drops_while_writing_only_and_each_row_for_itself(family, object
 def test_dropout_keeps_the_share_it_should():
     from memdlm.memory.dropout import InputDropout
 
-    factors = InputDropout(0.25, torch.tensor([1, 2])).factors("site", 500, torch.zeros(1, 40))
+    factors = InputDropout(0.25, torch.tensor([1, 2])).factors("site", 500, torch.zeros(1, 40), rows=2)
     assert factors.shape == (2, 500, 40)
     assert_close(factors.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert abs(factors.eq(0).double().mean() - 0.25) < 0.01
-    assert not factors[0].equal(factors[1])
+    parts = [factors[0, :250], factors[0, 250:], factors[1, :250], factors[1, 250:]]
+    assert not any(one.equal(other) for one, other in itertools.combinations(parts, 2))
 
 
 @every_family

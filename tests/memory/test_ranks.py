@@ -18,13 +18,22 @@ WORKER = Path(__file__).parents[1] / "rank_worker.py"
 
 
 ACCUMULATED = {"chunk_length": 6, "chunk_overlap": 1, "chunk_update": "accumulated"}
+SEQUENTIAL = {"chunk_length": 6}
+"""Trimmed, the first rank has three chunks of it and the second one two."""
+VIEWS = {"masking_strategy": "strided", "strides": 3, "num_inner_steps": 2}
+"""Two views of each text in one step, and one in the other."""
 CASES = {
     "experts-ddp": {"family": "lladamoe", "wrapper": "ddp", "norm": "token"},
     "experts-ddp-checkpointing": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "checkpointing": True},
     "dense-ddp-teacher": {"family": "small", "wrapper": "ddp", "norm": "batch", "objective": "distill"},
     "experts-ddp-sampled": {"family": "lladamoe", "wrapper": "ddp", "norm": "token", "fraction": 0.5},
-    "experts-ddp-accumulated": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "chunks": ACCUMULATED},
-    "dense-ddp-accumulated-sampled": {"family": "small", "wrapper": "ddp", "fraction": 0.5, "chunks": ACCUMULATED},
+    "experts-ddp-accumulated": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "memory": ACCUMULATED},
+    "dense-ddp-accumulated-sampled": {"family": "small", "wrapper": "ddp", "fraction": 0.5, "memory": ACCUMULATED},
+    "dense-ddp-sequential": {"family": "small", "wrapper": "ddp", "trimmed": True, "memory": SEQUENTIAL},
+    "experts-fsdp-sequential": {"family": "lladamoe", "wrapper": "fsdp", "trimmed": True, "memory": SEQUENTIAL},
+    "dense-ddp-trimmed-accumulated": {"family": "small", "wrapper": "ddp", "trimmed": True, "memory": ACCUMULATED},
+    "dense-ddp-views": {"family": "small", "wrapper": "ddp", "norm": "batch", "memory": VIEWS},
+    "experts-ddp-views": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "memory": VIEWS},
     "experts-fsdp": {"family": "lladamoe", "wrapper": "fsdp", "norm": "token"},
     "dense-fsdp-checkpointing": {"family": "small", "wrapper": "fsdp", "norm": "token", "checkpointing": True},
     "off-ddp": {"family": "small", "wrapper": "ddp", "sync": False},

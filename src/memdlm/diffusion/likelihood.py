@@ -43,8 +43,12 @@ def monte_carlo_nll(
 
     Each round masks x of the T target tokens in each of `batch_size` copies, with the x evenly spread over 1..T
     from a random start, and sums cross-entropy * T / x over the masked positions: an unbiased estimate of the
-    any-order bound. Raises ConfigError unless `num_samples` is a multiple of `batch_size`, DataError for an
-    empty target, NotFiniteError when the network computes NaN or infinity.
+    any-order bound. The start is a real number, so that every x is as likely as any other in every copy. (The published
+    code starts from a whole number and rounds half to even; where T / `batch_size` is half of an odd number, odd x then
+    come up a third as often as even ones.)
+
+    Raises ConfigError unless `num_samples` is a multiple of `batch_size`, DataError for an empty target, NotFiniteError
+    when the network computes NaN or infinity.
     """
     if num_samples < 1 or num_samples % batch_size:
         raise ConfigError(f"num_samples must be a multiple of batch_size, got {num_samples} and {batch_size}.")
@@ -134,9 +138,10 @@ def is_greedy(denoise: Denoise, prompt_ids: Tensor, target_ids: Tensor, *, mask_
 def _stratified(
     prompt: int, target: int, batch: int, generator: torch.Generator, device: torch.device
 ) -> tuple[PositionSet, Tensor]:
-    start = (uniform((1,), generator, device, torch.float64) * target).long() + 1
-    spread = torch.arange(batch, device=device, dtype=torch.float64) * (target / batch)
-    count = ((start + spread).round().long() - 1) % target + 1
+    start = uniform((1,), generator, device, torch.float64)
+    # In units of the target's length: the last one before 1 must not become 1 by rounding.
+    place = (start + torch.arange(batch, device=device, dtype=torch.float64) / batch) % 1
+    count = (place * target).long().clamp(max=target - 1) + 1
     order = uniform((batch, target), generator, device).argsort(-1).argsort(-1)
     is_masked = torch.zeros(batch, prompt + target, dtype=torch.bool, device=device)
     is_masked[:, prompt:] = order < count[:, None]

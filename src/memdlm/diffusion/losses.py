@@ -42,7 +42,9 @@ def _uniform_weight(schedule: Schedule, t: Elementwise) -> Tensor:
 
 
 def _inverse_weight(schedule: Schedule, t: Elementwise) -> Tensor:
-    return 1 / (1 - schedule.alpha(t))
+    # At time 0 nothing is masked. An infinite weight would make NaN of the sum over nothing.
+    probability = 1 - schedule.alpha(t)
+    return torch.where(probability > 0, 1 / probability, 0)
 
 
 WEIGHTINGS: dict[str, Weighting] = {

@@ -1,6 +1,7 @@
 """How many masked tokens each denoising step commits: fixed schedules, and rules that look at the confidence."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -169,6 +170,32 @@ class EntropyBounded(Reveal):
     def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
         """Return how many of the surest stay within the bound, at least `quota`."""
         return (confidence.neg().cumsum(-1) < self.bound).sum(-1).maximum(quota)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ByRow(Reveal):
+    """One rule with quotas of each row's own: rows whose blocks differ share a batch."""
+
+    rows: Sequence[Reveal]
+    """One per row, which differ in block size and steps only."""
+
+    def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
+        """Return each row's quotas; who has fewer steps commits nothing in the others."""
+        found = []
+        for row, reveal in enumerate(self.rows):
+            own = generator if generator is None or isinstance(generator, torch.Generator) else generator[row : row + 1]
+            found.append(reveal.quotas(num_open[row : row + 1], own)[0])
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the quotas alone say how many are committed."""
+        return self.rows[0].is_fixed
+
+    def count(self, confidence: Tensor, quota: Tensor) -> Tensor:
+        """Return what the rule says, which no row's own values enter."""
+        return self.rows[0].count(confidence, quota)
 
 
 def _shares(block_size: int, steps: int, rows: int) -> Tensor:

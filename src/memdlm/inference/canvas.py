@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from memdlm.diffusion.blocks import absolute_blocks, absolute_blocks_from, blocks_after_prompt
 from memdlm.diffusion.choice import TokenSampler, make_confidence
-from memdlm.diffusion.reveal import Above, AtLeast, EntropyBounded, Even, Factor, Reveal, Scheduled, Shares, Truncated
+from memdlm.diffusion.reveal import (
+    Above,
+    AtLeast,
+    ByRow,
+    EntropyBounded,
+    Even,
+    Factor,
+    Reveal,
+    Scheduled,
+    Shares,
+    Truncated,
+)
 from memdlm.diffusion.sampling import Edit
 from memdlm.errors import ConfigError, DataError
 from memdlm.inference.config import GenerationConfig
@@ -22,6 +33,17 @@ from memdlm.padding import right_padded
 from memdlm.types import Ids, PositionSet
 
 MOST_PLACES = 2**32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """What a row's steps are counted by. It is the same in every batch."""
+
+    block_size: int
+    most_new: int
+    """How many tokens were requested; for an infilling, the tokens of a block."""
+    num_shares: int
+    """Over how many blocks `steps` are spread: as many as the response fills, wherever the prompt ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +62,15 @@ class Canvas:
     response_ends: Tensor
     """[B] int64 on the CPU: where the requested response ends; its last block may reach further."""
 
-    most_new: int
-    """How many tokens were requested per row; for an infilling, the tokens of a block."""
-    num_shares: int
-    """Over how many blocks `steps` are spread: as many as the response fills, wherever the prompt ends."""
+    shapes: Sequence["Shape"]
+    """Of every row."""
     offsets: Tensor
     """[B] int64 on the CPU: how many columns before the row's first one its first block begins; mostly 0."""
+
+    @property
+    def most_new(self) -> int:
+        """How many tokens were requested of a row, at most; for an infilling, the tokens of a block."""
+        return max(each.most_new for each in self.shapes)
 
     def on(self, device: torch.device) -> "Canvas":
         """Return the canvas with ids and position sets on `device`."""
@@ -113,8 +138,7 @@ def response_canvas(
         block_size=block,
         prompt_lengths=prompts,
         response_ends=ends,
-        most_new=new,
-        num_shares=math.ceil(new / block),
+        shapes=[Shape(block_size=block, most_new=new, num_shares=math.ceil(new / block))] * len(rows),
         offsets=offsets,
     )
 
@@ -139,14 +163,27 @@ def infill_canvas(
         block_size=block,
         prompt_lengths=torch.zeros_like(lengths),
         response_ends=lengths,
-        most_new=block,
-        num_shares=len(blocks),
+        shapes=[
+            Shape(block_size=block, most_new=block, num_shares=math.ceil(length / block))
+            for length in lengths.tolist()
+            for block in (config.block_size or length,)
+        ],
         offsets=torch.zeros_like(lengths),
     )
 
 
 def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
-    """Return the rule for how many tokens a step commits. `steps` are spread over the blocks; unset: one per token."""
+    """Return the rule for how many tokens a step commits. `steps` are spread over the blocks; unset: one per token.
+
+    A row's steps depend on its own blocks, never on those of the others.
+    """
+    if len(set(canvas.shapes)) == 1:
+        return _reveal_of(canvas.shapes[0], config)
+    rules = {shape: _reveal_of(shape, config) for shape in set(canvas.shapes)}
+    return ByRow(rows=[rules[shape] for shape in canvas.shapes])
+
+
+def _reveal_of(shape: Shape, config: GenerationConfig) -> Reveal:
     threshold, fewest = config.threshold, config.num_to_transfer
     if config.factor is not None:
         return Factor(factor=config.factor)
@@ -160,16 +197,16 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
         return AtLeast(threshold=threshold, num_to_transfer=1 if fewest is None else fewest)
     steps = config.steps_per_block
     if steps is None:
-        steps = canvas.block_size if config.steps is None else math.ceil(config.steps / canvas.num_shares)
+        steps = shape.block_size if config.steps is None else math.ceil(config.steps / shape.num_shares)
     if threshold is not None:
         # As published: no more steps than commit `minimal_topk` tokens each.
-        most = canvas.most_new // config.minimal_topk
+        most = shape.most_new // config.minimal_topk
         if most == 0:
             raise ConfigError(
-                f"minimal_topk={config.minimal_topk} is more than the {canvas.most_new} tokens asked for, which leaves "
+                f"minimal_topk={config.minimal_topk} is more than the {shape.most_new} tokens asked for, which leaves "
                 "no step to decode them; lower it."
             )
-        return Above(threshold=threshold, block_size=canvas.block_size, steps=min(steps, most))
+        return Above(threshold=threshold, block_size=shape.block_size, steps=min(steps, most))
     if config.minimal_topk != 1:
         raise ConfigError(
             f"minimal_topk={config.minimal_topk} has no effect on this model without a threshold; set threshold, or "
@@ -178,7 +215,7 @@ def reveal_for(canvas: Canvas, config: GenerationConfig) -> Reveal:
     if config.transfer_schedule == "llada":
         return Even(steps=steps)
     if config.transfer_schedule == "sdar":
-        return Shares(block_size=canvas.block_size, steps=steps)
+        return Shares(block_size=shape.block_size, steps=steps)
     if config.transfer_schedule == "dream":
         # The predictions of a step that commits nothing matter only to soft-masking, which feeds them back.
         return Truncated(

@@ -1,7 +1,7 @@
 """Texts longer than what is written at once: one chunk after the other, into the same fast weights."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Text:
                 is_maskable = is_maskable.clone()
                 is_maskable[:, :overlap] = False
             yield Text(self.clean[:, part], is_maskable, self._mask(part), anchor)
+
+    def emptied(self) -> "Text":
+        """Return the text with nothing to write."""
+        return replace(self, is_maskable=torch.zeros_like(self.is_maskable))
 
     def _mask(self, part: slice) -> Tensor | None:
         if self.mask is None:

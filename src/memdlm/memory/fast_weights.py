@@ -39,6 +39,7 @@ class FastWeights:
         self._values: dict[str, tuple[Tensor, ...]] = {}
         self._dropout: InputDropout | None = None
         self._is_dropping = False
+        self._rows_of_sample = 1
         self._block: OpenBlock | None = None
         self._attachments: ExitStack | None = None
         self._some: tuple[tuple[int, ...], dict[str, tuple[Tensor, ...]]] | None = None
@@ -102,7 +103,7 @@ class FastWeights:
         """Return what the inputs of site `path` are multiplied by, [samples, count, width]; None: nothing."""
         if self._dropout is None or not self._is_dropping:
             return None
-        return self._dropout.factors(path, count, x, samples)
+        return self._dropout.factors(path, count, x, self._rows_of_sample, samples)
 
     @contextmanager
     def of_samples(self, samples: Tensor) -> Iterator[None]:
@@ -269,6 +270,7 @@ class FastWeights:
         hidden = arguments[0] if arguments else next(iter(keywords.values()), None)
         if isinstance(hidden, Tensor):
             check_rows(hidden.shape[0], self.num_samples)
+            self._rows_of_sample = hidden.shape[0] // max(1, self.num_samples)
 
     def _check_open(self) -> None:
         if self._block is None:

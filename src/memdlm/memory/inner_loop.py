@@ -5,7 +5,7 @@ Nothing here waits for the device, except to learn how many positions the states
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from memdlm.memory.objectives import Objective
 from memdlm.memory.outer_gradient import InnerGradient, LossOf, OuterGradient, Untracked, differentiate
 from memdlm.memory.ranks import Ranks
 from memdlm.memory.trajectory import TrajectoryStep
-from memdlm.types import Counts, Denoise, Ids, OfSamples, Positions, Values
+from memdlm.types import Counts, Denoise, Ids, OfSamples, Positions, Times, Values
 
 Gate: TypeAlias = Callable[[Ids, Positions], Tensor]
 """Returns the weights [N] of a state's scored positions, with the graph that an outer loss follows."""
@@ -150,7 +150,7 @@ class JoinedBatch:
     tokens: Tensor
     """[] scored positions."""
     rows: Tensor
-    """[] texts."""
+    """[] texts, each as often as it has views."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,16 +214,30 @@ def _states(chunks: Sequence[Chunk], ranks: Ranks | None) -> list[list[_State]]:
     ]
     wholes: list[JoinedBatch | None] = [None] * len(counts)
     if ranks is not None:
-        rows = torch.tensor(len(chunks[0].steps[0].ids), device=counts[0].device)
+        # Of every step: one may have more views of each text than another.
+        rows = torch.tensor([len(step.ids) for step in chunks[0].steps], device=counts[0].device)
         *tokens, rows = ranks.sum([*(each.sum() for each in counts), rows])
-        wholes = [JoinedBatch(each, rows) for each in tokens]
+        wholes = [JoinedBatch(*each) for each in zip(tokens, rows.unbind(), strict=True)]
+    times = [_times_of_text(of_step) for of_step in zip(*(chunk.steps for chunk in chunks), strict=True)]
     return [
         [
-            _State(chunk, chunk.steps[index], size[index], whole, count)
+            _State(chunk, replace(chunk.steps[index], t=times[index]), size[index], whole, count)
             for chunk, size in zip(chunks, sizes, strict=True)
         ]
         for index, (whole, count) in enumerate(zip(wholes, counts, strict=True))
     ]
+
+
+def _times_of_text(of_step: Sequence[TrajectoryStep]) -> Times:
+    """Return the times that a step would have if its chunks were one text: the share of it that is masked.
+
+    A short chunk has a time of its own far from the text's, and would be written more weakly or strongly than the rest.
+    """
+    if len(of_step) == 1:
+        return of_step[0].t
+    sizes = torch.stack([step.num_maskable for step in of_step])
+    times = torch.stack([step.t for step in of_step])
+    return ((times.double() * sizes).sum(0) / sizes.sum(0).clamp_min(1)).to(times.dtype)
 
 
 def run_inner_loop(

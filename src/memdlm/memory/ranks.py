@@ -39,6 +39,12 @@ class Ranks:
         """Return the first rank's values."""
         return self._exchanged(tensors, lambda flat: dist.broadcast(flat, group=self.group, group_src=0))
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """Return the largest of the ranks' numbers. `device` is one that they exchange tensors of; it is waited for."""
+        found = torch.tensor(number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return int(found)
+
     def _exchanged(self, tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> list[Tensor]:
         out = list(tensors)
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):

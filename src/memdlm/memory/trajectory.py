@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from memdlm.types import Ids, PositionSet, Times, ViewSet, ViewTimes
+from memdlm.types import Counts, Ids, PositionSet, Times, ViewSet, ViewTimes
 
 Draw = Callable[[], Tensor]
 """Returns fresh U[0, 1) numbers [B, L]."""
@@ -50,6 +50,8 @@ class TrajectoryStep:
     """The state one reveal later, which a teacher sees."""
     t: Times
     """Per row, the time that the loss weight uses."""
+    num_maskable: Counts
+    """Per row, how many positions the text has that can be masked."""
     is_sampled: PositionSet | None = None
     """The scored positions that the objective is estimated from; None: all of them."""
 
@@ -279,6 +281,7 @@ def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -
     """Fill a path with tokens. Equal sets give the same tensor of ids: a teacher's text is the next state's."""
     filled = {} if anchor.ids is None else {id(anchor.is_masked): anchor.ids}
     clean = {len(anchor.clean): anchor.clean}
+    num_maskable = anchor.is_maskable.sum(-1)
 
     def fill(is_masked: PositionSet) -> Ids:
         if id(is_masked) not in filled:
@@ -299,6 +302,7 @@ def trajectory(path: Path, anchor: Anchor, *, mask_token_id: int, scored: str) -
                 is_scored=is_scored,
                 next_ids=clean[rows] if teacher is None else fill(teacher),
                 t=t,
+                num_maskable=num_maskable.repeat_interleave(rows // len(num_maskable)),
             )
         )
     return steps

@@ -22,7 +22,7 @@ from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
 from memdlm.models.networks.patching import checkpointed
-from memdlm.randomness import Randomness, uniform
+from memdlm.randomness import Randomness, offshoots, uniform
 from memdlm.types import Ids, PositionSet
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,14 @@ class Writer:
         """
         length, overlap = self.config.chunk_length, self.config.chunk_overlap
         parts = list(text.chunks(length, overlap))
+        ranks = Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None
+        if length is not None and ranks is not None and self.config.chunk_update == "sequential":
+            # Every chunk is an exchange. Who has fewer takes part in the others' with nothing to write.
+            missing = ranks.largest(len(parts), text.clean.device) - len(parts)
+            parts += [parts[-1].emptied()] * missing
+        # How many chunks there are is the batch's affair: what a row draws after the write must not depend on it.
+        later = offshoots(randomness) if len(parts) > 1 else randomness
+        sources = [randomness, *[later] * (len(parts) - 1)]
 
         def tell(done: int) -> None:
             columns = text.clean.shape[1]
@@ -93,14 +101,14 @@ class Writer:
 
         if len(parts) > 1 and self.config.chunk_update == "accumulated":
             # A later call sees the whole text, of which no chunk knows what lies below.
-            written = yield from self._descend([self._prepared(part, randomness) for part in parts], is_alone, tell)
+            written = yield from self._descend(list(map(self._prepared, parts, sources)), ranks, tell)
             return written, None
         pieces: list[Written] = []
-        for number, part in enumerate(parts, start=1):
+        for number, (part, source) in enumerate(zip(parts, sources, strict=True), start=1):
             if number > 1:
                 yield
-            ready = self._prepared(part, randomness)
-            piece = yield from self._descend([ready], is_alone)
+            ready = self._prepared(part, source)
+            piece = yield from self._descend([ready], ranks)
             pieces.append(piece)
             tell(number)
         if len(parts) > 1 or ready.lower_layers is None:
@@ -109,7 +117,7 @@ class Writer:
         return joined(pieces), ready.lower_layers
 
     def _descend(
-        self, ready: Sequence[_Prepared], is_alone: bool, on_chunk: Callable[[int], None] = lambda done: None
+        self, ready: Sequence[_Prepared], ranks: Ranks | None, on_chunk: Callable[[int], None] = lambda done: None
     ) -> Generator[None, None, Written]:
         with torch.set_grad_enabled(self.is_tracked):
             rates = None if self.learned is None else self.learned.rates(self.fast.tensors())
@@ -119,7 +127,7 @@ class Writer:
             loss=self.loss,
             update=self.update,
             epochs=ready[0].epochs,
-            ranks=Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None,
+            ranks=ranks,
             rates=rates,
             on_chunk=on_chunk,
             around=partial(checkpointed, self.adapted if self.config.inner_gradient_checkpointing else ()),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memdlm.errors import CheckpointError, ConfigError
 from memdlm.files import flush, resolved, writing
-from memdlm.outputs import content, discard, mark, written_in
+from memdlm.outputs import content, discard, mark, remove, written_in
 from memdlm.training.output_dir import (
     CHECKPOINT,
     FINAL,
@@ -121,7 +121,9 @@ def rotate(folder: Path, limit: int | None, best: str | None) -> None:
 def move_files(source: Path, target: Path) -> None:
     """Move the files of `source` into `target`, each atomically and weights first, and remove `source`.
 
-    Raises ConfigError when memdlm did not write a file in `target` of the same name: all files then stay in `source`.
+    What an earlier run saved there and this one did not is deleted first: an adapter or a learned memory of that run
+    would be read with these weights. Raises ConfigError when memdlm did not write a file in `target` of the same name:
+    all files then stay in `source`.
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -135,8 +137,10 @@ def move_files(source: Path, target: Path) -> None:
                     f"be saved are in {source}."
                 )
         mark(target, FINAL, known | new)
+        remove(target, known - new)
         for path in sorted(source.iterdir(), key=lambda path: not path.name.endswith(".safetensors")):
             if path.is_dir() and (target / path.name).is_dir():
                 shutil.rmtree(target / path.name)
             os.replace(path, target / path.name)
+        mark(target, FINAL, new)
         source.rmdir()

@@ -17,10 +17,12 @@ STATE = "trainer_state.json"
 RUN_FILE = "run.json"
 """File in the output folder of every run; it marks the folder as memdlm's."""
 LOCK = ".memdlm.lock"
+_WEIGHTS = re.compile(
+    r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|adapter_config\.json|memory_init\.(json|safetensors)"
+)
 _MODEL = (
-    r"(generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|adapter_config\.json|"
-    r"memory_init\.(json|safetensors)|training_args\.bin|tokenizer[\w.-]*|special_tokens_map\.json|added_tokens\.json|"
-    r"(additional_)?chat_template[\w./-]*|vocab\.\w+|merges\.txt|trainer_state\.json|\.memdlm\.json"
+    rf"{_WEIGHTS.pattern}|(generation_)?config\.json|training_args\.bin|tokenizer[\w.-]*|special_tokens_map\.json|"
+    r"added_tokens\.json|(additional_)?chat_template[\w./-]*|vocab\.\w+|merges\.txt|trainer_state\.json|\.memdlm\.json"
 )
 _OF_RUN = re.compile(rf"{_MODEL}|run\.json|\.saving(-final)?|\.checkpoint-\d+\.old|\.[\w.-]+\.\d+\.tmp")
 """What a run writes into its output folder, besides checkpoints."""
@@ -109,8 +111,13 @@ def _without_marker(path: Path) -> set[str]:
     return {name for name in content(path) if _OF_CHECKPOINT.fullmatch(name)} if _is_checkpoint(path) else set()
 
 
+def _weights_without_marker(folder: Path) -> set[str]:
+    """Return the weights that an earlier version left in the output folder of a run."""
+    return {name for name in content(folder) if _WEIGHTS.fullmatch(name)} if is_run(folder) else set()
+
+
 CHECKPOINT = Kind(name="checkpoint", words="a checkpoint", earlier=_without_marker)
-FINAL = Kind(name="final weights", words="final weights")
+FINAL = Kind(name="final weights", words="final weights", earlier=_weights_without_marker)
 """What a run leaves in its output folder at the end; the folder's marker lists only these files."""
 
 

@@ -287,10 +287,13 @@ def segments_for(attention_mask: Tensor | None, hidden: Tensor, pattern: Attenti
 
 
 def visible_tokens(attention_mask: Tensor | None) -> Tensor | None:
-    """Return which tokens `attention_mask` shows, [B, L] bool, or None when there is none or it is 4-D."""
-    if attention_mask is None or attention_mask.dim() != 2:
+    """Return which tokens `attention_mask` shows, [B or 1, L] bool, or None when there is none or it is a bias.
+
+    A 4-D mask shows what it lets some position see.
+    """
+    if attention_mask is None or (attention_mask.dim() == 4 and attention_mask.dtype is not torch.bool):
         return None
-    return attention_mask.bool()
+    return attention_mask.any(dim=(1, 2)) if attention_mask.dim() == 4 else attention_mask.bool()
 
 
 def attention_scores_mask(
