@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from memdlm.data import read_records, write_jsonl
+from memdlm.data.layouts import Columns, read_row
 from memdlm.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -123,3 +124,12 @@ def test_a_file_that_cannot_be_read_is_one_line(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_records(tmp_path / name)
+
+
+def test_a_column_of_the_conversation_is_no_context():
+    for row, name in (
+        ({"messages": ROWS[0]["messages"], "document": "a"}, "messages"),
+        ({"prompt": "a", "response": "b", "document": "c"}, "response"),
+    ):
+        with pytest.raises(DataError, match=f"row 0: context_column='{name}' is a column of the conversation itself"):
+            read_row(row, "row 0", Columns(context=name))

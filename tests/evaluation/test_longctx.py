@@ -1,9 +1,12 @@
 """The offline suite: contexts as long as asked in the model's own tokens, every option checked, answers hidden."""
 
+import json
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from memdlm.cli.main import main
 from memdlm.data import build_word_tokenizer
 from memdlm.data.synthetic import TASKS
 from memdlm.data.wording import ENDS, SENTENCES, WORDINGS
@@ -99,3 +102,10 @@ def test_lengths_may_be_written_in_thousands():
 def test_bad_metadata_is_refused(folder, arguments, error, message):
     with pytest.raises(error, match=message):
         dataset(**{"synthetic_task": "kv", "num_samples": 1, "pretrained": folder, **arguments})
+
+
+@pytest.mark.parametrize("name", ["max_seq_length", "max_seq_len", "max_seq_lenghts", "max_sequence_lengths"])
+def test_another_spelling_of_the_lengths_is_refused_and_guessed(name, capsys):
+    metadata = json.dumps({name: [64]})
+    assert main(["eval", "--model", "nowhere", "--tasks", "memdlm_longctx", "--metadata", metadata]) == 2
+    assert f"metadata: no task reads {name!r}. Did you mean 'max_seq_lengths'?" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from memdlm.diffusion import Linear, normalise, positions_of
+from memdlm.diffusion.losses import WEIGHTINGS
 from memdlm.errors import ConfigError
 from memdlm.memory import (
     OBJECTIVES,
@@ -154,6 +155,22 @@ def test_dropout_drops_while_writing_only_and_each_row_for_itself(family, option
     assert not together[3].equal(undropped[3])
     with memory.write(ids, attention_mask=keep, generator=rng()), torch.no_grad():
         assert model(ids, keep).logits.equal(model(ids, keep).logits), "reading drops nothing"
+
+
+@every_family
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("weighting", sorted(WEIGHTINGS))
+def test_a_view_that_hides_nothing_of_a_text_costs_nothing(family, per_sample, weighting):
+    """Texts shorter than the stride: their share of masks in a view is 0, and so is what it adds to the loss."""
+    model, ids = tiny(family, torch.float64), random_ids(2, 9)
+    keep = torch.arange(9) < torch.tensor([9, 2])[:, None]
+    strided = {"masking_strategy": "strided", "strides": 4, "num_inner_steps": 4, "per_sample": per_sample}
+    memory = memory_of(model, **strided, loss_weight_type=weighting, loss_norm_type="batch")
+    generator = [derive("row", row) for row in range(2)]
+    losses, *_ = together = written(model, ids.masked_fill(~keep, PAD), memory, mask=keep, generator=generator)
+    assert all(value.isfinite().all() for value in together)
+    if per_sample:
+        assert ((losses[:, 1] == 0).sum(), (losses[:, 0] == 0).sum()) == (2, 0)
 
 
 def test_dropout_keeps_the_share_it_should():

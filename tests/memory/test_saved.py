@@ -18,9 +18,11 @@ from memdlm.memory import (
     list_memories,
     read_memory,
 )
+from memdlm.memory.files.library import rename_memory
 from memdlm.models import LoRAOptions, add_outer_lora, load_model, load_outer_adapter, load_tokenizer
 from per_expert import PerExpert
 from tiny import CONFIGS, MASK, random_ids, rng, tiny
+from trees import tree
 
 WEIGHTS, CONFIG, HEADER = "adapter_model.safetensors", "adapter_config.json", "memory.json"
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
@@ -368,6 +370,20 @@ def test_memories_are_listed_and_deleted_and_nothing_else_is(folder, tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["other", "small.mem"]
     with pytest.raises(MemoryFileError, match="no folder"):
         list_memories(tmp_path / "none")
+
+
+def test_a_link_to_a_memory_is_neither_deleted_nor_renamed(folder, tmp_path):
+    for target in (folder.name, tmp_path / folder.name):
+        link = tmp_path / "alias.mem"
+        link.symlink_to(target)
+        before = tree(folder)
+        with pytest.raises(MemoryFileError, match=r"is a link to .*Nothing was deleted; name the memory"):
+            delete_memory(link)
+        with pytest.raises(MemoryFileError, match=r"is a link to .*Nothing was renamed"):
+            rename_memory(link, tmp_path / "new.mem")
+        assert tree(folder) == before
+        assert link.is_symlink()
+        link.unlink()
 
 
 def test_a_memory_replaces_a_memory_and_nothing_else(tmp_path, monkeypatch):

@@ -353,7 +353,12 @@ def test_a_folder_without_contexts_is_joined_with_one_that_has_them(network, tmp
     assert lengths == [0, 3]
     kept, _ = fit(found["train"], [2, 2], [1, 1], max_length=9, truncation="filter", context_lengths=lengths)
     assert [len(row["context_ids"]) for row in kept] == [0, 3]
-    with pytest.raises(DataError, match="context_column: made with None, wanted document"):
-        load_preprocessed(str(tmp_path / "bare.out"), tokenizer, options, tmp_path)
+    # By its folder, and by what it was made from, in an evaluation alone.
+    for name in (str(tmp_path / "bare.out"), written(tmp_path, "bare", WORDS[1:])):
+        with pytest.raises(DataError, match="context_column: made with None, wanted document"):
+            load_preprocessed(name, tokenizer, options, tmp_path)
+        found, manifests = load_preprocessed(name, tokenizer, options, tmp_path, may_be_bare=True)
+        assert context_lengths(found["train"]) == [0]
+        assert list(manifests) == [str(tmp_path / "bare.out")]
     more = {"load_preprocessed_data": True, "eval_strategy": "steps", "dataset_args": tmp_path / "with.out"}
     assert trains(network, tmp_path, **more, eval_dataset_args=tmp_path / "bare.out") == 0

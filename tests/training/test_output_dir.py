@@ -1,15 +1,24 @@
 """The folder of a training run: others' files are never deleted, and an exchange that was cut off is undone."""
 
+import itertools
 import json
 
 import pytest
+import torch
+from torch.testing import assert_close
 
+import run_kinds
 from memdlm.errors import ConfigError
-from memdlm.models import LoRAOptions, add_outer_lora
+from memdlm.models import LoRAOptions, add_outer_lora, load_model
 from memdlm.training.checkpoints import checkpoints_in, move_files, prepare_output, publish, restore, rotate
 from memdlm.training.output_dir import refuse_others
-from tiny import tiny
+from run_kinds import new_model
+from tiny import random_ids, rng, tiny
 from trees import tree
+
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def checkpoint(path, text="1"):
@@ -115,6 +124,44 @@ def test_final_weights_replace_their_own_and_no_others(tmp_path):
         move_files(source, tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors").read_text() == "weights of somebody"
     assert (source / "model.safetensors").read_text() == "3"
+
+
+KINDS = [("full", "off"), ("full", "learned"), ("LoRA", "off"), ("LoRA", "learned"), ("QLoRA", "on")]
+
+
+@pytest.mark.parametrize("has_marker", [True, slow(False)])
+@pytest.mark.parametrize("family", ["small", slow("llada"), slow("lladamoe"), slow("llada2"), slow("sdar")])
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)), ids=str)
+def test_final_weights_are_those_of_the_last_run_alone(first, second, family, has_marker, tmp_path):
+    """What a run of another kind left in the same folder would be loaded with, or in place of, the new weights."""
+    out, ids = tmp_path / "out", random_ids(2, 9)
+    for number, (trained, memory) in enumerate((first, second)):
+        model = new_model(tmp_path, family, trained)
+        trainer = run_kinds.trainer_of(model, out, memory)
+        for parameter in (each for each in trainer.model.parameters() if each.requires_grad):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=rng(number), dtype=parameter.dtype)
+        (out / "run.json").write_text(json.dumps({"memdlm": "0", "options": {}, "command": []}))
+        trainer.save_final(out)
+        if not has_marker:  # as earlier versions left it
+            (out / ".memdlm.json").unlink()
+        expected = trainer.model.eval()(input_ids=ids).logits
+    loaded = load_model(out, load_in_4bit=second[0] == "QLoRA")
+    assert_close(loaded(input_ids=ids).logits, expected)
+    assert {path.name for path in out.glob("memory_init*")} == (
+        {"memory_init.json", "memory_init.safetensors"} if second[1] == "learned" else set()
+    )
+    assert not list(out.glob("model*.safetensors" if second[0] != "full" else "adapter*"))
+
+
+def test_files_of_others_stay_beside_final_weights(tmp_path):
+    for names in (("adapter_model.safetensors", "adapter_config.json"), ("model.safetensors", "config.json")):
+        source = tmp_path / ".saving-final"
+        source.mkdir()
+        for name in names:
+            (source / name).write_text("{}")
+        move_files(source, tmp_path / "out")
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert set(tree(tmp_path / "out")) == {".memdlm.json", "config.json", "model.safetensors", "notes.txt"}
 
 
 def test_an_adapter_is_saved_over_ours_and_not_over_anothers(tmp_path):

@@ -136,6 +136,11 @@ def test_which_checkpoint_is_chosen(tmp_path):
         prepare_output(tmp_path, "never", overwrite=False)
     with pytest.raises(CheckpointError, match="no checkpoint of a training run"):
         prepare_output(tmp_path, str(tmp_path / "checkpoint-3"), overwrite=False)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 10}')  # as a finished run leaves it
+    with pytest.raises(
+        CheckpointError, match=r"is the output folder of a run, not a checkpoint\. Name .*checkpoint-10'"
+    ):
+        prepare_output(tmp_path, str(tmp_path), overwrite=False)
     make_checkpoint(tmp_path / "checkpoint-12", "trainer_state.json", "model.safetensors")
     with pytest.raises(CheckpointError, match="save_only_model=True"):
         prepare_output(tmp_path, "latest", overwrite=False)

@@ -121,6 +121,12 @@ def read_row(row: Any, where: str, columns: Columns | None = None) -> tuple[dict
     except DataError as error:
         raise DataError(f"dataset: {where}: {error}") from error
     if found is None:
+        whole = {**named, **context}
+        if context and (_turns(whole) or _answered(whole) or _text(whole)):
+            raise DataError(
+                f"dataset: {where}: context_column={str(columns.context)!r} is a column of the conversation itself. "
+                "Name the column with the text that the memory is written from."
+            )
         raise DataError(f"dataset: {where} {_unknown(row)}")
     conversation, used = found
     rest = {name: value for name, value in named.items() if name not in used and name not in conversation}

@@ -225,14 +225,14 @@ def load_preprocessed(
     written folders. Raises DataError when none is found, when tokenizer, chat template, options or data differ from the
     manifest's, and when the checksum of a file differs.
 
-    Named folders without contexts serve a run with `context_column` beside others that have them; alone, if they
-    `may_be_bare`.
+    Folders without contexts serve a run with `context_column` beside others that have them, if they are named; alone,
+    and as what they were made from, if they `may_be_bare`.
     """
     wanted = {"tokenizer": tokenizer_state(tokenizer), "options": asdict(options)}
     if options.context_column is None:
         # A run without contexts can use a folder with contexts.
         del wanted["options"]["context_column"]
-    folder, unread = _made_from(dataset_args, wanted, root)
+    folder, unread = _made_from(dataset_args, wanted, root, may_be_bare=may_be_bare)
     if folder is not None:
         manifest = read_manifest(folder) or {}
         check_files(folder, manifest)
@@ -251,19 +251,27 @@ def load_preprocessed(
     for spec in specs:
         path, needed = spec.path, wanted
         if path in bare and may_be_bare:
-            # All its rows have no context, as some rows of other folders.
-            needed = wanted | {"options": wanted["options"] | {"context_column": None}}
+            needed = _bare(wanted)
         manifests[str(path)] = _serving(path, needed)
         for split, rows in limited(read_directory(path), spec).items():
             mixed.setdefault(split, []).append(rows)
     return {split: _joined(parts) for split, parts in mixed.items()}, manifests
 
 
-def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tuple[Path | None, list[str]]:
+def _bare(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a folder is made with, none of whose rows has a context, as some rows of other folders."""
+    return {**wanted, "options": wanted["options"] | {"context_column": None}}
+
+
+def _made_from(
+    dataset_args: str, wanted: Mapping[str, Any], root: Path, *, may_be_bare: bool
+) -> tuple[Path | None, list[str]]:
     """Return the folder that was made from exactly these datasets and fits, or None if there is none.
 
-    Folders with a damaged manifest are skipped; the second value lists why.
+    One with contexts comes before one without, which fits if it `may_be_bare`. Folders with a damaged manifest are
+    skipped; the second value lists why.
     """
+    without: Path | None = None
     state = source_state(dataset_args)
     close: list[str] = []
     unread: list[str] = []
@@ -281,13 +289,15 @@ def _made_from(dataset_args: str, wanted: Mapping[str, Any], root: Path) -> tupl
         words = differences(manifest, {**wanted, "sources": state})
         if not words:
             return folder, unread
+        if may_be_bare and not differences(manifest, {**_bare(wanted), "sources": state}):
+            without = folder
         close.append(f"{folder}: {'; '.join(words)}")
-    if close:
+    if close and without is None:
         raise DataError(
             f"load_preprocessed_data: {dataset_args!r} was preprocessed, but not for this run. {' | '.join(close)}. "
             "Run memdlm preprocess again with this run's model and options."
         )
-    return None, unread
+    return without, unread
 
 
 def _names(sources: list[dict[str, Any]]) -> list[tuple[str, str | None]]:

@@ -163,7 +163,14 @@ def _metadata(given: dict[str, Any], tokenizer: str | None, pretrained: str) -> 
 
 
 def _fit_lengths(metadata: dict[str, Any], tasks: Sequence[str]) -> None:
-    """Write `max_seq_lengths` as the tasks read it: BABILong as one dataset name (2k), all others as numbers."""
+    """Write `max_seq_lengths` as the tasks read it: BABILong as one dataset name (2k), all others as numbers.
+
+    Raises ConfigError for lengths that are none, and for another spelling of the name, which no task would read.
+    """
+    for name in metadata:
+        meant = did_you_mean(name, ["max_seq_lengths"])
+        if name != "max_seq_lengths" and meant:
+            raise ConfigError(f"metadata: no task reads {name!r}.{meant}")
     if "max_seq_lengths" not in metadata:
         return
     lengths = parse_lengths(metadata["max_seq_lengths"], zero=True)

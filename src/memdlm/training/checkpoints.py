@@ -70,6 +70,12 @@ def whole(path: Path, without: Collection[str] = ()) -> Path:
     kinds = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
     others = ("scheduler.pt", "rng_state*.pth")
     if "optimizer" not in without and not any(next(path.glob(kind), None) for kind in (*kinds, *others)):
+        inside = checkpoints_in(path)
+        if inside:
+            raise CheckpointError(
+                f"resume: {str(path)!r} is the output folder of a run, not a checkpoint. Name {str(inside[-1])!r}, or "
+                "resume with latest and that output_dir."
+            )
         raise CheckpointError(
             f"resume: {str(path)!r} was saved with save_only_model=True: it has no optimizer, schedule and random "
             "state, so the resumed run would silently differ. To start anew from its weights, name it as the model."

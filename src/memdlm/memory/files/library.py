@@ -17,6 +17,7 @@ from memdlm.memory.files.saved import (
     is_memory,
     list_memories,
     read_memory,
+    refuse_link,
 )
 from memdlm.outputs import discard, find, output_folder
 
@@ -73,9 +74,11 @@ def _is_readable(folder: Path) -> bool:
 def rename_memory(old: str | Path, new: str | Path) -> None:
     """Give a memory another name or place; damaged or not, its files stay as they are.
 
-    Raises MemoryFileError when `old` is no memory, ConfigError when `new` is taken or `old` holds anything else.
+    Raises MemoryFileError when `old` is no memory or a link, ConfigError when `new` is taken or `old` holds anything
+    else.
     """
     place = find_memory(old)
+    refuse_link(place, "Nothing was renamed")
     if resolved(old) == resolved(new):
         raise ConfigError(f"rename: {str(new)!r} is the name that it has. Name another.")
     if resolved(old) in resolved(new).parents:

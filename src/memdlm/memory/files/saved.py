@@ -245,11 +245,12 @@ def list_memories(folder: str | Path) -> list[MemorySummary]:
 
 
 def delete_memory(folder: str | Path) -> None:
-    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none, and touches nothing.
+    """Delete a memory, damaged or not; raises MemoryFileError when `folder` is none or a link, and touches nothing.
 
     Raises MachineError when it cannot be deleted.
     """
     folder = Path(folder)
+    refuse_link(folder, "Nothing was deleted")
     own = written_in(folder, MEMORY)
     if not own:
         raise MemoryFileError(f"{str(folder)!r} is no memory that memdlm wrote. Nothing was deleted.")
@@ -261,6 +262,12 @@ def delete_memory(folder: str | Path) -> None:
     discard(folder, MEMORY)
     if folder.exists():
         raise MachineError(f"{str(folder)!r} could not be deleted: no permission.")
+
+
+def refuse_link(folder: Path, untouched: str) -> None:
+    """Raise MemoryFileError for a link: it is one name of a memory that others may use by another."""
+    if folder.is_symlink():
+        raise MemoryFileError(f"{str(folder)!r} is a link to {str(folder.readlink())!r}. {untouched}; name the memory.")
 
 
 def _header(folder: Path, where: str) -> dict[str, Any]:
