@@ -19,7 +19,7 @@ WORKER = Path(__file__).parents[1] / "rank_worker.py"
 
 ACCUMULATED = {"chunk_length": 6, "chunk_overlap": 1, "chunk_update": "accumulated"}
 SEQUENTIAL = {"chunk_length": 6}
-"""Trimmed, the first rank has three chunks of it and the second one two."""
+"""Trimmed, the first rank has three chunks and the second one two; so they have of ACCUMULATED without an overlap."""
 VIEWS = {"masking_strategy": "strided", "strides": 3, "num_inner_steps": 2}
 """Two views of each text in one step, and one in the other."""
 CASES = {
@@ -31,13 +31,28 @@ CASES = {
     "dense-ddp-accumulated-sampled": {"family": "small", "wrapper": "ddp", "fraction": 0.5, "memory": ACCUMULATED},
     "dense-ddp-sequential": {"family": "small", "wrapper": "ddp", "trimmed": True, "memory": SEQUENTIAL},
     "experts-fsdp-sequential": {"family": "lladamoe", "wrapper": "fsdp", "trimmed": True, "memory": SEQUENTIAL},
-    "dense-ddp-trimmed-accumulated": {"family": "small", "wrapper": "ddp", "trimmed": True, "memory": ACCUMULATED},
+    "dense-ddp-trimmed-accumulated": {
+        **{"family": "small", "wrapper": "ddp", "trimmed": True},
+        "memory": ACCUMULATED | {"chunk_overlap": 0},
+    },
+    "experts-fsdp-trimmed-accumulated": {
+        **{"family": "lladamoe", "wrapper": "fsdp", "trimmed": True},
+        "memory": ACCUMULATED | {"chunk_overlap": 0},
+    },
     "dense-ddp-views": {"family": "small", "wrapper": "ddp", "norm": "batch", "memory": VIEWS},
     "experts-ddp-views": {"family": "lladamoe", "wrapper": "ddp", "norm": "sequence", "memory": VIEWS},
     "experts-fsdp": {"family": "lladamoe", "wrapper": "fsdp", "norm": "token"},
     "dense-fsdp-checkpointing": {"family": "small", "wrapper": "fsdp", "norm": "token", "checkpointing": True},
     "off-ddp": {"family": "small", "wrapper": "ddp", "sync": False},
     "off-fsdp": {"family": "small", "wrapper": "fsdp", "sync": False},
+    **{
+        f"off-{wrapper}-{update}": {
+            **{"family": "small", "wrapper": wrapper, "sync": False, "trimmed": True},
+            "memory": {"chunk_length": 6, "chunk_update": update},
+        }
+        for wrapper in ("ddp", "fsdp")
+        for update in ("sequential", "accumulated")
+    },
 }
 
 
@@ -75,7 +90,7 @@ def test_all_ranks_hold_the_memory_of_the_joined_batch(name, two_ranks):
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("off")])
 def test_without_synchronisation_ranks_write_their_own(name, two_ranks):
     for rank, found in enumerate(two_ranks[name]):
-        alone = run({"family": "small"}, slice(2 * rank, 2 * rank + 2))
+        alone = run({**CASES[name], "wrapper": ""}, slice(2 * rank, 2 * rank + 2))
         for key in (key for key in alone if key.startswith("fast/")):
             assert_close(found[key], alone[key], rtol=1e-9, atol=1e-11)
     first, second = two_ranks[name]

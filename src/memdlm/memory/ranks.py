@@ -4,12 +4,13 @@ A rank holds part of a batch. Summed gradients, over denominators that count the
 of the whole batch; a mean of the ranks' means would not be, because ranks mask different numbers of tokens.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @final
@@ -55,3 +56,9 @@ class Ranks:
             for index, part in zip(places, flat.split(sizes), strict=True):
                 out[index] = part.view(tensors[index].shape)
         return out
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a part of `model` is sharded over ranks by `fully_shard`, which then exchange it in every pass."""
+    kind: type = importlib.import_module("torch.distributed.fsdp").FSDPModule
+    return any(isinstance(module, kind) for module in model.modules())

@@ -16,7 +16,7 @@ from memdlm.memory.fast_weights import FastWeights
 from memdlm.memory.inner_loop import Chunk, InnerLoss, LocalSGD, Written, write_chunks
 from memdlm.memory.learned import LearnedWrite
 from memdlm.memory.outer_gradient import Exact, FirstOrder, OuterGradient, Untracked
-from memdlm.memory.ranks import Ranks
+from memdlm.memory.ranks import Ranks, is_sharded
 from memdlm.memory.trajectory import Anchor, Draw, Strategy, drawn, sampled, scored_sets, trajectory, with_sizes
 from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.border.denoiser import ModelDenoiser
@@ -84,12 +84,10 @@ class Writer:
         how many columns are written.
         """
         length, overlap = self.config.chunk_length, self.config.chunk_overlap
-        parts = list(text.chunks(length, overlap))
         ranks = Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None
-        if length is not None and ranks is not None and self.config.chunk_update == "sequential":
-            # Every chunk is an exchange. Who has fewer takes part in the others' with nothing to write.
-            missing = ranks.largest(len(parts), text.clean.device) - len(parts)
-            parts += [parts[-1].emptied()] * missing
+        parts = list(text.chunks(length, overlap))
+        if length is not None:
+            parts += [parts[-1].emptied()] * self._missing(len(parts), ranks, text.clean.device)
         # How many chunks there are is the batch's affair: what a row draws after the write must not depend on it.
         later = offshoots(randomness) if len(parts) > 1 else randomness
         sources = [randomness, *[later] * (len(parts) - 1)]
@@ -115,6 +113,18 @@ class Writer:
             return joined(pieces), None
         ready.lower_layers.retain(ready.anchor)
         return joined(pieces), ready.lower_layers
+
+    def _missing(self, parts: int, ranks: Ranks | None, device: torch.device) -> int:
+        """Return how many chunks less this rank has than another one that exchanges something in every chunk.
+
+        It takes part in those with nothing to write.
+        """
+        if self.config.chunk_update == "accumulated":
+            ranks = None  # the exchanges are those of the steps
+        everyone = Ranks.present(self.process_group)
+        if everyone is not None and is_sharded(self.model):
+            ranks = everyone  # in every pass the ranks gather the weights
+        return 0 if ranks is None else ranks.largest(parts, device) - parts
 
     def _descend(
         self, ready: Sequence[_Prepared], ranks: Ranks | None, on_chunk: Callable[[int], None] = lambda done: None
