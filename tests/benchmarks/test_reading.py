@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from memdlm.errors import ConfigError
+from memdlm.types import IGNORE_INDEX
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "study"
@@ -394,6 +395,37 @@ def test_headwords_of_the_test_are_in_no_training_entry(monkeypatch):
     assert all(not held_out & {word, *meaning.split()} for word, meaning in parts["train"])
 
 
+def test_exercises_of_entries_have_said_what_they_ask_for_and_choices_are_of_the_document(monkeypatch):
+    import dictionary
+    from pages import GappedText, Page, Reader
+    from whose_word import WhoseWord
+
+    words = [f"{first}{last}ing" for first in "bcdfg" for last in string.ascii_lowercase]
+    made = [(word, f"to {word[:2]} it as well") for word in words]
+    monkeypatch.setattr(dictionary, "entries", lambda: iter(made))
+    corpus, kinds = WhoseWord(is_tiny=True), set()
+    reader, training = Reader(corpus), {word for word, _ in corpus.entries["train"]}
+    for index in range(60):
+        found = corpus.exercise(index)
+        if isinstance(found, Page):
+            for question in found.questions:
+                kinds.add(question.kind)
+                assert f" {question.answer}" in question.text
+        else:
+            assert isinstance(found, GappedText)
+            for start, end in found.gaps:
+                said = found.text[start:end]
+                is_word = said in training
+                kinds.add(f"gap for a {'definition' if is_word else 'headword'}")
+                near = found.text[:start].endswith(f"{said}: ") if is_word else found.text[end:].startswith(f": {said}")
+                assert near, found
+        assert any(label != IGNORE_INDEX for label in reader.exercise(index).labels)
+    assert kinds == {"definition", "headword", "gap for a definition", "gap for a headword"}
+    for asked in reader.pages("test", 8, in_sight=False):
+        # What does not fit into a slot cannot be chosen.
+        assert all(1 < len(slots) <= 4 and slots.count(slots[0]) == 1 for slots in asked.choices)
+
+
 # Whole scripts ------------------------------------------------------------------------------------------------------
 
 
@@ -446,3 +478,5 @@ def test_the_dictionary_runs_from_beginning_to_end():
     if not dictionary.is_installed():
         pytest.skip("dict-gcide is not installed")
     assert "| smoke | 0 | test | none | memory of a wrong document | " in smoked("dictionary.py")
+    said = smoked("whose_word.py", "--arms", "memory", "--reader_steps", "4", "--reads_on", "--whole_until", "0.5")
+    assert "| smoke | 0 | test | 4 before, and beside | memory of a wrong document | " in said
