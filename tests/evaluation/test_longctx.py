@@ -104,8 +104,18 @@ def test_bad_metadata_is_refused(folder, arguments, error, message):
         dataset(**{"synthetic_task": "kv", "num_samples": 1, "pretrained": folder, **arguments})
 
 
-@pytest.mark.parametrize("name", ["max_seq_length", "max_seq_len", "max_seq_lenghts", "max_sequence_lengths"])
-def test_another_spelling_of_the_lengths_is_refused_and_guessed(name, capsys):
-    metadata = json.dumps({name: [64]})
-    assert main(["eval", "--model", "nowhere", "--tasks", "memdlm_longctx", "--metadata", metadata]) == 2
-    assert f"metadata: no task reads {name!r}. Did you mean 'max_seq_lengths'?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, "max_seq_lengths") for name in ("max_seq_length", "max_seq_len", "max_seq_lenghts", "seq_lengths")),
+        ("num_sample", "num_samples"),
+        ("task_option", "task_options"),
+    ],
+)
+def test_another_spelling_in_the_metadata_is_refused_and_guessed(name, meant, capsys):
+    arguments = ["eval", "--model", "nowhere", "--tasks", "memdlm_longctx", "--metadata"]
+    assert main([*arguments, json.dumps({name: [64]})]) == 2
+    assert f"metadata: no task reads {name!r}. Did you mean {meant!r}?" in capsys.readouterr().err
+    # Another name may be that of somebody's task.
+    assert main([*arguments, json.dumps({"max_length": 64, "num_fewshot": 1})]) != 0
+    assert "metadata: no task reads" not in capsys.readouterr().err

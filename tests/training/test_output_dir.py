@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import run_kinds
-from memdlm.errors import ConfigError
+from memdlm.errors import ConfigError, MachineError
 from memdlm.models import LoRAOptions, add_outer_lora, load_model
 from memdlm.training.checkpoints import checkpoints_in, move_files, prepare_output, publish, restore, rotate
 from memdlm.training.output_dir import refuse_others
@@ -151,6 +151,19 @@ def test_final_weights_are_those_of_the_last_run_alone(first, second, family, ha
         {"memory_init.json", "memory_init.safetensors"} if second[1] == "learned" else set()
     )
     assert not list(out.glob("model*.safetensors" if second[0] != "full" else "adapter*"))
+
+
+def test_what_cannot_be_deleted_is_an_error_and_the_new_weights_are_not_lost(tmp_path, monkeypatch):
+    source = tmp_path / ".saving-final"
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        source.mkdir()
+        (source / name).write_text(name)
+        if name == "adapter_model.safetensors":
+            move_files(source, tmp_path / "out")
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *_, **__: (_ for _ in ()).throw(PermissionError("immutable")))
+    with pytest.raises(MachineError, match=r"adapter_model\.safetensors is of an earlier run and could not be deleted"):
+        move_files(source, tmp_path / "out")
+    assert (source / "model.safetensors").read_text() == "model.safetensors"
 
 
 def test_files_of_others_stay_beside_final_weights(tmp_path):

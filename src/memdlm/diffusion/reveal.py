@@ -182,11 +182,14 @@ class ByRow(Reveal):
 
     def quotas(self, num_open: Tensor, generator: Randomness | None) -> Tensor:
         """Return each row's quotas; who has fewer steps commits nothing in the others."""
-        found = []
-        for row, reveal in enumerate(self.rows):
-            own = generator if generator is None or isinstance(generator, torch.Generator) else generator[row : row + 1]
-            found.append(reveal.quotas(num_open[row : row + 1], own)[0])
-        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        found: dict[int, Tensor] = {}
+        for reveal in dict.fromkeys(self.rows):
+            alike = [row for row, other in enumerate(self.rows) if other == reveal]
+            own = generator
+            if generator is not None and not isinstance(generator, torch.Generator):
+                own = [generator[row] for row in alike]
+            found |= zip(alike, reveal.quotas(num_open[alike], own), strict=True)
+        return torch.nn.utils.rnn.pad_sequence([found[row] for row in range(len(self.rows))], batch_first=True)
 
     @property
     def is_fixed(self) -> bool:

@@ -1,6 +1,7 @@
 """Run lm-eval's command line: check its options before tasks are built, and give its errors as one line."""
 
 import argparse
+import difflib
 import logging
 import math
 import sys
@@ -162,15 +163,20 @@ def _metadata(given: dict[str, Any], tokenizer: str | None, pretrained: str) -> 
     return {**given, "tokenizer": with_tokenizer(pretrained)}
 
 
+_READ = ("max_seq_lengths", "num_samples", "data_seed", "task_options")
+"""What tasks read."""
+
+
 def _fit_lengths(metadata: dict[str, Any], tasks: Sequence[str]) -> None:
     """Write `max_seq_lengths` as the tasks read it: BABILong as one dataset name (2k), all others as numbers.
 
-    Raises ConfigError for lengths that are none, and for another spelling of the name, which no task would read.
+    Raises ConfigError for lengths that are none, and for another spelling of a name, which no task would read.
     """
     for name in metadata:
-        meant = did_you_mean(name, ["max_seq_lengths"])
-        if name != "max_seq_lengths" and meant:
-            raise ConfigError(f"metadata: no task reads {name!r}.{meant}")
+        # So close that no task's own name, such as max_length, is meant by it.
+        meant = difflib.get_close_matches(name, _READ, n=1, cutoff=0.84)
+        if meant and name not in _READ:
+            raise ConfigError(f"metadata: no task reads {name!r}. Did you mean {meant[0]!r}?")
     if "max_seq_lengths" not in metadata:
         return
     lengths = parse_lengths(metadata["max_seq_lengths"], zero=True)

@@ -67,11 +67,6 @@ class Canvas:
     offsets: Tensor
     """[B] int64 on the CPU: how many columns before the row's first one its first block begins; mostly 0."""
 
-    @property
-    def most_new(self) -> int:
-        """How many tokens were requested of a row, at most; for an infilling, the tokens of a block."""
-        return max(each.most_new for each in self.shapes)
-
     def on(self, device: torch.device) -> "Canvas":
         """Return the canvas with ids and position sets on `device`."""
         return replace(

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from memdlm.errors import CheckpointError, ConfigError
+from memdlm.errors import CheckpointError, ConfigError, MachineError
 from memdlm.files import flush, resolved, writing
 from memdlm.outputs import content, discard, mark, remove, written_in
 from memdlm.training.output_dir import (
@@ -128,8 +128,8 @@ def move_files(source: Path, target: Path) -> None:
     """Move the files of `source` into `target`, each atomically and weights first, and remove `source`.
 
     What an earlier run saved there and this one did not is deleted first: an adapter or a learned memory of that run
-    would be read with these weights. Raises ConfigError when memdlm did not write a file in `target` of the same name:
-    all files then stay in `source`.
+    would be read with these weights. Raises ConfigError when memdlm did not write a file in `target` of the same name,
+    and MachineError when one of an earlier run cannot be deleted: all files then stay in `source`.
     """
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,14 @@ def move_files(source: Path, target: Path) -> None:
                     f"be saved are in {source}."
                 )
         mark(target, FINAL, known | new)
-        remove(target, known - new)
+        stale = known - new
+        remove(target, stale)
+        left = sorted(name for name in stale if os.path.isfile(target / name))
+        if left:
+            raise MachineError(
+                f"{target / left[0]} is of an earlier run and could not be deleted; it would be loaded with the new "
+                f"weights, which are in {source}. Delete it, and move them here."
+            )
         for path in sorted(source.iterdir(), key=lambda path: not path.name.endswith(".safetensors")):
             if path.is_dir() and (target / path.name).is_dir():
                 shutil.rmtree(target / path.name)
