@@ -2,12 +2,14 @@
 
     python benchmarks/study/lengths.py --seeds 0 1 2 3 4 5
     python benchmarks/study/lengths.py --validation --seeds 10 11 20 21 --out /tmp/validation.json
+    python benchmarks/study/lengths.py --smoke --out /tmp/smoke.json      # everything once, tiny: no result
 
 Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
 recall at 1 to 256 times the training length (at 256: a quarter of the conversations), in one piece and in chunks;
 at 16 times also with the filler in random order, and with a fifth of it replaced by values that belong to no key.
-Choices are made with `--validation`, on other conversations. Rows are written as they are measured; those that the
-file already has are not run again.
+The arm "trained in chunks" writes the longer texts at the end of its training in chunks, too. Choices are made with
+`--validation`, on other conversations. Rows are written as they are measured; those that the file already has are not
+run again.
 """
 
 import argparse
@@ -17,27 +19,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_rows import Rows, on_validation
+from study_rows import SMOKE, SMOKE_STEPS, Rows, on_validation
 
 from memdlm.data.synthetic import Sample
 from memdlm.data.wording import FILLER
 from memdlm.evaluation import recall
-from memdlm.memory import ParametricMemory
+from memdlm.memory import MemoryConfig, ParametricMemory
 from memdlm.randomness import derive
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_data, train_arm
 
 PLANS = {"window": RecallPlan, "gone": closed_book}
-ARMS = (OURS, "no write gate")
-CHUNKS = (36, 144)
+IN_CHUNKS = "trained in chunks"
+ARMS = (OURS, "no write gate", IN_CHUNKS)
+CHUNKS = (1, 4)
+"""Lengths of chunks, as multiples of the training length."""
+COMMON: dict[str, Any] = {"chunk_update": "accumulated", "chunk_overlap": 4}
 UPDATES: dict[str, dict[str, Any]] = {
-    "one after the other": {"chunk_update": "sequential"},
-    "accumulated, 4 words overlap": {"chunk_update": "accumulated", "chunk_overlap": 4},
+    "one after the other": {"chunk_update": "sequential", "chunk_overlap": 0},
+    "accumulated, 4 words overlap": COMMON,
 }
 DISTURBED = 16
 """Multiple of the training length at which the filler is disturbed."""
 LONG = 64
 """Beyond this multiple a quarter of the conversations is asked, and chunks are not tried."""
+
+
+def trained_with(plan: RecallPlan, arm: str) -> MemoryConfig | None:
+    """Return the memory that an arm is trained with. Texts of the training length fit in one chunk."""
+    memories = arms(plan)
+    if arm != IN_CHUNKS:
+        return memories[arm]
+    ours = memories[OURS]
+    assert ours is not None
+    return dataclasses.replace(ours, chunk_length=plan.train_length, **COMMON)
 
 
 def disturbed(sample: Sample, index: int, values: list[str]) -> Sample:
@@ -68,17 +83,22 @@ def ways(
     plan: RecallPlan, data: RecallData, trained: Trained
 ) -> Iterator[tuple[str, int, ParametricMemory, list[Sample]]]:
     """Yield (name, multiple of the training length, memory, conversations) of everything that is measured."""
-    whole, vocabulary = trained.memory, plan.task.vocabulary()
+    vocabulary = plan.task.vocabulary()
+
+    def written(**options: Any) -> ParametricMemory:
+        config = dataclasses.replace(trained.memory.config, **options)
+        memory = ParametricMemory(trained.model, config, mask_token_id=trained.memory.mask_token_id)
+        memory.learned = trained.memory.learned
+        return memory
+
+    whole = written(chunk_length=None, chunk_overlap=0)
     for times in plan.times:
         samples = data.by_length[times * plan.train_length]
         yield "one piece", times, whole, samples
-        if plan.context == "dropped" and 1 < times <= LONG:
-            for chunk in (each for each in CHUNKS if each < times * plan.train_length):
+        if 1 < times <= LONG:
+            for chunk in (plan.train_length * each for each in CHUNKS if each < times):
                 for name, options in UPDATES.items():
-                    config = dataclasses.replace(whole.config, chunk_length=chunk, **options)
-                    memory = ParametricMemory(whole.model, config, mask_token_id=whole.mask_token_id)
-                    memory.learned = whole.learned
-                    yield f"chunks of {chunk}, {name}", times, memory, samples
+                    yield f"chunks of {chunk}, {name}", times, written(chunk_length=chunk, **options), samples
         if times == DISTURBED:
             yield "shuffled filler", times, whole, [disturbed(each, i, []) for i, each in enumerate(samples)]
             strange = [disturbed(each, i, strangers(each, vocabulary)) for i, each in enumerate(samples)]
@@ -106,17 +126,22 @@ def measure(plan: RecallPlan, data: RecallData, trained: Trained, seed: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names of the main comparison's arms")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), help="'trained in chunks', or names of the main comparison's arms"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--conversations", type=int, default=32, help="per length, of 8 questions each")
     parser.add_argument("--validation", action="store_true", help="other conversations, for choices")
+    parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/lengths.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = Rows(arguments.out)
     for name in arguments.plans:
-        plan = PLANS[name](times=tuple(arguments.times), num_eval=arguments.conversations, few_from=4 * LONG)
+        times = tuple(each for each in arguments.times if each <= DISTURBED or not arguments.smoke)
+        changes = {**SMOKE, "steps": SMOKE_STEPS} if arguments.smoke else {"num_eval": arguments.conversations}
+        plan = PLANS[name](times=times, few_from=4 * LONG, **changes)
         if arguments.validation:
             plan = on_validation(plan)
         data = recall_data(plan)
@@ -125,7 +150,7 @@ def main() -> None:
                 key = {"plan": name, "arm": arm, "seed": seed, "times": arguments.times}
                 if rows.where(**key):
                     continue
-                trained = train_arm(plan, data, arms(plan)[arm], seed)
+                trained = train_arm(plan, data, trained_with(plan, arm), seed)
                 row = {
                     **key,
                     "steps": plan.steps,
