@@ -1,14 +1,15 @@
 """Kept memories of one model that learned to be written: from files, in chunks, side by side, compressed.
 
-    python benchmarks/study/memories.py [--seed 0] [--out benchmarks/study/results/memories-seed0.json]
+    python benchmarks/study/memories.py --seeds 0 1 2
 
 The model of `recall.py --context dropped` (key-value facts, 24 keys, 8 facts per document). A document is written by
 itself, saved, and asked its 8 questions from the file, in prompts that hold nothing else. Accuracy is exact match;
-losses are nats per masked token of the documents. Documents share keys by chance; `disjoint` ones do not.
+losses are nats per masked token of the documents. Documents share keys by chance; `disjoint` ones do not. Chunks share
+their gradient steps and overlap by 4 words. Rows are written as they are measured; seeds that the file already has are
+not run again.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from study_rows import Rows
 from torch import Tensor
 
 from memdlm.data.synthetic import KeyValueRecall, exact_match
@@ -28,6 +30,7 @@ from memdlm.workflows.studies.plans import OURS, arms, closed_book
 from memdlm.workflows.studies.recall_study import recall_data, trained
 
 DOCUMENTS = 64
+OVERLAP = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Bench:
         return torch.tensor(self.tokenizer(document.words)["input_ids"])
 
     def written(self, document: Document, chunk: int | None = None) -> SavedMemory:
-        self.memory.config = replace(self.memory.config, chunk_length=chunk)
+        overlap = 0 if chunk is None else OVERLAP
+        self.memory.config = replace(self.memory.config, chunk_length=chunk, chunk_overlap=overlap)
         with self.memory.write(self.ids(document)[None]):
             self.memory.save(self.folder / "doc.mem")
         return self.memory.load(self.folder / "doc.mem")
@@ -120,47 +124,73 @@ def combinations(bench: Bench, found: Sequence[Document], own: dict[str, SavedMe
                     **{key: mean(getattr(each, key) for each in losses) for key in ("without", "own", "combined")},
                 }
             )
-            print(rows[-1], flush=True)
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=None)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def measure(seed: int) -> dict[str, Any]:
+    """Train a model with `seed`, and return all that is measured of its memories."""
     plan = closed_book()
     with tempfile.TemporaryDirectory() as folder:
-        trained(plan, recall_data(plan), arms(plan)[OURS], options.seed).save_final(folder)
+        trained(plan, recall_data(plan), arms(plan)[OURS], seed).save_final(folder)
         bench = Bench(Path(folder))
         found = list(documents(plan.task, plan.train_length, DOCUMENTS))
         own = {each.words: bench.written(each) for each in found}
         single = [[each] for each in found]
-        result: dict[str, Any] = {
-            "seed": options.seed,
+        row: dict[str, Any] = {
+            "seed": seed,
             "own memory": bench.accuracy(single, list(own.values())),
             "no memory": bench.accuracy(single, [None] * len(single)),
+            "compressed": [],
+            "combined": combinations(bench, found, own),
+            "chunks": [],
         }
-        print(result, flush=True)
-        result["compressed"] = {
-            rank: {
-                "accuracy": bench.accuracy(single, small := [compress(each, rank) for each in own.values()]),
-                "relative_error": mean(each.provenance["compression"]["relative_error"] for each in small),
-            }
-            for rank in (8, 4, 2)
-        }
-        print(result["compressed"], flush=True)
-        result["combined"] = combinations(bench, found, own)
-        result["chunks"] = []
+        for rank in (8, 4, 2):
+            small = [compress(each, rank) for each in own.values()]
+            error = mean(each.provenance["compression"]["relative_error"] for each in small)
+            accuracy = bench.accuracy(single, small)
+            row["compressed"].append({"rank": rank, "accuracy": accuracy, "relative_error": error})
         for length, chunk in ((144, None), (144, 72), (144, 36), (576, None), (576, 144), (576, 36)):
-            longer = list(documents(plan.task, length, 16))
+            longer = list(documents(plan.task, length, DOCUMENTS // 4))
             written = [bench.written(each, chunk) for each in longer]
             accuracy = bench.accuracy([[each] for each in longer], written)
-            result["chunks"].append({"words": length, "chunk": chunk, "accuracy": accuracy})
-            print(result["chunks"][-1], flush=True)
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n")
+            row["chunks"].append({"words": length, "chunk": chunk, "accuracy": accuracy})
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/memories.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = Rows(options.out)
+    for seed in options.seeds:
+        if not rows.where(seed=seed):
+            print(rows.add(measure(seed)), flush=True)
+    print(markdown([row for seed in options.seeds for row in rows.where(seed=seed)]))
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table: one line per kind of memory, every seed shown."""
+    lines: dict[str, list[float]] = {}
+
+    def add(name: str, accuracy: float) -> None:
+        lines.setdefault(name, []).append(accuracy)
+
+    for row in rows:
+        add("the document's own", row["own memory"])
+        add("none", row["no memory"])
+        for each in row["compressed"]:
+            add(f"compressed to rank {each['rank']}", each["accuracy"])
+        for each in row["combined"]:
+            shared = ", no key in common" if each["disjoint"] else ""
+            add(f"of {each['documents']} documents{shared}, {each['how']}", each["accuracy"])
+        for each in row["chunks"]:
+            how = "in one piece" if each["chunk"] is None else f"in chunks of {each['chunk']}"
+            add(f"{each['words']} words {how}", each["accuracy"])
+    out = ["| memory | share of exact answers, every seed |", "|---|---|"]
+    out += [f"| {name} | {', '.join(f'{value:.3f}' for value in values)} |" for name, values in lines.items()]
+    return "\n".join(out)
 
 
 if __name__ == "__main__":
