@@ -1,8 +1,8 @@
 r"""Does a memory of dictionary entries know which definition belongs to which headword? Real text, the document gone.
 
     apt-get install dict-gcide
-    python benchmarks/study/whose_word.py --seed 0 1 2 --arms memory --reader_steps 2500 --reads_on --targets o_proj \
-        --batch 8 --whole_until 0.7 --steps 1000
+    python benchmarks/study/whose_word.py --seed 0 1 2 --arms memory --reader_steps 4000 --reads_on --targets o_proj \
+        --batch 8 --whole_until 0.7 --steps 1600
     python benchmarks/study/whose_word.py --smoke      # everything once, tiny: no result
 
 Documents, questions and test are those of `dictionary.py` (four entries, headwords that are in no training document);
