@@ -10,14 +10,12 @@ Rows are written as they are measured; seeds that the file already has are not r
 
 import argparse
 import dataclasses
-import json
-import platform
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import torch
 from recall_suite import EVEN
+from study_rows import Rows
 
 from memdlm import ParametricMemory, load_model
 from memdlm.data.synthetic import Sample
@@ -76,14 +74,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/chunks.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    found |= {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
+    rows = Rows(arguments.out)
     for seed in arguments.seeds:
-        if all(row["seed"] != seed for row in found["rows"]):
-            row = run(seed)
-            found["rows"].append(row)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        if not rows.where(seed=seed):
+            row = rows.add(run(seed))
             for when in ("before", "after"):
                 for way in ("one piece", "chunks", "last chunk"):
                     print(f"seed {seed} {when:6} {way:10} {line(row[when], way)}", flush=True)

@@ -46,7 +46,7 @@ LONG = 64
 
 
 def trained_with(plan: RecallPlan, arm: str) -> MemoryConfig | None:
-    """Return the memory that an arm is trained with. Texts of the training length fit in one chunk."""
+    """Return the memory that an arm is trained with. A document of the training length fits in one chunk."""
     memories = arms(plan)
     if arm != IN_CHUNKS:
         return memories[arm]

@@ -1,6 +1,7 @@
 """Kept memories of one model that learned to be written: from files, in chunks, side by side, compressed.
 
     python benchmarks/study/memories.py --seeds 0 1 2
+    python benchmarks/study/memories.py --smoke --out /tmp/smoke.json      # everything once, tiny: no result
 
 The model of `recall.py --context dropped` (key-value facts, 24 keys, 8 facts per document). A document is written by
 itself, saved, and asked its 8 questions from the file, in prompts that hold nothing else. Accuracy is exact match;
@@ -18,7 +19,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from study_rows import Rows
+from study_rows import SMOKE, SMOKE_STEPS, Rows
 from torch import Tensor
 
 from memdlm.data.synthetic import KeyValueRecall, exact_match
@@ -26,7 +27,7 @@ from memdlm.evaluation.masked_loss import interference
 from memdlm.inference import GenerationConfig, generate
 from memdlm.memory import ParametricMemory, SavedMemory, average, compress, concatenate
 from memdlm.models import load_model, load_tokenizer
-from memdlm.workflows.studies.plans import OURS, arms, closed_book
+from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import recall_data, trained
 
 DOCUMENTS = 64
@@ -127,13 +128,12 @@ def combinations(bench: Bench, found: Sequence[Document], own: dict[str, SavedMe
     return rows
 
 
-def measure(seed: int) -> dict[str, Any]:
-    """Train a model with `seed`, and return all that is measured of its memories."""
-    plan = closed_book()
+def measure(plan: RecallPlan, seed: int, count: int) -> dict[str, Any]:
+    """Train a model with `seed`, and return all that is measured of its memories of `count` documents."""
     with tempfile.TemporaryDirectory() as folder:
         trained(plan, recall_data(plan), arms(plan)[OURS], seed).save_final(folder)
         bench = Bench(Path(folder))
-        found = list(documents(plan.task, plan.train_length, DOCUMENTS))
+        found = list(documents(plan.task, plan.train_length, count))
         own = {each.words: bench.written(each) for each in found}
         single = [[each] for each in found]
         row: dict[str, Any] = {
@@ -149,8 +149,10 @@ def measure(seed: int) -> dict[str, Any]:
             error = mean(each.provenance["compression"]["relative_error"] for each in small)
             accuracy = bench.accuracy(single, small)
             row["compressed"].append({"rank": rank, "accuracy": accuracy, "relative_error": error})
-        for length, chunk in ((144, None), (144, 72), (144, 36), (576, None), (576, 144), (576, 36)):
-            longer = list(documents(plan.task, length, DOCUMENTS // 4))
+        for times, pieces in ((4, 1), (4, 2), (4, 4), (16, 1), (16, 4), (16, 16)):
+            length = times * plan.train_length
+            chunk = None if pieces == 1 else length // pieces
+            longer = list(documents(plan.task, length, count // 4))
             written = [bench.written(each, chunk) for each in longer]
             accuracy = bench.accuracy([[each] for each in longer], written)
             row["chunks"].append({"words": length, "chunk": chunk, "accuracy": accuracy})
@@ -161,12 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/memories.json"))
+    parser.add_argument("--smoke", action="store_true", help="everything once, tiny: no result")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = Rows(options.out)
+    rows, plan = Rows(options.out), closed_book(**SMOKE, steps=SMOKE_STEPS) if options.smoke else closed_book()
     for seed in options.seeds:
         if not rows.where(seed=seed):
-            print(rows.add(measure(seed)), flush=True)
+            print(rows.add(measure(plan, seed, 16 if options.smoke else DOCUMENTS)), flush=True)
     print(markdown([row for seed in options.seeds for row in rows.where(seed=seed)]))
 
 

@@ -269,6 +269,7 @@ def test_the_prefix_memory_runs_from_beginning_to_end():
         ["controls.py"],
         ["instead.py"],
         ["lengths.py", "--seeds", "0"],
+        ["memories.py", "--seeds", "0"],
         ["suite.py", "--variants", "all", "--tasks", "several values per key", "chain, one hop"],
     ],
     ids=lambda command: command[0],
