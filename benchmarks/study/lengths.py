@@ -85,12 +85,7 @@ def ways(
     """Yield (name, multiple of the training length, memory, conversations) of everything that is measured."""
     vocabulary = plan.task.vocabulary()
 
-    def written(**options: Any) -> ParametricMemory:
-        config = dataclasses.replace(trained.memory.config, **options)
-        memory = ParametricMemory(trained.model, config, mask_token_id=trained.memory.mask_token_id)
-        memory.learned = trained.memory.learned
-        return memory
-
+    written = trained.memory.with_options
     whole = written(chunk_length=None, chunk_overlap=0)
     for times in plan.times:
         samples = data.by_length[times * plan.train_length]

@@ -13,7 +13,7 @@ not run again.
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -63,9 +63,9 @@ class Bench:
 
     def written(self, document: Document, chunk: int | None = None) -> SavedMemory:
         overlap = 0 if chunk is None else OVERLAP
-        self.memory.config = replace(self.memory.config, chunk_length=chunk, chunk_overlap=overlap)
-        with self.memory.write(self.ids(document)[None]):
-            self.memory.save(self.folder / "doc.mem")
+        memory = self.memory.with_options(chunk_length=chunk, chunk_overlap=overlap)
+        with memory.write(self.ids(document)[None]):
+            memory.save(self.folder / "doc.mem")
         return self.memory.load(self.folder / "doc.mem")
 
     def correct(self, document: Document, saved: SavedMemory | None) -> int:

@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from memdlm.memory import ParametricMemory
 from memdlm.workflows.studies.plans import OURS, RecallPlan, arms
 from memdlm.workflows.studies.recall_study import accuracies, recall_data, train_arm
 
@@ -46,12 +45,7 @@ def main() -> None:
                 "as_trained": accuracies(plan, data, trained, seed),
             }
             if fraction < 1:
-                whole = ParametricMemory(
-                    trained.model,
-                    dataclasses.replace(config, inner_score_fraction=1.0),
-                    mask_token_id=data.tokenizer.mask_token_id,
-                )
-                whole.learned = trained.memory.learned
+                whole = trained.memory.with_options(inner_score_fraction=1.0)
                 row["from_all_positions"] = accuracies(plan, data, dataclasses.replace(trained, memory=whole), seed)
             rows.append(row)
             found = {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}

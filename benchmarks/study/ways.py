@@ -195,8 +195,7 @@ def written(memory: ParametricMemory, document: Document, seed: int) -> Iterator
             saving = clock.seconds()
         yield Written(way="memory", write_seconds=seconds, read_seconds=0.0, num_bytes=size, answers=answers)
         clock = Clock()
-        fresh = ParametricMemory(model, memory.config, mask_token_id=mask)
-        fresh.learned = memory.learned
+        fresh = memory.with_options()
         saved = fresh.load(folder)
         reading = clock.seconds()
         with fresh.recall(saved):

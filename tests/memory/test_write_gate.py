@@ -1,7 +1,5 @@
 """The write gate: how much of each token is written, learned through the exact outer gradient."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -133,9 +131,7 @@ def test_padding_and_chunks_meet_the_same_gates(family):
     with torch.no_grad():
         whole = written(memory, generator=generators[0])
         assert_close(written(memory, padded, mask, generators[1])[0], whole[0], rtol=1e-4, atol=1e-5)
-        config = dataclasses.replace(memory.config, chunk_length=4, chunk_update="sequential")
-        chunked = ParametricMemory(memory.model, config, mask_token_id=MASK)
-        chunked.learned = memory.learned
+        chunked = memory.with_options(chunk_length=4, chunk_update="sequential")
         # Chunk by chunk by hand: each chunk's gate sees that chunk alone.
         losses = written(chunked)[1]
         with memory.write(TEXT[:, :4], generator=rng(3)) as first:

@@ -4,6 +4,7 @@ Owned by a `ParametricMemory`, trained by the trainer beside the model, saved be
 with the memory's options in `memory_init.json`; never part of the model.
 """
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -53,6 +54,13 @@ class LearnedWrite(nn.Module):
         rates = torch.zeros(num_updates, len(drawn), dtype=drawn[0].dtype, device=drawn[0].device)
         self.log_rates = nn.Parameter(rates) if config.learn_lr else None
         self.gate = WriteGate(width, like=drawn[0]) if config.write_gate == "learned" else None
+
+    def with_config(self, config: MemoryConfig) -> "LearnedWrite":
+        """Return the same parameters under `config`; raises ConfigError if it would write in another way."""
+        check_binding(config, self.config, "of this memory")
+        other = copy.copy(self)  # of the module alone: its parameters are shared
+        other.config = config
+        return other
 
     def start(self) -> list[Tensor] | None:
         """Return one sample's start, in the order of `FastWeights.tensors`; None: the adapter draws it."""
@@ -119,15 +127,7 @@ class LearnedWrite(nn.Module):
         Raises ConfigError when it was learned for a memory with other options, CheckpointError when the files are
         missing or do not fit the model.
         """
-        saved = saved_config(folder)
-        for name in _binding():
-            if getattr(saved, name) != getattr(self.config, name):
-                raise ConfigError(
-                    f"mem_{name}={getattr(self.config, name)!r}, but the start and rates in {folder} were learned with "
-                    f"{getattr(saved, name)!r}; a memory is read as it was trained to be written. Use the saved "
-                    "options (ParametricMemory without a configuration), or set mem_learn_start=False, "
-                    "mem_learn_lr=False and mem_write_gate=none."
-                )
+        check_binding(self.config, saved_config(folder), f"in {folder}")
         path = Path(folder) / MEMORY_FILE
         try:
             found = load_file(path)
@@ -150,6 +150,18 @@ class LearnedWrite(nn.Module):
             )
         for name, tensor in own.items():
             tensor.copy_(found[name])
+
+
+def check_binding(config: MemoryConfig, learned_with: MemoryConfig, where: str) -> None:
+    """Raise ConfigError if `config` would write in another way than a start that was learned with `learned_with`."""
+    for name in _binding():
+        if getattr(learned_with, name) != getattr(config, name):
+            raise ConfigError(
+                f"mem_{name}={getattr(config, name)!r}, but the start and rates {where} were learned with "
+                f"{getattr(learned_with, name)!r}; a memory is read as it was trained to be written. Use the saved "
+                "options (ParametricMemory without a configuration), or set mem_learn_start=False, "
+                "mem_learn_lr=False and mem_write_gate=none."
+            )
 
 
 def _binding() -> list[str]:

@@ -1,5 +1,6 @@
 """A model's parametric memory: write a text into fast weights, read it through any call, leave no trace."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ from memdlm.models.networks.checking import check_kind
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
 from memdlm.models.networks.shifting import shift_of
 from memdlm.models.networks.soundness import blaming
+from memdlm.options import from_mapping
 from memdlm.randomness import Randomness, derive
 from memdlm.types import Ids, PositionSet
 
@@ -75,7 +77,7 @@ class ParametricMemory:
         self.schedule = Linear() if schedule is None else schedule
         self.process_group = process_group
         self.right_shift_logits = shift_of(model, right_shift_logits)
-        self.attention_pattern = self._pattern(attention_pattern)
+        self._given_pattern, self.attention_pattern = attention_pattern, self._pattern(attention_pattern)
         self.strategy = self.config.strategy()
         self.update = self.config.update()
         self.loss = InnerLoss(
@@ -98,6 +100,31 @@ class ParametricMemory:
         self._source: WrittenText | SavedMemory | None = None
         """What the open block was made from."""
         self._lower: SharedLowerLayers | None = None
+
+    def with_options(self, **options: Any) -> "ParametricMemory":
+        """Return a memory of the same network, with this one's learned start, rates and gate, and other options.
+
+            in_chunks = memory.with_options(chunk_length=512, chunk_overlap=16)
+
+        `options` are fields of MemoryConfig. What was learned is shared: a training of one of the two changes both.
+        Raises ConfigError for an unknown option, and for one that a learned start was not trained with (its rank, its
+        steps, its rates), unless learn_start, learn_lr and write_gate are switched off with it.
+        """
+        config = from_mapping(MemoryConfig, dataclasses.asdict(self.config) | options, "memory")
+        learned = self.learned.with_config(config) if self.learned is not None and config.is_learned else None
+        other = ParametricMemory(
+            self.model,
+            config,
+            mask_token_id=self.mask_token_id,
+            schedule=self.schedule,
+            right_shift_logits=self.right_shift_logits,
+            attention_pattern=self._given_pattern,
+            process_group=self.process_group,
+        )
+        other._identity = self._identity
+        if learned is not None:
+            other.learned = learned
+        return other
 
     def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
         attention, published = self.config.attention, getattr(unwrap(self.model), "config", None)

@@ -306,15 +306,9 @@ def inference_memory(
         return ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id)
     if trained is not None and trained.config.write_source != "response" and trained.config.per_sample is not False:
         return trained
-    config = (
-        MemoryConfig.paper()
-        if trained is None
-        else dataclasses.replace(trained.config, per_sample=True, sync_inner=None)
-    )
-    memory = ParametricMemory(model, config, mask_token_id=tokenizer.mask_token_id)
     if trained is not None:
-        memory.learned = trained.learned
-    return memory
+        return trained.with_options(per_sample=True, sync_inner=None)
+    return ParametricMemory(model, MemoryConfig.paper(), mask_token_id=tokenizer.mask_token_id)
 
 
 @torch.no_grad()
