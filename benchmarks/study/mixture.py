@@ -1,6 +1,6 @@
 """One model for facts in sight and facts out of sight: which kinds of steps (`mem_batch_mix`) keep which skill.
 
-    python benchmarks/study/mixture.py --mixes 1,1,0 1,1,1 --seeds 0 1 [--out benchmarks/study/results/mixture.json]
+    python benchmarks/study/mixture.py --mixes 1,1,0 1,1,1 --seeds 0 1 2 [--out benchmarks/study/results/mixture.json]
 
 8 facts in 36 words. A step trains with memory alone (attention reaches 4 tokens), with the text alone, or with both;
 every kind gets 300 steps. Measured: recall with memory alone, with the text alone, and with both. Rows are written as
@@ -53,7 +53,7 @@ def run(mix: str, seed: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixes", nargs="+", default=["1,1,0", "1,1,1"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/study/results/mixture.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
