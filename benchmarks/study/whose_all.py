@@ -2,7 +2,7 @@ r"""Does a memory of English know whose a fact is, of all five kinds of facts? `
 
     python benchmarks/study/whose_all.py --seed 0 1 2 --arms memory --reader_steps 1500 --reads_on \
         --targets o_proj --batch 8 --whole_until 0.7 --steps 2000
-    python benchmarks/study/whose_all.py --seed 0 1 --arms memory --reader_steps 1500 --steps 1200
+    python benchmarks/study/whose_all.py --seed 0 1 2 --arms memory --reader_steps 1500 --steps 1200
     python benchmarks/study/whose_all.py --smoke      # everything once, tiny: no result
 
 A training document has four facts of one kind: four objects and where each is, say. Objects, persons and events of the
