@@ -7,9 +7,9 @@
 Two plans: `window` hides the facts by a sliding window, `gone` drops the document after it was written. Per model:
 recall at 1 to 256 times the training length (at 256: a quarter of the conversations), in one piece and in chunks;
 at 16 times also with the filler in random order, and with a fifth of it replaced by values that belong to no key.
-The arm "trained in chunks" writes the longer texts at the end of its training in chunks, too. Choices are made with
-`--validation`, on other conversations. Rows are written as they are measured; those that the file already has are not
-run again.
+The arm "trained in chunks" writes the longer texts at the end of its training in chunks, too; "trained both ways" has
+twice as many of these steps, and every other one writes in chunks. Choices are made with `--validation`, on other
+conversations. Rows are written as they are measured; those that the file already has are not run again.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from memdlm.workflows.studies.plans import OURS, RecallPlan, arms, closed_book
 from memdlm.workflows.studies.recall_study import RecallData, Trained, recall_data, train_arm
 
 PLANS = {"window": RecallPlan, "gone": closed_book}
-IN_CHUNKS = "trained in chunks"
-ARMS = (OURS, "no write gate", IN_CHUNKS)
+IN_CHUNKS, BOTH_WAYS = "trained in chunks", "trained both ways"
+ARMS = (OURS, "no write gate", IN_CHUNKS, BOTH_WAYS)
 CHUNKS = (1, 4)
 """Lengths of chunks, as multiples of the training length."""
 COMMON: dict[str, Any] = {"chunk_update": "accumulated", "chunk_overlap": 4}
@@ -48,11 +48,20 @@ LONG = 64
 def trained_with(plan: RecallPlan, arm: str) -> MemoryConfig | None:
     """Return the memory that an arm is trained with. A document of the training length fits in one chunk."""
     memories = arms(plan)
-    if arm != IN_CHUNKS:
+    if arm not in (IN_CHUNKS, BOTH_WAYS):
         return memories[arm]
     ours = memories[OURS]
     assert ours is not None
-    return dataclasses.replace(ours, chunk_length=plan.train_length, **COMMON)
+    share = 0.5 if arm == BOTH_WAYS else 1.0
+    return dataclasses.replace(ours, chunk_length=plan.train_length, chunk_share=share, **COMMON)
+
+
+def schedule_of(plan: RecallPlan, arm: str) -> tuple[tuple[float, int], ...]:
+    """Return the plan's schedule; a model that is trained both ways has twice as many of its longer steps."""
+    if arm != BOTH_WAYS:
+        return plan.schedule
+    (_, first), *later = [(2 * share, times) for share, times in plan.schedule]
+    return ((1 - sum(share for share, _ in later), first), *later)
 
 
 def disturbed(sample: Sample, index: int, values: list[str]) -> Sample:
@@ -86,7 +95,7 @@ def ways(
     vocabulary = plan.task.vocabulary()
 
     written = trained.memory.with_options
-    whole = written(chunk_length=None, chunk_overlap=0)
+    whole = written(chunk_length=None, chunk_overlap=0, chunk_share=1.0)
     for times in plan.times:
         samples = data.by_length[times * plan.train_length]
         yield "one piece", times, whole, samples
@@ -122,7 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS))
     parser.add_argument(
-        "--arms", nargs="+", default=list(ARMS), help="'trained in chunks', or names of the main comparison's arms"
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        help="'trained in chunks', 'trained both ways', or names of the main comparison's arms",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16, 64, 256])
@@ -136,11 +148,12 @@ def main() -> None:
     for name in arguments.plans:
         times = tuple(each for each in arguments.times if each <= DISTURBED or not arguments.smoke)
         changes = {**SMOKE, "steps": SMOKE_STEPS} if arguments.smoke else {"num_eval": arguments.conversations}
-        plan = PLANS[name](times=times, few_from=4 * LONG, **changes)
+        usual = PLANS[name](times=times, few_from=4 * LONG, **changes)
         if arguments.validation:
-            plan = on_validation(plan)
-        data = recall_data(plan)
+            usual = on_validation(usual)
         for arm in arguments.arms:
+            plan = dataclasses.replace(usual, schedule=schedule_of(usual, arm))
+            data = recall_data(plan)
             for seed in arguments.seeds:
                 key = {"plan": name, "arm": arm, "seed": seed, "times": arguments.times}
                 if rows.where(**key):

@@ -1,20 +1,25 @@
-"""Steps that train with memory alone, with the text alone, or with both; and writes under the mask of decoding."""
+"""Steps that train with memory, text or both, and write in chunks or whole; writes under the mask of decoding."""
 
 import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from memdlm.data import Collator
 from memdlm.errors import ConfigError
 from memdlm.memory import MemoryConfig, ParametricMemory
+from memdlm.memory.batch_mix import writes_chunks
 from memdlm.models.blocks.masks import BlockCausal, Full, SlidingWindow
 from memdlm.randomness import derive
 from memdlm.training import MemDLMTrainer, TrainingArguments
 from memdlm.training.noise import TIMES, UNIFORM, WRITE
 from memdlm.training.trainer import BARE_EVERY
-from tiny import MASK, PAD, random_ids, rng, tiny
+from tiny import CONFIGS, MASK, PAD, random_ids, rng, tiny
+
+every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
 CONFIG = MemoryConfig.recall(inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, strides=2)
 MIXED = dataclasses.replace(CONFIG, batch_mix="1,1,1,1", batch_reach=2)
@@ -145,6 +150,59 @@ def test_a_mix_that_means_nothing_is_refused(options, match):
 def test_one_row_has_no_other(tmp_path):
     with pytest.raises(ConfigError, match="mem_batch_mix='1,1,1,1' and per_device_train_batch_size=1"):
         trainer_of(tmp_path, MIXED, per_device_train_batch_size=1)
+
+
+CHUNKED = dataclasses.replace(CONFIG, chunk_length=4, chunk_overlap=1)
+
+
+def test_a_share_of_the_steps_writes_in_chunks(tmp_path):
+    half = dataclasses.replace(CHUNKED, chunk_share=0.5)
+    chunked, whole = gradients(tmp_path, CHUNKED), gradients(tmp_path, CONFIG)
+    assert not torch.equal(chunked[1][0], whole[1][0])
+    for step, expected in ((0, whole), (1, chunked), (2, whole), (3, chunked)):
+        found = gradients(tmp_path, half, step)
+        for one, other in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+            assert_close(one, other, rtol=0, atol=0)
+
+
+def test_an_evaluation_writes_in_chunks_whatever_the_step(tmp_path):
+    trainer, found = trainer_of(tmp_path, dataclasses.replace(CHUNKED, chunk_share=0.5)), []
+    for step in (0, 1):
+        trainer.state.global_step = step
+        found.append(trainer.evaluate()["eval_nll_memory"])
+    assert found[0] == found[1]
+    assert found[0] == trainer_of(tmp_path, CHUNKED).evaluate()["eval_nll_memory"]
+    assert found[0] != trainer_of(tmp_path, CONFIG).evaluate()["eval_nll_memory"]
+
+
+@given(share=st.floats(0, 1, exclude_min=True), start=st.integers(0, 10**6), count=st.integers(1, 200))
+def test_any_run_of_steps_has_the_share_to_within_one_step(share, start, count):
+    chosen = sum(writes_chunks(share, step) for step in range(start, start + count))
+    assert abs(chosen - share * count) <= 1
+    assert share < 1 or chosen == count
+
+
+@every_family
+def test_a_whole_write_is_that_of_a_memory_without_chunks(family):
+    memory = ParametricMemory(tiny(family), dataclasses.replace(CHUNKED, chunk_overlap=0), mask_token_id=MASK)
+    ids = random_ids(2, 12)
+
+    def written(memory, **options):
+        with memory.write(ids, generator=rng(2), **options) as result:
+            return [*memory.fast.tensors(), result.losses]
+
+    bare = memory.with_options(chunk_length=None)
+    whole, other, chunked = written(memory, is_whole=True), written(bare), written(memory)
+    for one, same in zip(whole, other, strict=True):
+        assert torch.equal(one, same)
+    assert any(one.shape != cut.shape or not torch.equal(one, cut) for one, cut in zip(whole, chunked, strict=True))
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"mem_chunk_share=0\.5 has no effect without mem_chunk_length"):
+        MemoryConfig.recall(chunk_share=0.5)
+    with pytest.raises(ConfigError, match="chunk_share"):
+        MemoryConfig.recall(chunk_length=4, chunk_share=0.0)
 
 
 def test_a_write_under_the_mask_of_decoding_is_block_causal():

@@ -1,5 +1,6 @@
-"""`mem_batch_mix`: what the optimizer steps of a training with memory see."""
+"""What the optimizer steps of a training with memory see (`mem_batch_mix`), and how they write (`mem_chunk_share`)."""
 
+import math
 from typing import NamedTuple
 
 from memdlm.errors import ConfigError
@@ -29,3 +30,8 @@ def parse_shares(mix: str) -> BatchShares:
             f"text with the memory of another row) such as 1,1,1,1, got {mix!r}."
         )
     return BatchShares(*(number / sum(numbers) for number in [*numbers, 0.0][:4]))
+
+
+def writes_chunks(share: float, step: int) -> bool:
+    """Whether optimizer step `step`, from 0, is among the `share` of steps that write in chunks, evenly spread."""
+    return math.floor((step + 1) * share) > math.floor(step * share)

@@ -288,6 +288,9 @@ class OuterConfig(_Options):
     batch_reach: int | None = option(
         None, "In steps with memory only: how many tokens to either side attention sees.", minimum=0, maximum=2**24
     )
+    chunk_share: float = option(
+        1.0, "Share of the optimizer steps that write in chunks; the others write in one piece.", above=0, maximum=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,6 +327,8 @@ class MemoryConfig(OuterConfig, WriteConfig, FastWeightsConfig):
                 f"with mem_inner_adapter_type={self.inner_adapter_type!r}; it is read by lora. Leave it out, or change "
                 "mem_inner_adapter_type.",
             )
+        if self.chunk_length is None:
+            self._refuse_idle("chunk_share", "without mem_chunk_length; set it, or leave mem_chunk_share out.")
         for name, switch in (("learned_start_lr", "learn_start"), ("learned_rates_lr", "learn_lr")):
             if not getattr(self, switch):
                 self._refuse_idle(name, f"without mem_{switch}=True; set it, or leave mem_{name} out.")

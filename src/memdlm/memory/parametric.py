@@ -28,9 +28,9 @@ from memdlm.memory.outer_gradient import check_attention
 from memdlm.memory.sites import adapted_blocks, find_sites
 from memdlm.memory.stepwise import Writing
 from memdlm.memory.write_gate import width_below
+from memdlm.memory.write_pattern import write_pattern
 from memdlm.memory.writer import Writer
-from memdlm.models.blocks.masks import AttentionPattern, BlockCausal, Full
-from memdlm.models.hub.families import decoding_pattern, writing_pattern
+from memdlm.models.blocks.masks import AttentionPattern
 from memdlm.models.lora.wrappers import unwrap, unwrap_parallel
 from memdlm.models.networks.checking import check_kind
 from memdlm.models.networks.lower_layers import LowerLayers, SharedLowerLayers
@@ -77,7 +77,8 @@ class ParametricMemory:
         self.schedule = Linear() if schedule is None else schedule
         self.process_group = process_group
         self.right_shift_logits = shift_of(model, right_shift_logits)
-        self._given_pattern, self.attention_pattern = attention_pattern, self._pattern(attention_pattern)
+        self._given_pattern = attention_pattern
+        self.attention_pattern = write_pattern(unwrap(model), self.config, attention_pattern)
         self.strategy = self.config.strategy()
         self.update = self.config.update()
         self.loss = InnerLoss(
@@ -126,32 +127,6 @@ class ParametricMemory:
             other.learned = learned
         return other
 
-    def _pattern(self, given: AttentionPattern | None) -> AttentionPattern | None:
-        attention, published = self.config.attention, getattr(unwrap(self.model), "config", None)
-        if attention == "full" or (attention is None and given is not None):
-            return given
-        pattern = decoding_pattern(published) if attention == "decode" else writing_pattern(published)
-        if attention is None and isinstance(pattern, Full):
-            return None
-        if given not in (None, pattern):
-            raise ConfigError(f"mem_attention='decode' writes under {pattern}, not {given}; leave one of them out.")
-        if not isinstance(pattern, BlockCausal):
-            raise ConfigError(
-                "mem_attention='decode' has no effect: this model decodes under full attention. Leave it out."
-            )
-        if self.config.batch_mix is not None:
-            raise ConfigError(
-                f"mem_batch_mix={self.config.batch_mix!r} is not combined with writes under {pattern}, which this "
-                "model's are; set mem_attention=full, or leave mem_batch_mix out."
-            )
-        for name in ("chunk_length", "chunk_overlap"):
-            if (getattr(self.config, name) or 0) % pattern.block:
-                raise ConfigError(
-                    f"mem_{name}={getattr(self.config, name)} cuts through the blocks of {pattern.block} tokens that "
-                    "this memory is written under; use a multiple, or set mem_attention=full."
-                )
-        return pattern
-
     def learn_from(self, *keys: int | str) -> None:
         """Begin anew with a learned start that depends on `keys`, and rates of `mem_inner_lr`."""
         self.learned = self._new_learned(*keys)
@@ -176,6 +151,7 @@ class ParametricMemory:
         is_padding: PositionSet | None = None,
         is_alone: bool = False,
         is_read_at_anchor: bool = True,
+        is_whole: bool = False,
         attention_pattern: AttentionPattern | None = None,
         on_chunk: Callable[[int], None] | None = None,
     ) -> Iterator[Written]:
@@ -188,21 +164,22 @@ class ParametricMemory:
         i (calls with a whole multiple of B rows: neighbouring rows share one). `generator` draws the start of the
         fast weights and the masks: one for the batch or one per row; None: a fixed one. With `mem_sync_inner` all
         ranks must write at the same time, unless the write `is_alone`. Unless `is_read_at_anchor`, the caller reads
-        nothing through `lower_layers`, and no graph of the anchor's lower blocks is kept. `attention_pattern` is this
-        write's; None: the memory's. `on_chunk` is told how many columns are written (with `mem_chunk_length`, several
-        times).
+        nothing through `lower_layers`, and no graph of the anchor's lower blocks is kept. A write that `is_whole` has
+        one piece, whatever `mem_chunk_length` is. `attention_pattern` is this write's; None: the memory's. `on_chunk`
+        is told how many columns are written (with `mem_chunk_length`, several times).
 
         Raises DataError for malformed ids, ConfigError when a block of this model is open already, and, unless the
         model is in training mode, NotFiniteError when the memory or the loss under it is not finite.
         """
         check_text(self.model, input_ids, labels, attention_mask, generator, anchor, is_padding, attention_pattern)
-        warn_if_long(self.model, min(input_ids.shape[1], self.config.chunk_length or input_ids.shape[1]))
+        length = None if is_whole else self.config.chunk_length
+        warn_if_long(self.model, min(input_ids.shape[1], length or input_ids.shape[1]))
         randomness = derive("memdlm.write", 0) if generator is None else generator
         # In training, the outer loss continues from what the write computed below the fast weights.
         is_tracked = torch.is_grad_enabled() and (self.config.is_learned or self.config.outer_gradient != "first_order")
         pattern = self.attention_pattern if attention_pattern is None else attention_pattern
         is_read_at_anchor = is_read_at_anchor and anchor is not None and torch.is_grad_enabled()
-        writer = self._writer(pattern, is_tracked=is_tracked, is_read_at_anchor=is_read_at_anchor)
+        writer = self._writer(pattern, is_tracked=is_tracked, is_read_at_anchor=is_read_at_anchor, is_whole=is_whole)
         with self._opened("write"):
             # Gradients are needed even where the caller switched them off; the block itself is left as it is.
             with torch.inference_mode(False), torch.enable_grad():
@@ -357,7 +334,9 @@ class ParametricMemory:
         """
         return None if self._lower is None else self._lower.connected()
 
-    def _writer(self, pattern: AttentionPattern | None, *, is_tracked: bool, is_read_at_anchor: bool) -> Writer:
+    def _writer(
+        self, pattern: AttentionPattern | None, *, is_tracked: bool, is_read_at_anchor: bool, is_whole: bool = False
+    ) -> Writer:
         return Writer(
             model=self.model,
             config=self.config,
@@ -374,6 +353,7 @@ class ParametricMemory:
             process_group=self.process_group,
             is_tracked=is_tracked,
             is_read_at_anchor=is_read_at_anchor,
+            is_whole=is_whole,
         )
 
     @contextmanager

@@ -62,6 +62,8 @@ class Writer:
     """The outer loss is differentiated through the write."""
     is_read_at_anchor: bool
     """The outer loss continues from what the write computed below the fast weights."""
+    is_whole: bool
+    """The text is one piece, whatever the configuration says."""
 
     def write(
         self, text: Text, randomness: Randomness, *, is_alone: bool, on_chunk: Callable[[int], None] | None
@@ -83,7 +85,7 @@ class Writer:
         Returns what was done, and what is known below the fast weights of the text that is read. `on_chunk` is told
         how many columns are written.
         """
-        length, overlap = self.config.chunk_length, self.config.chunk_overlap
+        length, overlap = (None, 0) if self.is_whole else (self.config.chunk_length, self.config.chunk_overlap)
         ranks = Ranks.present(self.process_group) if self.config.sync_inner and not is_alone else None
         parts = list(text.chunks(length, overlap))
         if length is not None:

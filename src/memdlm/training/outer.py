@@ -183,6 +183,7 @@ def memory_of(
     randomness: Randomness,
     is_alone: bool = False,
     is_read_at_anchor: bool = True,
+    is_whole: bool = False,
     attention_pattern: AttentionPattern | None = None,
     is_of_next_row: bool = False,
 ) -> AbstractContextManager[Written]:
@@ -191,7 +192,7 @@ def memory_of(
     With `is_of_next_row`, a row reads the memory of the row after it, and the last one that of the first; the only row
     that has one reads nothing. Not with `mem_write_source=response`, whose memories belong to their row's noise. With
     `mem_sync_inner` all ranks take part, unless the write `is_alone`. Block diffusion does not read the anchor's lower
-    blocks (`is_read_at_anchor`).
+    blocks (`is_read_at_anchor`). A write that `is_whole` is not cut into chunks.
 
     With `mem_write_source=context`, rows without a context read nothing: they are as without memory. Raises ConfigError
     for such rows where all of a batch share one memory.
@@ -216,6 +217,7 @@ def memory_of(
         is_padding=batch.is_padding if is_own else None,
         is_alone=is_alone,
         is_read_at_anchor=is_read_at_anchor,
+        is_whole=is_whole,
         attention_pattern=attention_pattern,
     )
     readers = reading_rows(memory.config, batch, is_of_next_row=is_of_next_row)

@@ -14,6 +14,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from memdlm.diffusion.losses import MaskedLoss, normalise
 from memdlm.diffusion.schedules import make_schedule
 from memdlm.errors import ConfigError
+from memdlm.memory.batch_mix import writes_chunks
 from memdlm.memory.inner_loop import Written
 from memdlm.memory.parametric import ParametricMemory
 from memdlm.models.blocks.masks import AttentionPattern, SlidingWindow
@@ -347,6 +348,8 @@ class MemDLMTrainer(GuardedTrainer):
             randomness=randomness,
             is_alone=is_alone,
             is_read_at_anchor=self.args.block_size is None,
+            # An evaluation, which is alone, always writes in the same way.
+            is_whole=not is_alone and not writes_chunks(self.memory.config.chunk_share, self.state.global_step),
             attention_pattern=attention_pattern,
             is_of_next_row=is_of_next_row,
         )
