@@ -95,13 +95,20 @@ def test_a_damaged_or_foreign_start_is_refused(tmp_path):
         ParametricMemory(model, mask_token_id=MASK)
 
 
-def test_a_run_goes_on_with_what_it_had_learned(tmp_path):
-    whole = trainer_of(tmp_path / "a", tiny("small"), lr_scheduler_type="constant", max_steps=4)
+SOME_IN_CHUNKS = dataclasses.replace(CONFIG, chunk_length=4, chunk_share=0.5)
+
+
+@pytest.mark.parametrize(("config", "at"), [(CONFIG, 2), (SOME_IN_CHUNKS, 1)], ids=["whole", "some in chunks"])
+def test_a_run_goes_on_with_what_it_had_learned(config, at, tmp_path):
+    def trainer(folder, steps, **options):
+        return trainer_of(
+            tmp_path / folder, tiny("small"), config, lr_scheduler_type="constant", max_steps=steps, **options
+        )
+
+    whole, first, second = trainer("a", 4), trainer("b", at, save_strategy="steps", save_steps=at), trainer("b", 4)
     whole.train()
-    first = trainer_of(tmp_path / "b", tiny("small"), lr_scheduler_type="constant", save_strategy="steps", save_steps=2)
     first.train()
-    second = trainer_of(tmp_path / "b", tiny("small"), lr_scheduler_type="constant", max_steps=4)
-    second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    second.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{at}"))
     for one, other in zip(whole.memory.learned.parameters(), second.memory.learned.parameters(), strict=True):
         assert_close(one, other, rtol=0, atol=1e-6)
 
