@@ -75,6 +75,12 @@ def test_what_trains_one_trains_the_other_and_each_saves_its_own_options(tmp_pat
     assert saved_config(tmp_path) == other.config
 
 
+def test_it_needs_no_folder_of_the_model(tmp_path):
+    memory = learned(tiny("llada"))
+    memory.model.memory_folder = str(tmp_path / "gone")
+    assert torch.equal(answers(memory.with_options()), answers(memory))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

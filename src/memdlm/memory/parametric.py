@@ -53,6 +53,7 @@ class ParametricMemory:
     inside a block is a bare model. One block can be open per model at a time, and the thread that opened it alone may
     call the model meanwhile (ConfigError): several texts at once are the rows of one write. `process_group` holds the
     ranks that `mem_sync_inner` joins (None: all). With the `tokenizer`, saved memories are refused under another one.
+    `learned` is another memory's, to be shared (None: that of the model's folder, or a new one), see `with_options`.
     Raises ConfigError when a target names no projection of the model.
     """
 
@@ -67,6 +68,7 @@ class ParametricMemory:
         attention_pattern: AttentionPattern | None = None,
         process_group: ProcessGroup | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        learned: LearnedWrite | None = None,
     ) -> None:
         check_parts(model, config, mask_token_id, schedule, attention_pattern, tokenizer, right_shift_logits)
         folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
@@ -93,10 +95,13 @@ class ParametricMemory:
         self.fast = FastWeights(sites, self.config.adapter(), network=unwrap(model), blocks=self._adapted)
         if self.config.outer_gradient != "first_order":
             check_attention(model)
-        self.learned = self._new_learned(0)
         self.folder: str | None = folder
-        if folder is not None and self.learned is not None:
-            self.learned.load(folder)
+        if learned is not None and self.config.is_learned:
+            self.learned: LearnedWrite | None = learned.with_config(self.config)
+        else:
+            self.learned = self._new_learned(0)
+            if folder is not None and self.learned is not None:
+                self.learned.load(folder)
         self._identity = Identity(self.fast.network, tokenizer, mask_token_id)
         self._source: WrittenText | SavedMemory | None = None
         """What the open block was made from."""
@@ -112,7 +117,6 @@ class ParametricMemory:
         steps, its rates), unless learn_start, learn_lr and write_gate are switched off with it.
         """
         config = from_mapping(MemoryConfig, dataclasses.asdict(self.config) | options, "memory")
-        learned = self.learned.with_config(config) if self.learned is not None and config.is_learned else None
         other = ParametricMemory(
             self.model,
             config,
@@ -121,10 +125,9 @@ class ParametricMemory:
             right_shift_logits=self.right_shift_logits,
             attention_pattern=self._given_pattern,
             process_group=self.process_group,
+            learned=self.learned,
         )
         other._identity = self._identity
-        if learned is not None:
-            other.learned = learned
         return other
 
     def learn_from(self, *keys: int | str) -> None:
