@@ -10,7 +10,9 @@ from tiny import MASK, PAD, random_ids, tiny
 
 ROWS = [{"input_ids": row, "labels": [-100] * 5 + row[5:]} for row in random_ids(12, 12).tolist()]
 TRAINED = ("full", "LoRA", "QLoRA")
-RECALL = MemoryConfig.recall(inner_layer_fraction=0.5, inner_rank=4, inner_alpha=8.0, strides=2)
+SHAPE = {"inner_layer_fraction": 0.5, "inner_rank": 4, "inner_alpha": 8.0}
+# Every other step writes in chunks.
+RECALL = MemoryConfig.recall(**SHAPE, strides=2, chunk_length=4, chunk_share=0.5)
 MEMORY = {
     "off": {},
     "on": {"mem_enabled": True, "mem_inner_layer_fraction": 0.5, "mem_inner_rank": 4},

@@ -151,13 +151,16 @@ def main() -> None:
         usual = PLANS[name](times=times, few_from=4 * LONG, **changes)
         if arguments.validation:
             usual = on_validation(usual)
+        drawn: dict[Any, RecallData] = {}
         for arm in arguments.arms:
             plan = dataclasses.replace(usual, schedule=schedule_of(usual, arm))
-            data = recall_data(plan)
             for seed in arguments.seeds:
                 key = {"plan": name, "arm": arm, "seed": seed, "times": arguments.times}
                 if rows.where(**key):
                     continue
+                if plan.schedule not in drawn:
+                    drawn[plan.schedule] = recall_data(plan)
+                data = drawn[plan.schedule]
                 trained = train_arm(plan, data, trained_with(plan, arm), seed)
                 row = {
                     **key,

@@ -81,6 +81,13 @@ def test_it_needs_no_folder_of_the_model(tmp_path):
     assert torch.equal(answers(memory.with_options()), answers(memory))
 
 
+def test_what_another_model_learned_is_refused():
+    memory = learned(tiny("llada"))
+    for wrong, message in ((memory, "learned"), (memory.learned, "learned belongs to another model: it has")):
+        with pytest.raises(ConfigError, match=message):
+            ParametricMemory(tiny("lladamoe"), memory.config, mask_token_id=MASK, learned=wrong)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,6 +25,7 @@ CASES = {
         "contexts": True,
         "more": ["nll_memory", "nll_no_context", "inner_loss_1"],
     },
+    "some steps in chunks": {"memory": {"per_sample": True, "chunk_length": 4, "chunk_share": 0.5}},
     "memory, fully_shard": {"wrapper": "fsdp"},
     "block diffusion, memory": {"family": "llada2", "block_size": 4, "stratified": True},
     "not synchronised": {"memory": {"sync_inner": False}},
@@ -112,6 +113,7 @@ def test_without_synchronisation_the_result_is_another(name, two_ranks, tmp_path
     [
         CASES["plain"],
         CASES["memory per row"],
+        CASES["some steps in chunks"],
         {**CASES["contexts of some rows"], "family": "small"},
         {"mem": False, "stratified": True},
         {"mem": False, "family": "llada2", "block_size": 4},

@@ -55,9 +55,14 @@ class LearnedWrite(nn.Module):
         self.log_rates = nn.Parameter(rates) if config.learn_lr else None
         self.gate = WriteGate(width, like=drawn[0]) if config.write_gate == "learned" else None
 
-    def with_config(self, config: MemoryConfig) -> "LearnedWrite":
-        """Return the same parameters under `config`; raises ConfigError if it would write in another way."""
+    def with_config(self, config: MemoryConfig, fast: FastWeights) -> "LearnedWrite":
+        """Return the same parameters for `fast` under `config`; ConfigError if they were learned for something else."""
         check_binding(config, self.config, "of this memory")
+        if self.names != fast.names():
+            raise ConfigError(
+                f"learned belongs to another model: it has {', '.join(self.names[:2])}, ..., and this one's fast "
+                f"weights are {', '.join(fast.names()[:2])}, ... Use what was learned for this model, or leave it out."
+            )
         other = copy.copy(self)  # of the module alone: its parameters are shared
         other.config = config
         return other

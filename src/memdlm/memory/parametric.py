@@ -71,6 +71,7 @@ class ParametricMemory:
         learned: LearnedWrite | None = None,
     ) -> None:
         check_parts(model, config, mask_token_id, schedule, attention_pattern, tokenizer, right_shift_logits)
+        check_kind(learned, (LearnedWrite, type(None)), "learned", "what another memory of this model learned, or None")
         folder = getattr(unwrap(model), "memory_folder", None) or getattr(model, "memory_folder", None)
         if config is None:
             config = MemoryConfig() if folder is None else saved_config(folder)
@@ -97,7 +98,7 @@ class ParametricMemory:
             check_attention(model)
         self.folder: str | None = folder
         if learned is not None and self.config.is_learned:
-            self.learned: LearnedWrite | None = learned.with_config(self.config)
+            self.learned: LearnedWrite | None = learned.with_config(self.config, self.fast)
         else:
             self.learned = self._new_learned(0)
             if folder is not None and self.learned is not None:
