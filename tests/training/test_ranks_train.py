@@ -113,7 +113,7 @@ def test_without_synchronisation_the_result_is_another(name, two_ranks, tmp_path
     [
         CASES["plain"],
         CASES["memory per row"],
-        CASES["some steps in chunks"],
+        {**CASES["some steps in chunks"], "family": "small"},
         {**CASES["contexts of some rows"], "family": "small"},
         {"mem": False, "stratified": True},
         {"mem": False, "family": "llada2", "block_size": 4},
